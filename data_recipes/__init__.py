@@ -1,0 +1,1 @@
+"""Task sequences: one YAML file each, found by its name."""

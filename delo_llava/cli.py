@@ -1,0 +1,220 @@
+"""The command line: `delo-llava train|eval|list|data`. Nothing heavy is imported before it is needed."""
+
+import argparse
+import importlib
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, cast
+
+from delo_llava import __version__
+from delo_llava.errors import DeloError, report_and_exit
+
+if TYPE_CHECKING:
+    from delo_llava.config import RunConfig
+
+#: `delo-llava list` words and the registry's kinds.
+LISTS = {
+    "methods": "method",
+    "recipes": "recipe",
+    "backbones": "backbone",
+    "scorers": "scorer",
+    "metrics": "metric",
+    "zero": "zero",
+}
+
+TRAIN_USAGE = """usage: delo-llava train [--config FILE] [--print_config] [--KEY=VALUE ...]
+
+Train a task sequence and evaluate after each task; on several devices: `deepspeed launch/train.py` with
+the same words. Values are laid over each other: code < recipe < FILE < command line. A method's options
+are --METHOD.KEY=VALUE. --print_config writes the resolved configuration and stops.
+
+keys and their defaults before recipe and file:
+"""
+
+#: Seconds that other ranks leave rank 0 to tell a fault that all of them see.
+TELL_FIRST = 3.0
+
+
+class _Harness(Protocol):
+    """What the command line needs of `delo_eval.run`."""
+
+    def main(self, argv: Sequence[str]) -> int | None: ...
+    def evaluate_stage(self, run_dir: Path, stage: int) -> object: ...
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script `delo-llava`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["train"]:
+        return main_train(words[1:])
+    if words[:1] == ["eval"]:
+        return _eval(words[1:])
+    options = _parser().parse_args(words)
+    return _told(options.run, options)
+
+
+def main_train(argv: Sequence[str] | None = None) -> int:
+    """Entry point of `delo-llava train` and, on each rank, of `launch/train.py`; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(words):
+        _say(TRAIN_USAGE + _key_table())
+        return 0
+    return _told(_train, words)
+
+
+def resolve(words: Sequence[str]) -> "RunConfig":
+    """The configuration a command line asks for; the data is looked for before anything heavy is imported.
+
+    Words are `--config FILE` and overrides; `--local_rank`, which the launcher appends, is ignored.
+
+    Raises:
+        DeloError: an unknown key, value or recipe, or data that is missing.
+    """
+    from delo_llava.config import config_layers, core_config, with_methods
+    from delo_llava.data.recipe import load_sequence, recipe_defaults
+
+    file, words = _take(words, "--config")
+    _, words = _take(words, "--local_rank")
+    layers = config_layers(Path(file) if file else None, words)
+    defaults = recipe_defaults(str(layers.get("task_seq", _default_sequence())))
+    config = core_config(layers, defaults)
+    load_sequence(config.task_seq, config.data.root)
+    return with_methods(config)
+
+
+def _told(command: Callable[..., int], *arguments: object) -> int:
+    """Run a command; a `DeloError` is printed and ends it, told by rank 0 alone if all ranks see it."""
+    try:
+        return command(*arguments)
+    except DeloError as error:
+        if int(os.environ.get("RANK", "0")) > 0:
+            time.sleep(
+                TELL_FIRST
+            )  # rank 0's exit ends this rank too: only a fault of this rank alone gets past
+        report_and_exit(error)
+        return error.exit_code
+
+
+def _train(words: Sequence[str]) -> int:
+    """Resolve the configuration and run the sequence."""
+    only_print = "--print_config" in words
+    config = resolve([word for word in words if word != "--print_config"])
+    if only_print:
+        from delo_llava.config import dump_config
+
+        _say(dump_config(config))
+        return 0
+    stages = importlib.import_module("delo_llava.training.stages")
+    stages.run_sequence(config, _harness().evaluate_stage)
+    return 0
+
+
+def _eval(words: Sequence[str]) -> int:
+    """Hand over to the harness, which has a command line of its own."""
+    return _harness().main(words) or 0
+
+
+def _harness() -> _Harness:
+    """The harness; only the command line knows of it, the library gets what it needs as a callback."""
+    return cast(_Harness, importlib.import_module("delo_eval.run"))
+
+
+def _list(options: argparse.Namespace) -> int:
+    """Names of the plug-ins of one kind, each with its first line of documentation."""
+    from delo_llava.registry import plugin_names, plugin_summary
+
+    kind = LISTS[options.what]
+    names = plugin_names(kind)
+    width = max(map(len, names), default=0)
+    for name in names:
+        _say(f"{name:<{width}}  {plugin_summary(kind, name)}".rstrip() + "\n")
+    return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    """Check a sequence's data; 1 when something is wrong with it."""
+    from delo_llava.data.check import check_sequence
+    from delo_llava.data.recipe import load_sequence
+
+    faults = 0
+    for report in check_sequence(load_sequence(options.recipe, options.root)):
+        _say(f"{report}\n")
+        faults += len(report.faults)
+    _say(f"{faults} faults\n" if faults else "all files, entries and images are there\n")
+    return 1 if faults else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The parser of everything but `train` and `eval`, which read their own words."""
+    parser = argparse.ArgumentParser(
+        prog="delo-llava", description="DeLo experts for vision-language models."
+    )
+    parser.add_argument("--version", action="version", version=f"delo-llava {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+    commands.add_parser("train", help="train a task sequence and evaluate after each task", add_help=False)
+    commands.add_parser(
+        "eval", help="evaluate a saved stage of a run (the same as delo-eval)", add_help=False
+    )
+    shown = commands.add_parser("list", help="what is installed: methods, recipes, backbones, ...")
+    shown.add_argument("what", choices=LISTS)
+    shown.set_defaults(run=_list)
+    data = commands.add_parser("data", help="look after data").add_subparsers(
+        required=True, metavar="command"
+    )
+    check = data.add_parser("check", help="check files, entries, images and counts of a sequence")
+    check.add_argument("recipe", help="a recipe's name or file")
+    check.add_argument("--root", type=Path, help="data root (default: $DELO_LLAVA_DATA, else data/<name>)")
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
+    """The value of `--flag value` or `--flag=value`, and the other words; the last one counts."""
+    value, rest = None, []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        name, equals, text = word.partition("=")
+        if name.replace("-", "_") != flag.replace("-", "_"):
+            rest.append(word)
+        elif equals or queue:
+            value = text if equals else queue.pop(0)
+        else:
+            raise DeloError(f"{flag} needs a value.")
+    return value, rest
+
+
+def _default_sequence() -> str:
+    """The sequence that is run when none is named."""
+    from delo_llava.config import RunConfig
+
+    return str(RunConfig.model_fields["task_seq"].default)
+
+
+def _key_table() -> str:
+    """Every key with its default, one a line."""
+    import yaml
+
+    from delo_llava.config import RunConfig
+    from delo_llava.schema import dotted_keys
+
+    defaults = RunConfig().model_dump(mode="json")
+    lines = []
+    for key in dotted_keys(RunConfig):
+        value: object = defaults
+        for part in key.split("."):
+            value = cast(dict[str, object], value)[part]
+        lines.append(f"  --{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}\n")
+    return "".join(lines)
+
+
+def _say(text: str) -> None:
+    """Write to standard output."""
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

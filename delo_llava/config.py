@@ -1,0 +1,258 @@
+"""The run's configuration: typed sections, laid over each other as code < recipe < YAML < command line."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Protocol, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, Field
+
+from delo_llava.data.missing import MissingSpec
+from delo_llava.errors import DeloError
+from delo_llava.registry import load_plugin, plugin_names
+from delo_llava.schema import Section, checked, dotted_keys, merged, read_yaml
+
+__all__ = [
+    "MissingSpec",
+    "RunConfig",
+    "config_layers",
+    "core_config",
+    "dump_config",
+    "load_config",
+    "with_methods",
+]
+
+Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+PatternName = Literal["run", "complete", "image", "text"]
+#: A list that may be written `a,b` on the command line.
+Patterns = Annotated[
+    list[PatternName], BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
+]
+
+
+class DataConfig(Section):
+    """Where the data is and how much of it is used.
+
+    Attributes:
+        root: data folder of the sequence; None means the recipe's own default.
+        sub: share of every training set that is used, drawn by the run's seed.
+        max_length: longest prompt with answer, in tokens; context is cut first.
+        group_by_length: build batches of similar length.
+    """
+
+    root: Path | None = None
+    sub: float = Field(default=1.0, gt=0.0, le=1.0)
+    max_length: int = Field(default=2048, ge=16)
+    group_by_length: bool = True
+
+
+class TrainConfig(Section):
+    """One stage's training; the same for every task of the sequence.
+
+    Attributes:
+        epochs: passes over the task's records; `max_steps`, when given, ends the stage earlier.
+        global_batch: records per optimiser step over all ranks; accumulation is derived from it.
+        micro_batch: records per forward pass of one rank.
+        lr, projector_lr: peak learning rates of the language layers and the projector (None: the same).
+        warmup: share of the steps spent warming up linearly, before a cosine to zero.
+        clip: largest gradient norm; 0 switches clipping off.
+        log_every: steps between two lines of metrics.
+    """
+
+    epochs: Positive = 1.0
+    max_steps: int | None = Field(default=None, ge=1)
+    global_batch: int = Field(default=32, ge=1)
+    micro_batch: int = Field(default=16, ge=1)
+    lr: Positive = 2e-4
+    projector_lr: Positive | None = None
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    warmup: Ratio = 0.03
+    clip: float = Field(default=1.0, ge=0.0)
+    betas: tuple[Ratio, Ratio] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    gradient_checkpointing: bool = False
+    log_every: int = Field(default=10, ge=1)
+    tensorboard: bool = False
+
+
+class EvalConfig(Section):
+    """How every stage is evaluated.
+
+    Attributes:
+        limit: records per task, for trials; None means all.
+        patterns: missing patterns evaluated after every stage; `run` is the run's own specification.
+        last_patterns: patterns evaluated after the last stage on top of them.
+        oracle: also evaluate with the true task given, for methods that choose one.
+    """
+
+    batch_size: int = Field(default=32, ge=1)
+    split: Literal["test", "val"] = "test"
+    limit: int | None = Field(default=None, ge=1)
+    num_beams: int = Field(default=1, ge=1)
+    patterns: Patterns = ["run"]
+    last_patterns: Patterns = ["complete", "image", "text"]
+    oracle: bool = True
+
+
+class RunConfig(Section):
+    """Everything that decides a run.
+
+    Attributes:
+        task_seq: name of a shipped recipe, or a recipe file.
+        model: name of a shipped model, a checkpoint folder, or a hub id.
+        output: the run's folder; None means `runs/<task_seq>-<method>-s<seed>`.
+        zero: key of a file in `ds_configs/`, or `none` for the one-process engine.
+        ds_config: a DeepSpeed file of the user's own, instead of `zero`.
+        allow_ds_optimizer: accept `optimizer` and `scheduler` sections in DeepSpeed files.
+        methods: settings of each method by its name; validated by the method's own `Config`.
+    """
+
+    task_seq: str = "mini6"
+    model: str = "mini-llava"
+    method: str = "delo"
+    output: Path | None = None
+    seed: int = Field(default=0, ge=0)
+    quant: Literal["nf4", "none"] = "nf4"
+    zero: str = "2"
+    ds_config: Path | None = None
+    allow_ds_optimizer: bool = False
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    attn: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    missing: MissingSpec = MissingSpec()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    methods: dict[str, dict[str, Any]] = {}
+
+    @property
+    def run_dir(self) -> Path:
+        """Where the run is written: `output`, or its default."""
+        return self.output or Path("runs") / f"{Path(self.task_seq).stem}-{self.method}-s{self.seed}"
+
+
+class _HasConfig(Protocol):
+    """What this module needs to know of a method."""
+
+    Config: type[BaseModel]
+
+
+def load_config(
+    config: Path | None = None, overrides: Sequence[str] = (), defaults: Mapping[str, Any] | None = None
+) -> RunConfig:
+    """The run's configuration, completely validated, `output` and the method's section filled in.
+
+    Args:
+        config: a YAML file, or None.
+        overrides: command-line words such as `--train.lr=1e-3`, `--seed 1`, `--train.tensorboard`.
+        defaults: nested keys of the recipe (`data.recipe.recipe_defaults`), below the file and the words.
+
+    Raises:
+        DeloError: an unknown key or value, told with the closest allowed one.
+    """
+    return with_methods(core_config(config_layers(config, overrides), defaults))
+
+
+def config_layers(config: Path | None, overrides: Sequence[str]) -> dict[str, Any]:
+    """The YAML file with the command line laid over it, not validated yet: enough to learn `task_seq`."""
+    given = _methods_collected(read_yaml(config)) if config else {}
+    return merged(given, _methods_collected(parse_overrides(overrides)))
+
+
+def core_config(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = None) -> RunConfig:
+    """Validate everything but the methods' own sections; imports neither torch nor a method.
+
+    Raises:
+        DeloError: as `load_config`.
+    """
+    tree = merged(_methods_collected(defaults or {}), given)
+    config = checked(RunConfig, tree, where="the configuration", also=plugin_names("method"))
+    _known("method", config.method)
+    if config.zero != "none" and config.ds_config is None:
+        _known("zero", config.zero, extra=["none"])
+    for name in config.methods:
+        _known("method", name)
+    return config.model_copy(update={"output": config.run_dir})
+
+
+def with_methods(config: RunConfig) -> RunConfig:
+    """Validate the methods' sections by their own `Config` and fill in defaults.
+
+    Sections of other methods stay: the baselines take their size from DeLo's.
+
+    Raises:
+        DeloError: as `load_config`.
+    """
+    sections: dict[str, dict[str, Any]] = {config.method: {}} | config.methods
+    resolved = {name: _method_section(name, section) for name, section in sections.items()}
+    return config.model_copy(update={"methods": resolved})
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `load_config` of it gives the same configuration again."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """Nested keys from `--a.b=c`, `--a.b c` and, for true, `--a.b`; values are YAML, dashes underscores.
+
+    Raises:
+        DeloError: a word without a key in front of it, or a key used as both value and section.
+    """
+    result: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        key, equals, text = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or not key:
+            raise DeloError(
+                "Overrides are written --key=value or --key value.",
+                given=word,
+                allowed=dotted_keys(RunConfig),
+            )
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        _set(result, key.replace("-", "_"), _value(key, text))
+    return result
+
+
+def _value(key: str, text: str) -> object:
+    """A command-line value, read as YAML so that lists, numbers, booleans and null can be written."""
+    try:
+        return yaml.safe_load(text) if text else ""
+    except yaml.YAMLError as error:
+        raise DeloError(f"The value of --{key} cannot be read.", given=text, fix="quote it") from error
+
+
+def _set(tree: dict[str, Any], key: str, value: object) -> None:
+    """Put `value` at the dotted `key`, creating sections on the way."""
+    *path, last = key.split(".")
+    for part in path:
+        tree = tree.setdefault(part, {})
+        if not isinstance(tree, dict):
+            raise DeloError(
+                f"`{part}` of --{key} already has a value and cannot be a section.", given=f"--{key}"
+            )
+    tree[last] = value
+
+
+def _methods_collected(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Move top-level keys that name a method (`delo: {rank: 8}`) under `methods`."""
+    names = {key for key in given if key not in RunConfig.model_fields} & set(plugin_names("method"))
+    rest = {key: value for key, value in given.items() if key not in names}
+    return merged(rest, {"methods": {name: given[name] for name in sorted(names)}}) if names else rest
+
+
+def _known(kind: str, name: str, extra: Sequence[str] = ()) -> None:
+    """Refuse a name that is no plug-in of `kind`."""
+    allowed = [*plugin_names(kind), *extra]
+    if name not in allowed:
+        raise DeloError(f"There is no {kind} called {name!r}.", given=name, allowed=allowed)
+
+
+def _method_section(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """One method's settings with its defaults filled in."""
+    method = cast(_HasConfig, load_plugin("method", name))
+    known = checked(method.Config, section, where="the configuration", prefix=f"{name}.")
+    return known.model_dump(mode="json")

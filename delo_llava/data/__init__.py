@@ -1,0 +1,1 @@
+"""From a recipe to records, presence masks and batches."""

@@ -1,0 +1,328 @@
+"""From records to one batch: prompts with the kind of every token, encoded images, labels on answers only."""
+
+import hashlib
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any, Literal, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from delo_llava.data.images import EncodedImage, ImageCache, dummy_image, image_error, load_image
+from delo_llava.errors import DeloError
+from delo_llava.tasks import Record
+
+#: What a token is. OTHER: padding, template words, role markers and the answer; none of these enters a query.
+SEGMENT_OTHER, SEGMENT_IMAGE, SEGMENT_CONTEXT, SEGMENT_INSTRUCTION = 0, 1, 2, 3
+
+#: Label of a position that is not trained.
+IGNORE = -100
+
+#: A record and whether its (image, text) may be shown.
+Item = tuple[Record, tuple[bool, bool]]
+
+
+class PromptFormat(Protocol):
+    """What the collator needs of a backbone; see `backbones.base.Backbone` for each member."""
+
+    image_token: str
+    adds_bos: bool
+
+    def prompt(self, has_image: bool, context: str | None, instruction: str) -> list[tuple[str, int]]:
+        """(text, segment) pieces up to where the answer begins."""
+        ...
+
+    def answer_suffix(self, answer: str) -> str:
+        """The answer and its end token as they follow the prompt."""
+        ...
+
+    def encode_images(
+        self, processor: Any, images: Sequence[Image.Image]
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Model inputs batched along dimension 0, and the tokens of each image."""
+        ...
+
+    def sequence_inputs(self, segments: Tensor) -> dict[str, Tensor]:
+        """Further inputs that follow from the token kinds B×S."""
+        ...
+
+
+@dataclass
+class Batch:
+    """B sequences of S tokens with N images.
+
+    Attributes:
+        inputs: exactly the model's keyword arguments; those of images are absent when the batch has none.
+        labels: int64 B×S, -100 where nothing is trained; None in generation.
+        segments: uint8 B×S, one of the SEGMENT_ kinds.
+        presence: bool B×2 (image, text): what the sample really has; a dummy image counts as missing.
+        image_rows: int64 N, the batch row of each image given to the tower.
+        image_tokens: int64 N, how many tokens each becomes (projector outputs, in order).
+        answers: reference answers.
+        dropped: the complete rows once more, each with one modality removed (the student's view), or None.
+        dropped_rows: int64, rows of this batch that `dropped` shows, in its order.
+    """
+
+    inputs: dict[str, Tensor]
+    labels: Tensor | None
+    segments: Tensor
+    presence: Tensor
+    image_rows: Tensor
+    image_tokens: Tensor
+    record_ids: list[str]
+    tasks: list[str]
+    answers: list[str]
+    dropped: "Batch | None" = None
+    dropped_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    def __len__(self) -> int:
+        return len(self.record_ids)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """A copy with every tensor on `device`."""
+        return replace(
+            self,
+            inputs={key: value.to(device) for key, value in self.inputs.items()},
+            labels=None if self.labels is None else self.labels.to(device),
+            segments=self.segments.to(device),
+            presence=self.presence.to(device),
+            image_rows=self.image_rows.to(device),
+            image_tokens=self.image_tokens.to(device),
+            dropped=None if self.dropped is None else self.dropped.to(device),
+            dropped_rows=self.dropped_rows.to(device),
+        )
+
+
+@dataclass(slots=True)
+class _Row:
+    """One sequence before padding: token ids, their kinds, and whether each is trained."""
+
+    ids: list[int]
+    kinds: list[int]
+    trained: list[bool]
+
+    def extend(self, copies: int, token: int, kind: int, trained: bool) -> None:
+        """Append `copies` of one token."""
+        self.ids += [token] * copies
+        self.kinds += [kind] * copies
+        self.trained += [trained] * copies
+
+
+class Collator:
+    """Builds batches for one backbone; pads right for training, left (and without the answer) for generation.
+
+    Args:
+        backbone: the family's prompt and image format.
+        processor: from `backbone.load_processor`.
+        max_length: most tokens of a training sequence, image tokens included; in generation, of the prompt.
+            What is too long loses the end of its context, then of its instruction (counted in `truncated`),
+            never image or answer.
+        image_mode: what a missing image becomes: `absent` (no tokens) or `dummy` (constant white).
+        generation: leave the answers out.
+        drop_view: add `Batch.dropped`.
+        seed: decides, with task and record id alone, which modality a record loses in the dropped view; may
+            be reassigned, say for each epoch.
+        cache_bytes: bound of the memory of encoded images.
+    """
+
+    def __init__(
+        self,
+        backbone: PromptFormat,
+        processor: Any,
+        max_length: int,
+        image_mode: Literal["absent", "dummy"] = "absent",
+        *,
+        generation: bool = False,
+        drop_view: bool = False,
+        seed: int = 0,
+        cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        if image_mode not in ("absent", "dummy"):
+            raise DeloError(
+                "Unknown treatment of missing images.", given=image_mode, allowed=("absent", "dummy")
+            )
+        self.backbone, self.processor, self.tokenizer = backbone, processor, processor.tokenizer
+        self.max_length, self.image_mode, self.seed = max_length, image_mode, seed
+        self.generation, self.drop_view = generation, drop_view
+        self.truncated: Counter[str] = Counter()
+        self._cache = ImageCache(cache_bytes)
+        self._image_id = int(self.tokenizer.convert_tokens_to_ids(backbone.image_token))
+        pad = self.tokenizer.pad_token_id
+        self._pad_id = int(self.tokenizer.eos_token_id if pad is None else pad)
+
+    def collate(self, items: Sequence[Item]) -> Batch:
+        """The batch of `items`, in their order.
+
+        A record is shown without a field that it lacks, whatever its flags say.
+
+        Raises:
+            DeloError: nothing to train on, an image that cannot be used, or a record that does not fit.
+        """
+        batch = self._batch(items)
+        if batch.labels is not None and not bool((batch.labels != IGNORE).any()):
+            raise DeloError(
+                "A batch has no answer token to train on.",
+                given=", ".join(batch.record_ids),
+                fix="give these records an answer",
+            )
+        if self.drop_view and not self.generation:
+            rows = batch.presence.all(1).nonzero().flatten()
+            if len(rows):
+                view = [self._without_one(items[row][0]) for row in rows.tolist()]
+                batch = replace(batch, dropped=self._batch(view), dropped_rows=rows)
+        return batch
+
+    __call__ = collate
+
+    def _without_one(self, record: Record) -> Item:
+        """A complete record with the modality removed that its id and the seed decide."""
+        digest = hashlib.sha256(f"{self.seed}\x1f{record.task}\x1f{record.id}".encode()).digest()
+        keeps_image = bool(digest[0] & 1)
+        return record, (keeps_image, not keeps_image)
+
+    def _batch(self, items: Sequence[Item]) -> Batch:
+        records = [record for record, _ in items]
+        presence = [
+            (has[0] and r.image is not None, has[1] and bool(r.context and r.context.strip()))
+            for r, has in items
+        ]
+        images = [self._image(record, has[0]) for record, has in zip(records, presence, strict=True)]
+        rows = self._rows(records, presence, [0 if image is None else image.tokens for image in images])
+        shown = [(row, image) for row, image in enumerate(images) if image is not None]
+        tensors = self._pad(rows)
+        inputs = {"input_ids": tensors["ids"], "attention_mask": tensors["mask"]}
+        for key in shown[0][1].inputs if shown else ():
+            inputs[key] = torch.cat([image.inputs[key] for _, image in shown])
+        return Batch(
+            inputs=inputs | self.backbone.sequence_inputs(tensors["kinds"]),
+            labels=None if self.generation else tensors["labels"],
+            segments=tensors["kinds"],
+            presence=torch.tensor(presence, dtype=torch.bool).reshape(-1, 2),
+            image_rows=torch.tensor([row for row, _ in shown], dtype=torch.int64),
+            image_tokens=torch.tensor([image.tokens for _, image in shown], dtype=torch.int64),
+            record_ids=[record.id for record in records],
+            tasks=[record.task for record in records],
+            answers=[record.answer for record in records],
+        )
+
+    def _image(self, record: Record, present: bool) -> EncodedImage | None:
+        """The record's image as model inputs, the dummy, or None for no image tokens."""
+        path = record.image if present else None
+        if path is None and self.image_mode == "absent":
+            return None
+
+        def encode() -> EncodedImage:
+            picture = dummy_image() if path is None else load_image(path, record)
+            try:
+                inputs, tokens = self.backbone.encode_images(self.processor, [picture])
+            except ValueError as error:
+                raise image_error(path, record, str(error)) from error
+            return EncodedImage(inputs, tokens[0])
+
+        return self._cache.get(path, encode)
+
+    def _rows(
+        self, records: list[Record], presence: list[tuple[bool, bool]], image_tokens: list[int]
+    ) -> list[_Row]:
+        """Every record tokenised, its placeholder expanded to `image_tokens`, and cut to `max_length`."""
+        prompts = [
+            self.backbone.prompt(count > 0, record.context if has_text else None, record.instruction)
+            for record, (_, has_text), count in zip(records, presence, image_tokens, strict=True)
+        ]
+        suffixes = ["" if self.generation else self.backbone.answer_suffix(r.answer.strip()) for r in records]
+        texts = [
+            "".join(text for text, _ in prompt) + suffix
+            for prompt, suffix in zip(prompts, suffixes, strict=True)
+        ]
+        encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        rows = []
+        for i, record in enumerate(records):
+            kinds = token_kinds(texts[i], encoded["offset_mapping"][i], prompts[i], record)
+            row = self._expand(encoded["input_ids"][i], kinds, image_tokens[i], record)
+            self._fit(row, record)
+            rows.append(row)
+        return rows
+
+    def _expand(self, ids: list[int], kinds: list[int | None], count: int, record: Record) -> _Row:
+        """One placeholder -> `count` image tokens; BOS in front where the family has one."""
+        row = _Row([], [], [])
+        if self.backbone.adds_bos:
+            row.extend(1, self.tokenizer.bos_token_id, SEGMENT_OTHER, False)
+        answerable = bool(record.answer.strip())
+        for token, kind in zip(ids, kinds, strict=True):
+            if (token == self._image_id) != (kind == SEGMENT_IMAGE):
+                raise DeloError(
+                    f"The text of record {record.id!r} holds the image placeholder.",
+                    given=self.backbone.image_token,
+                    fix="remove it from the text",
+                )
+            copies = count if kind == SEGMENT_IMAGE else 1
+            row.extend(copies, token, kind or SEGMENT_OTHER, kind is None and answerable)
+        return row
+
+    def _fit(self, row: _Row, record: Record) -> None:
+        """Cut context, then instruction, from the end; one token of each stays, as a query is their mean."""
+        for name, kind in (("context", SEGMENT_CONTEXT), ("instruction", SEGMENT_INSTRUCTION)):
+            excess = len(row.ids) - self.max_length
+            places = [place for place, k in enumerate(row.kinds) if k == kind][1:]
+            cut = places[max(0, len(places) - excess) :] if excess > 0 else []
+            self.truncated[name] += bool(cut)
+            for place in reversed(cut):
+                del row.ids[place], row.kinds[place], row.trained[place]
+        if len(row.ids) > self.max_length:
+            raise DeloError(
+                f"Record {record.id!r} does not fit: image, answer and template are {len(row.ids)} tokens.",
+                given=f"max_length {self.max_length}",
+                fix="raise data.max_length",
+            )
+
+    def _pad(self, rows: list[_Row]) -> dict[str, Tensor]:
+        """Rectangular tensors B×S of ids, mask, kinds, labels."""
+        width = max(len(row.ids) for row in rows)
+        shape = (len(rows), width)
+        ids = torch.full(shape, self._pad_id, dtype=torch.int64)
+        mask = torch.zeros(shape, dtype=torch.int64)
+        kinds = torch.full(shape, SEGMENT_OTHER, dtype=torch.uint8)
+        trained = torch.zeros(shape, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            span = slice(width - len(row.ids), width) if self.generation else slice(0, len(row.ids))
+            ids[i, span], mask[i, span] = torch.tensor(row.ids), 1
+            kinds[i, span] = torch.tensor(row.kinds, dtype=torch.uint8)
+            trained[i, span] = torch.tensor(row.trained)
+        return {"ids": ids, "mask": mask, "kinds": kinds, "labels": ids.masked_fill(~trained, IGNORE)}
+
+
+def token_kinds(
+    text: str, offsets: Sequence[tuple[int, int]], prompt: Sequence[tuple[str, int]], record: Record
+) -> list[int | None]:
+    """The segment of each token, or None for tokens of the answer (with its end token).
+
+    A token is of the segment in which its first visible character lies, since word pieces carry the space (or
+    punctuation the line break) at a border. A token of nothing but white space is where it begins.
+
+    Args:
+        text: the whole sequence that was tokenised, which begins with the prompt.
+        offsets: character span of each token in `text`.
+        prompt: (text, segment) pieces.
+
+    Raises:
+        DeloError: a token spans the border of prompt and answer: generation would start from other tokens.
+    """
+    ends = list(accumulate(len(piece) for piece, _ in prompt))
+    kinds: list[int | None] = []
+    for start, end in offsets:
+        if start >= ends[-1]:
+            kinds.append(None)
+            continue
+        if end > ends[-1]:
+            raise DeloError(
+                f"The tokenizer joins the prompt and the answer of record {record.id!r}.",
+                given=text[start:end],
+            )
+        visible = next((place for place in range(start, end) if not text[place].isspace()), start)
+        kinds.append(prompt[bisect_right(ends, visible)][1])
+    return kinds

@@ -1,0 +1,124 @@
+"""Plug-ins by file name: a method, scorer, recipe … is one new file, found without importing the others."""
+
+import ast
+import importlib
+import importlib.util
+import re
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+
+from delo_llava.errors import DeloError
+
+
+@dataclass(frozen=True)
+class PluginKind:
+    """Where one kind of plug-in lives: modules that define `attribute`, or data files when it is None."""
+
+    package: str
+    suffix: str = ".py"
+    attribute: str | None = None
+
+
+KINDS: dict[str, PluginKind] = {
+    "method": PluginKind("delo_llava.methods", attribute="METHOD"),
+    "backbone": PluginKind("delo_llava.backbones", attribute="BACKBONE"),
+    "scorer": PluginKind("delo_eval.scorers", attribute="SCORER"),
+    "metric": PluginKind("delo_eval.metrics", attribute="METRIC"),
+    "recipe": PluginKind("delo_recipes", suffix=".yaml"),
+    "zero": PluginKind("delo_ds_configs", suffix=".json"),
+}
+
+
+def plugin_names(kind: str) -> list[str]:
+    """Names of every plug-in of `kind`, shipped or declared by a third party, sorted; nothing is imported.
+
+    Args:
+        kind: a key of `KINDS`.
+
+    Raises:
+        DeloError: unknown kind.
+    """
+    return sorted({*_files(_kind(kind)), *_entry_points(kind)})
+
+
+def load_plugin(kind: str, name: str) -> object:
+    """The object (or, for data kinds, the `Path`) registered under `name`; imports that one module only.
+
+    Shipped plug-ins win over third-party ones of the same name.
+
+    Raises:
+        DeloError: unknown kind or name, or a plug-in that cannot be imported or lacks its attribute.
+    """
+    place = _kind(kind)
+    path = _files(place).get(name)
+    if path is not None:
+        return path if place.attribute is None else _attribute(kind, name, place)
+    if name in (declared := _entry_points(kind)):
+        return _load_entry_point(kind, declared[name], as_path=place.attribute is None)
+    raise DeloError(
+        f"There is no {kind} called {name!r}.",
+        given=name,
+        allowed=plugin_names(kind),
+        fix=f"`delo-llava list {kind}s` shows what is installed",
+    )
+
+
+def plugin_summary(kind: str, name: str) -> str:
+    """One line about a shipped plug-in, read from its file without importing it; empty when it has none."""
+    path = _files(_kind(kind)).get(name)
+    if path is None or path.suffix == ".json":
+        return ""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".py":
+        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+    title = re.search(r"^title: *(.+)$", text, re.MULTILINE)
+    return title[1].strip("\"' ") if title else ""
+
+
+def _kind(kind: str) -> PluginKind:
+    """The place of `kind`, or an error with the known kinds."""
+    if kind not in KINDS:
+        raise DeloError("Unknown kind of plug-in.", given=kind, allowed=KINDS)
+    return KINDS[kind]
+
+
+def _files(place: PluginKind) -> dict[str, Path]:
+    """Plug-in files of a package by stem. Helpers, no plug-ins: a leading underscore, or the name `base`."""
+    try:
+        spec = importlib.util.find_spec(place.package)
+    except ModuleNotFoundError:
+        return {}
+    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    files = (path for folder in folders for path in Path(folder).glob(f"*{place.suffix}"))
+    return {path.stem: path for path in files if not path.stem.startswith("_") and path.stem != "base"}
+
+
+@cache
+def _entry_points(kind: str) -> dict[str, EntryPoint]:
+    """Third-party plug-ins declared under the entry-point group `delo_llava.<kind>`."""
+    return {point.name: point for point in entry_points(group=f"delo_llava.{kind}")}
+
+
+def _attribute(kind: str, name: str, place: PluginKind) -> object:
+    """Import a shipped plug-in's module and take its declared attribute."""
+    try:
+        module = importlib.import_module(f"{place.package}.{name}")
+    except ImportError as error:
+        raise DeloError(
+            f"The {kind} {name!r} cannot be imported: {error}", fix="install what it needs"
+        ) from error
+    found: object = getattr(module, place.attribute or "", None)
+    if found is None:
+        raise DeloError(f"The {kind} {name!r} defines no {place.attribute} in {module.__file__}.")
+    return found
+
+
+def _load_entry_point(kind: str, point: EntryPoint, as_path: bool) -> object:
+    """Load a third party's object; data kinds may declare a path or a string."""
+    try:
+        found: object = point.load()
+    except (ImportError, AttributeError) as error:
+        raise DeloError(f"The {kind} {point.name!r} ({point.value}) cannot be imported: {error}") from error
+    return Path(str(found)) if as_path else found

@@ -1,0 +1,124 @@
+"""Reading YAML and checking it against a pydantic model; a fault is told with the closest key."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from delo_llava.errors import DeloError
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Section(BaseModel):
+    """Base of every configuration section: immutable, no unknown keys, `zero: 2` accepted for "2"."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises:
+        DeloError: no such file, not YAML, or not a mapping at the top.
+    """
+    if not path.is_file():
+        raise DeloError("There is no such YAML file.", given=path, fix="check the path")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DeloError(f"This file is not valid YAML: {error}", given=path) from error
+    if content is not None and not isinstance(content, dict):
+        raise DeloError("A YAML file here holds keys and values.", given=f"{path}: {type(content).__name__}")
+    return content or {}
+
+
+def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with `over` laid on top, section by section; neither is changed."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(result.get(key), Mapping)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def checked(
+    model: type[Model], data: Mapping[str, Any], *, where: str, prefix: str = "", also: Sequence[str] = ()
+) -> Model:
+    """`data` as an instance of `model`.
+
+    Args:
+        where: what is being read, for the message ("the configuration", a file).
+        prefix: dotted path put before every key in messages.
+        also: keys that would have been understood at the top besides the model's own.
+
+    Raises:
+        DeloError: one paragraph for each fault: the key, what was given, what is allowed.
+    """
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        faults = [_fault(model, detail, where, prefix, also) for detail in error.errors(include_url=False)]
+        raise faults[0] if len(faults) == 1 else DeloError("\n".join(f.render() for f in faults)) from error
+
+
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every settable key of a model and its sections, as `a.b`."""
+    for name, field in model.model_fields.items():
+        section = _section(field.annotation)
+        if section is None:
+            yield prefix + name
+        else:
+            yield from dotted_keys(section, f"{prefix}{name}.")
+
+
+def _section(annotation: object) -> type[BaseModel] | None:
+    """The model behind an annotation (`X`, `X | None`, `list[X]`), or None for a plain value."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _fault(
+    model: type[BaseModel], detail: ErrorDetails, where: str, prefix: str, also: Sequence[str]
+) -> DeloError:
+    """One pydantic complaint in our words."""
+    key = prefix + ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return _unknown_key(model, detail, where, prefix, also)
+    if detail["type"] == "missing":
+        return DeloError(f"{where} lacks `{key}`.")
+    if detail["type"] == "literal_error":
+        return DeloError(
+            f"Bad value for `{key}` in {where}.", given=detail["input"], allowed=_choices(detail)
+        )
+    return DeloError(f"Bad value for `{key}` in {where}: {detail['msg']}.", given=repr(detail["input"]))
+
+
+def _choices(detail: ErrorDetails) -> list[str]:
+    """The words of a literal, from pydantic's "'a', 'b' or 'c'"."""
+    expected = detail.get("ctx", {}).get("expected", "")
+    return [word.strip().strip("'") for word in expected.replace(" or ", ", ").split(", ")]
+
+
+def _unknown_key(
+    model: type[BaseModel], detail: ErrorDetails, where: str, prefix: str, also: Sequence[str]
+) -> DeloError:
+    """An unknown key, with its siblings, or the sections in which a key of that name exists."""
+    *path, name = [part for part in detail["loc"] if isinstance(part, str)]
+    owner: type[BaseModel] | None = model
+    for part in path:
+        owner = (
+            _section(owner.model_fields[part].annotation) if owner and part in owner.model_fields else None
+        )
+    elsewhere = [prefix + key for key in dotted_keys(model) if key.rsplit(".", 1)[-1] == name]
+    return DeloError(
+        f"Unknown key `{prefix}{'.'.join([*path, name])}` in {where}.",
+        given=name,
+        allowed=[*owner.model_fields, *(() if path else also)] if owner and not elsewhere else None,
+        fix=f"did you mean {' or '.join(elsewhere)}?" if elsewhere else None,
+    )
