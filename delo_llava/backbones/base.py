@@ -1,0 +1,281 @@
+"""A model family as the rest of the project sees it: how it loads, what is adapted, how a prompt reads."""
+
+import importlib.util
+import json
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from delo_llava.backbones import _quant
+from delo_llava.errors import DeloError
+from delo_llava.registry import load_plugin, plugin_names
+
+#: Models shipped inside the package, by name -> folder relative to the package.
+SHIPPED = {"mini-llava": "mini/assets/mini_llava"}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Quant = Literal["nf4", "none"]
+_HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+
+
+class Backbone(ABC):
+    """Knowledge of one family; stateless: one instance (`BACKBONE` of its module) serves all its models.
+
+    Attributes:
+        model_types: values of `model_type` in config.json that this class handles.
+        language_pattern: full-match regex of the names of the language layers' attention and MLP linears.
+        projector_pattern: full-match regex of the names of the projector's linears.
+        projector_name: module whose output are the image tokens that the language model reads.
+        unquantised: what stays in full precision under NF4. A skip module is matched from the start of a name
+            or as a suffix, so the paths are whole: with a bare "vision_tower" the tower would be quantised
+            silently.
+        image_token: placeholder of one image token in a prompt.
+        adds_bos: sequences begin with the tokenizer's BOS token.
+        answer_end: closes an answer; the last trained token.
+    """
+
+    model_types: ClassVar[tuple[str, ...]]
+    language_pattern: ClassVar[str] = (
+        r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
+    )
+    projector_pattern: ClassVar[str]
+    projector_name: ClassVar[str]
+    unquantised: ClassVar[tuple[str, ...]]
+    image_token: ClassVar[str]
+    adds_bos: ClassVar[bool]
+    answer_end: ClassVar[str]
+
+    def load(
+        self,
+        path: str,
+        *,
+        quant: Quant = "nf4",
+        dtype: str | torch.dtype = "auto",
+        attn: str = "auto",
+        device: str = "auto",
+    ) -> Any:
+        """The frozen pretrained model in evaluation mode.
+
+        Args:
+            path: folder or hub id, as returned by `find_backbone`.
+            quant: `nf4` quantises the language layers' linears (double quantisation), and nothing else.
+            dtype: of what is not quantised and of 4-bit arithmetic; `auto` is fp32 on the CPU, bf16 on CUDA.
+            attn: attention implementation; `auto` is flash-attn where it can run, else sdpa.
+            device: `auto`, `cpu`, `cuda` or `cuda:1`.
+
+        Raises:
+            DeloError: an unknown choice, or a checkpoint whose linears are not where this family has them.
+        """
+        from transformers import AutoModelForImageTextToText
+
+        place = resolve_device(device)
+        number = resolve_dtype(dtype, place)
+        options: dict[str, Any] = {
+            "dtype": number,
+            "attn_implementation": resolve_attention(attn, place, number),
+        }
+        if quant == "nf4":
+            options["quantization_config"] = _quant.nf4_config(number, self.unquantised)
+        elif quant != "none":
+            raise DeloError("Unknown quantisation.", given=quant, allowed=("nf4", "none"))
+        model = AutoModelForImageTextToText.from_pretrained(path, device_map={"": str(place)}, **options)
+        adapted_linears(model, self)
+        if quant == "nf4":
+            _quant.check_quantised(model, self.language_pattern)
+            _quant.keep_exact_on_cpu(model)
+        decode_plainly(model)
+        return model.requires_grad_(False).eval()
+
+    @abstractmethod
+    def load_processor(self, path: str) -> Any:
+        """A processor with `.tokenizer` (fast) and `.image_processor`; stock where it can be imported."""
+
+    def projector(self, model: nn.Module) -> nn.Module:
+        """The projector of a loaded model, bare or wrapped by PEFT."""
+        return unwrapped(model).get_submodule(self.projector_name)
+
+    def image_token_id(self, model: nn.Module) -> int:
+        """Token id that the model replaces by projector output."""
+        return int(_config(model).image_token_id)
+
+    def hidden_size(self, model: nn.Module) -> int:
+        """Width of the language model: of word embeddings and of the projector's output."""
+        return int(_config(model).get_text_config().hidden_size)
+
+    @abstractmethod
+    def prompt(self, has_image: bool, context: str | None, instruction: str) -> list[tuple[str, int]]:
+        """The prompt up to where the answer begins: (text, segment) pieces, to be tokenised as one.
+
+        An image is one `image_token` of segment IMAGE; a missing image or context leaves its whole line out.
+        """
+
+    @abstractmethod
+    def answer_suffix(self, answer: str) -> str:
+        """What follows the prompt when the answer is known, its end token included."""
+
+    @abstractmethod
+    def encode_images(
+        self, processor: Any, images: Sequence[Image.Image]
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Model inputs of RGB images, batched along dimension 0 in their order, and the tokens of each."""
+
+    def sequence_inputs(self, segments: Tensor) -> dict[str, Tensor]:
+        """Further model inputs that follow from the token kinds `segments` (B×S)."""
+        return {}
+
+
+def find_backbone(path_or_name: str | Path) -> tuple[Backbone, str]:
+    """The family of a model and the path to load it from, by its config's `model_type`, never by its name.
+
+    Args:
+        path_or_name: name of a shipped model, folder, or hub id (`org/name`; only this may use the network).
+
+    Raises:
+        DeloError: no such model, a config without model_type, or a family without a backbone.
+    """
+    path = _resolve(str(path_or_name))
+    kind = _model_type(path)
+    names = plugin_names("backbone")
+    for name in sorted(names, key=lambda n: n != kind):
+        backbone = load_plugin("backbone", name)
+        if isinstance(backbone, Backbone) and kind in backbone.model_types:
+            return backbone, path
+    raise DeloError(
+        f"No backbone knows the model type of {path_or_name}.",
+        given=kind,
+        allowed=names,
+        fix="add delo_llava/backbones/<model_type>.py with a BACKBONE",
+    )
+
+
+def adapted_linears(model: nn.Module, backbone: Backbone) -> dict[str, tuple[int, int]]:
+    """Name -> (in, out) of every linear that experts adapt: language layers, then projector, in model order.
+
+    Raises:
+        DeloError: language layers or projector have none: the checkpoint is not laid out as expected.
+    """
+    model = unwrapped(model)
+    linears = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found: dict[str, tuple[int, int]] = {}
+    for part, pattern in (("language", backbone.language_pattern), ("projector", backbone.projector_pattern)):
+        matched = {n: (m.in_features, m.out_features) for n, m in linears.items() if re.fullmatch(pattern, n)}
+        if not matched:
+            raise DeloError(
+                f"This model has no {part} linear named as its family has them.",
+                given=type(model).__name__,
+                allowed=[pattern],
+            )
+        found |= matched
+    return found
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model (or the model itself)."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if callable(inner) else model
+
+
+def resolve_device(device: str) -> torch.device:
+    """`auto` -> CUDA when there is one; a CUDA device that is not there is an error."""
+    if device == "auto":
+        return (
+            torch.device("cuda", torch.cuda.current_device())
+            if torch.cuda.is_available()
+            else torch.device("cpu")
+        )
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise DeloError("Unknown device.", given=device, allowed=("auto", "cpu", "cuda")) from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise DeloError(
+            "CUDA was asked for, but torch sees no GPU.",
+            given=device,
+            fix="use --device=cpu or install a CUDA build of torch",
+        )
+    return place
+
+
+def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """`auto` -> fp32 on the CPU (bf16 is 14-27 times slower there), bf16 on CUDA."""
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise DeloError("Unknown number format.", given=dtype, allowed=("auto", *DTYPES))
+    return DTYPES[dtype]
+
+
+def resolve_attention(attn: str, device: torch.device, dtype: torch.dtype) -> str:
+    """`auto` -> flash-attn when importable, on CUDA and in half precision (it knows no fp32), else sdpa."""
+    if attn not in ("auto", "sdpa", "eager", "flash_attention_2"):
+        raise DeloError(
+            "Unknown attention.", given=attn, allowed=("auto", "sdpa", "eager", "flash_attention_2")
+        )
+    can_flash = (
+        device.type == "cuda"
+        and dtype != torch.float32
+        and importlib.util.find_spec("flash_attn") is not None
+    )
+    if attn == "flash_attention_2" and not can_flash:
+        raise DeloError(
+            "flash_attention_2 needs the flash-attn package, CUDA, and bf16 or fp16.",
+            given=f"{device}, {dtype}",
+            fix="use --attn=sdpa",
+        )
+    return ("flash_attention_2" if can_flash else "sdpa") if attn == "auto" else attn
+
+
+def decode_plainly(model: Any) -> None:
+    """Drop the sampling and repetition settings that a checkpoint brings: evaluations set their own."""
+    settings = model.generation_config
+    settings.do_sample, settings.num_beams = False, 1
+    settings.temperature = settings.top_p = settings.top_k = settings.repetition_penalty = None
+    if settings.pad_token_id is None:
+        settings.pad_token_id = _config(model).get_text_config().pad_token_id
+
+
+def _config(model: nn.Module) -> Any:
+    return unwrapped(model).config
+
+
+def _resolve(name: str) -> str:
+    """A folder with config.json, or a hub id, for what the user wrote."""
+    folder = (
+        Path(str(files("delo_llava").joinpath(SHIPPED[name]))) if name in SHIPPED else Path(name).expanduser()
+    )
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise DeloError("This folder holds no model: config.json is missing.", given=folder)
+        return str(folder)
+    if name not in SHIPPED and _HUB_ID.fullmatch(name) and not folder.parent.is_dir():
+        return name
+    raise DeloError(
+        "There is no such model.",
+        given=name,
+        allowed=SHIPPED,
+        fix="give a folder, a hub id (org/name) or a shipped model",
+    )
+
+
+def _model_type(path: str) -> str:
+    """`model_type` of a folder's or a hub repository's config.json."""
+    from transformers import PreTrainedConfig
+
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(path)
+    except (OSError, json.JSONDecodeError) as error:
+        raise DeloError(
+            "The model's config.json cannot be read.", given=path, fix=str(error).splitlines()[0]
+        ) from error
+    if "model_type" not in config:
+        raise DeloError("The model's config.json has no model_type.", given=path)
+    return str(config["model_type"])

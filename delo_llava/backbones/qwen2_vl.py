@@ -1,0 +1,12 @@
+"""Qwen2-VL (`qwen2_vl`): see `_qwen`."""
+
+from delo_llava.backbones._qwen import QwenVL
+
+
+class Qwen2VL(QwenVL):
+    """Qwen2-VL of any size."""
+
+    model_types = ("qwen2_vl",)
+
+
+BACKBONE = Qwen2VL()

@@ -1,0 +1,386 @@
+"""The collator against hand-made expectations: kinds, labels, padding, truncation, missing modalities."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from PIL import Image
+
+from delo_llava.backbones.base import find_backbone
+from delo_llava.data import images
+from delo_llava.data.collate import IGNORE, Batch, Collator, token_kinds
+from delo_llava.data.images import EncodedImage, ImageCache, load_image
+from delo_llava.errors import DeloError
+from delo_llava.tasks import Record
+
+FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
+LETTERS = "OICQ"  # other, image, context, question (instruction)
+BOTH, NO_IMAGE, NO_TEXT, NEITHER = (True, True), (False, True), (True, False), (False, False)
+
+
+@cache
+def family(kind: str):
+    backbone, path = find_backbone(tiny_models.session(kind))
+    return backbone, backbone.load_processor(path)
+
+
+def collator(kind: str = "llava", max_length: int = 512, image_mode: str = "absent", **options) -> Collator:
+    return Collator(*family(kind), max_length, image_mode, **options)
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> Record:
+    path = tmp_path / "picture.png"
+    Image.effect_noise((90, 60), 80.0).convert("RGB").save(path)
+    return Record("r0", "science", "train", path, "hint: six", "which number is shown?", "four")
+
+
+def change(record: Record, **fields) -> Record:
+    return Record(**({name: getattr(record, name) for name in Record.__slots__} | fields))
+
+
+def spelled(kind: str, batch: Batch, row: int = 0) -> list[tuple[str, str]]:
+    """(text, kind) of runs of tokens of one kind (answers: T for trained), as the tokenizer spells them."""
+    tokenizer = family(kind)[1].tokenizer
+    runs: list[tuple[str, list[int]]] = []
+    for i in batch.inputs["attention_mask"][row].nonzero().flatten().tolist():
+        trained = batch.labels is not None and batch.labels[row, i] != IGNORE
+        letter = "T" if trained else LETTERS[batch.segments[row, i]]
+        if not runs or runs[-1][0] != letter:
+            runs.append((letter, []))
+        runs[-1][1].append(int(batch.inputs["input_ids"][row, i]))
+    return [
+        ("".join(tokenizer.convert_ids_to_tokens(ids)).replace("▁", " ").replace("Ġ", " "), letter)
+        for letter, ids in runs
+    ]
+
+
+def test_spans_of_llava(record: Record) -> None:
+    """By hand: a word piece carries the space before it, so that space goes with the word."""
+    batch = collator()([(record, BOTH)])
+    assert spelled("llava", batch) == [
+        ("<s> USER: ", "O"),
+        ("<image>" * 16, "I"),
+        ("\nContext:", "O"),
+        (" hint: six", "C"),
+        ("\n", "O"),
+        ("which number is shown?", "Q"),
+        (" ASSISTANT:", "O"),
+        (" four</s>", "T"),
+    ]
+    assert spelled("llava", collator()([(record, NEITHER)])) == [
+        ("<s> USER:", "O"),
+        (" which number is shown?", "Q"),
+        (" ASSISTANT:", "O"),
+        (" four</s>", "T"),
+    ]
+
+
+def test_spans_of_qwen(record: Record) -> None:
+    batch = collator("qwen2_vl")([(record, BOTH)])
+    assert spelled("qwen2_vl", batch) == [
+        ("<|im_start|>systemĊYou are a helpful assistant.<|im_end|>Ċ<|im_start|>userĊ<|vision_start|>", "O"),
+        ("<|image_pad|>" * 6, "I"),
+        ("<|vision_end|>Context:", "O"),
+        (" hint: six", "C"),
+        ("Ċ", "O"),
+        ("which number is shown?", "Q"),
+        ("<|im_end|>Ċ<|im_start|>assistantĊ", "O"),
+        ("four<|im_end|>", "T"),
+    ]
+    assert batch.inputs["image_grid_thw"].tolist() == [[1, 4, 6]]
+    assert batch.inputs["mm_token_type_ids"].tolist() == [[int(s == 1) for s in batch.segments[0].tolist()]]
+
+
+def test_a_token_across_a_border_belongs_to_its_first_visible_character(record: Record) -> None:
+    prompt = [("ab  ", 0), ("c d.", 2), ("\n", 0), ("ef", 3)]
+    text = "ab  c d.\nef gh"
+    spans = [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7), (7, 9), (9, 11), (11, 14)]
+    assert token_kinds(text, spans, prompt, record) == [0, 0, 2, 2, 2, 2, 3, None]
+    with pytest.raises(DeloError, match="joins the prompt and the answer of record 'r0'"):
+        token_kinds(text, [(10, 14)], prompt, record)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("has", [BOTH, NO_IMAGE, NO_TEXT, NEITHER])
+def test_generation_prompt_equals_the_training_prompt(
+    kind: str, has: tuple[bool, bool], record: Record
+) -> None:
+    answers = ["four", "B", "4.5", "?", "(x)", "Ünïcode", " spaced ", "US", "\nx", "not shown.", "'s", "!!"]
+    for answer in answers:
+        item = (change(record, answer=answer), has)
+        train, prompt = collator(kind)([item]), collator(kind, generation=True)([item])
+        assert train.labels is not None
+        assert prompt.labels is None
+        length = int((train.labels[0] == IGNORE).sum())
+        for name in ("input_ids", "attention_mask"):
+            assert torch.equal(train.inputs[name][:, :length], prompt.inputs[name])
+        assert torch.equal(train.segments[:, :length], prompt.segments)
+        assert (train.segments[:, length:] == 0).all()
+        trained = family(kind)[1].tokenizer.decode(train.labels[0, length:], skip_special_tokens=True)
+        assert trained.strip() == answer.strip()
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_padding_sides(kind: str, record: Record) -> None:
+    long = change(record, id="r1", context="it comes after six " * 5)
+    for generation in (False, True):
+        batch = collator(kind, generation=generation)([(record, BOTH), (long, BOTH)])
+        mask = batch.inputs["attention_mask"]
+        short = int(mask[0].sum())
+        assert short < mask.shape[1] == int(mask[1].sum())
+        expected = [0] * (mask.shape[1] - short) + [1] * short
+        assert mask[0].tolist() == (expected if generation else expected[::-1])
+        pads = batch.inputs["input_ids"][0][mask[0] == 0]
+        assert set(pads.tolist()) == {family(kind)[1].tokenizer.pad_token_id}
+        assert (batch.segments[0][mask[0] == 0] == 0).all()
+        if batch.labels is not None:
+            assert (batch.labels[mask == 0] == IGNORE).all()
+
+
+def test_labels_are_the_answer_and_its_end_only(record: Record) -> None:
+    batch = collator()([(record, BOTH), (change(record, answer="two"), NO_TEXT)])
+    assert batch.labels is not None
+    tokenizer = family("llava")[1].tokenizer
+    trained = [tokenizer.decode(row[row != IGNORE]) for row in batch.labels]
+    assert trained == ["four</s>", "two</s>"]
+    assert torch.equal(
+        batch.inputs["input_ids"][batch.labels != IGNORE], batch.labels[batch.labels != IGNORE]
+    )
+    assert batch.answers == ["four", "two"]
+    assert batch.tasks == ["science", "science"]
+
+
+def test_a_batch_without_trained_tokens_is_refused(record: Record) -> None:
+    blank = [(change(record, id=i, answer=" "), BOTH) for i in ("a17", "b18")]
+    with pytest.raises(DeloError, match=r"(?s)no answer token.*a17, b18"):
+        collator()(blank)
+    batch = collator()([*blank, (record, BOTH)])
+    assert batch.labels is not None
+    assert (batch.labels != IGNORE).any(1).tolist() == [False, False, True]
+    assert collator(generation=True)(blank).labels is None
+
+
+# ---- presence ----------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_absent_images_have_no_tokens_and_no_pixels(kind: str, record: Record) -> None:
+    batch = collator(kind)([(record, NO_IMAGE), (record, BOTH), (record, NEITHER)])
+    assert batch.presence.tolist() == [[False, True], [True, True], [False, False]]
+    assert batch.image_rows.tolist() == [1]
+    assert (batch.segments == 1).sum(1).tolist() == [0, int(batch.image_tokens[0]), 0]
+    assert (batch.segments == 2).any(1).tolist() == [True, True, False]
+    none = collator(kind)([(record, NO_IMAGE)])
+    assert not {"pixel_values", "image_grid_thw"} & none.inputs.keys()
+    assert none.image_rows.shape == none.image_tokens.shape == (0,)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_dummy_images_are_white_fed_and_flagged_missing(kind: str, record: Record) -> None:
+    batch = collator(kind, image_mode="dummy")([(record, NO_IMAGE), (record, BOTH)])
+    assert batch.presence.tolist() == [[False, True], [True, True]]
+    assert batch.image_rows.tolist() == [0, 1]
+    assert (batch.segments == 1).sum(1).tolist() == batch.image_tokens.tolist()
+    backbone, processor = family(kind)
+    white, tokens = backbone.encode_images(processor, [Image.new("RGB", images.DUMMY_SIZE, "white")])
+    first = batch.inputs["pixel_values"][: len(white["pixel_values"])]
+    assert torch.equal(first, white["pixel_values"])
+    assert tokens[0] == batch.image_tokens[0]
+
+
+def test_flags_not_content_decide(record: Record) -> None:
+    """Text that says there is nothing is still text; a field the record lacks is absent in any case."""
+    batch = collator()(
+        [(change(record, context="none"), BOTH), (change(record, context=None, image=None), BOTH)]
+    )
+    assert batch.presence.tolist() == [[True, True], [False, False]]
+    hidden = collator()([(record, NO_TEXT)])
+    assert "hint" not in family("llava")[1].tokenizer.decode(hidden.inputs["input_ids"][0])
+
+
+def test_placeholder_in_a_text_is_refused(record: Record) -> None:
+    for field in ("context", "instruction", "answer"):
+        with pytest.raises(DeloError, match="record 'r0' holds the image placeholder"):
+            collator()([(change(record, **{field: "a <image> here"}), BOTH)])
+
+
+# ---- truncation ----------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_context_is_cut_first_from_its_end(kind: str, record: Record) -> None:
+    long = change(record, context="it comes after six " * 40)
+    full = collator(kind, 4096)([(long, BOTH)])
+    limit = collator(kind)([(record, BOTH)]).inputs["input_ids"].shape[1] + 5
+    cutter = collator(kind, limit)
+    batch = cutter([(long, BOTH)])
+    assert batch.inputs["input_ids"].shape[1] == limit
+    assert cutter.truncated == {"context": 1, "instruction": 0}
+    assert full.labels is not None
+    assert batch.labels is not None
+    for segment in (0, 1, 3):
+        kept, all_of_it = batch.segments == segment, full.segments == segment
+        assert torch.equal(batch.inputs["input_ids"][kept], full.inputs["input_ids"][all_of_it])
+    assert torch.equal(batch.labels[batch.labels != IGNORE], full.labels[full.labels != IGNORE])
+    context = batch.inputs["input_ids"][batch.segments == 2]
+    assert len(context) >= 5
+    assert torch.equal(context, full.inputs["input_ids"][full.segments == 2][: len(context)])
+
+
+def test_then_the_instruction_and_never_image_or_answer(record: Record) -> None:
+    least = collator()([(change(record, context="a", instruction="a"), BOTH)]).inputs["input_ids"].shape[1]
+    cutter = collator(max_length=least)
+    batch = cutter([(change(record, instruction="a" + " a" * 40, context="a" + " a" * 40), BOTH)])
+    assert cutter.truncated == {"context": 1, "instruction": 1}
+    assert [(batch.segments == s).sum().item() for s in (1, 2, 3)] == [16, 1, 1]
+    assert spelled("llava", batch)[-1] == (" four</s>", "T")
+    with pytest.raises(DeloError, match=r"(?s)Record 'r0' does not fit.*data\.max_length"):
+        collator(max_length=least - 1)([(record, BOTH)])
+
+
+def test_short_records_are_not_cut(record: Record) -> None:
+    exact = collator()([(record, BOTH)]).inputs["input_ids"].shape[1]
+    keeper = collator(max_length=exact)
+    assert keeper([(record, BOTH)]).inputs["input_ids"].shape[1] == exact
+    assert not any(keeper.truncated.values())
+
+
+# ---- images ----------------------------------------
+
+
+def test_unusable_images_name_file_and_record(
+    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert record.image is not None
+    whole = record.image.read_bytes()
+    broken = {
+        "cut.png": whole[: len(whole) // 2],
+        "flipped.png": whole[:60] + bytes(b ^ 0xFF for b in whole[60:90]) + whole[90:],
+        "text.png": b"not an image",
+        "empty.png": b"",
+    }
+    for name, content in broken.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DeloError, match=rf"(?s)record 'r0' \(science/train\).*{name}"):
+            collator()([(change(record, image=tmp_path / name), BOTH)])
+    with pytest.raises(DeloError, match=r"(?s)'r0'.*there is no such file.*gone\.png"):
+        collator()([(change(record, image=tmp_path / "gone.png"), BOTH)])
+    monkeypatch.setattr(images, "MAX_PIXELS", 90 * 60 - 1)
+    with pytest.raises(DeloError, match=r"(?s)'r0'.*90x60 is more than 5399 pixels"):
+        collator()([(record, BOTH)])
+
+
+def test_an_image_the_model_cannot_take_names_file_and_record(record: Record, tmp_path: Path) -> None:
+    Image.new("RGB", (3000, 2)).save(tmp_path / "strip.png")
+    with pytest.raises(DeloError, match=r"(?s)'r0'.*aspect ratio.*strip\.png"):
+        collator("qwen2_5_vl")([(change(record, image=tmp_path / "strip.png"), BOTH)])
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16", "CMYK"])
+def test_every_colour_mode_becomes_rgb(mode: str, record: Record, tmp_path: Path) -> None:
+    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
+    Image.new(mode, (20, 20)).save(path)
+    assert load_image(path, record).mode == "RGB"
+    collator()([(change(record, image=path), BOTH)])
+
+
+def test_cache_is_bounded_and_forgets_the_oldest() -> None:
+    made: list[str] = []
+
+    def get(key: str) -> EncodedImage:
+        return cache_of_two.get(key, lambda: made.append(key) or EncodedImage({"x": torch.zeros(25)}, 1))
+
+    cache_of_two = ImageCache(max_bytes=200)
+    for key in "abacab":
+        get(key)
+    assert "".join(made) == "abcb"
+    assert cache_of_two.bytes == 200
+    cache_of_two.get("large", lambda: EncodedImage({"x": torch.zeros(99)}, 1))
+    assert cache_of_two.bytes <= 200
+
+
+def test_cached_images_are_the_same_as_fresh_ones(record: Record) -> None:
+    kept, fresh = collator(), collator(cache_bytes=0)
+    item = (record, BOTH)
+    for _ in range(2):
+        assert torch.equal(kept([item]).inputs["pixel_values"], fresh([item]).inputs["pixel_values"])
+
+
+# ---- the dropped view ----------------------------------------
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_dropped_view_shows_complete_rows_less_one_modality(kind: str, record: Record) -> None:
+    records = [change(record, id=f"r{i}", answer="four" if i % 2 else "two one") for i in range(24)]
+    shown = [(BOTH, NO_IMAGE, BOTH, NO_TEXT)[i % 4] for i in range(24)]
+    batch = collator(kind, drop_view=True)(list(zip(records, shown, strict=True)))
+    view = batch.dropped
+    assert view is not None
+    assert batch.dropped_rows.tolist() == list(range(0, 24, 2))
+    assert view.record_ids == [f"r{i}" for i in range(0, 24, 2)]
+    assert (view.presence.sum(1) == 1).all()
+    assert 0 < view.presence[:, 0].sum() < 12, "always the same modality is dropped"
+    assert len(view.image_rows) == view.presence[:, 0].sum()
+    assert view.dropped is None
+    assert batch.labels is not None
+    assert view.labels is not None
+    for row, source in enumerate(batch.dropped_rows.tolist()):
+        mine, its = view.labels[row], batch.labels[source]
+        assert torch.equal(mine[mine != IGNORE], its[its != IGNORE])
+
+
+def test_dropped_view_depends_on_seed_and_record_only(record: Record) -> None:
+    records = [(change(record, id=f"r{i}"), BOTH) for i in range(16)]
+
+    def dropped(seed: int, items) -> dict[str, list[bool]]:
+        view = collator(drop_view=True, seed=seed)(items).dropped
+        assert view is not None
+        return dict(zip(view.record_ids, view.presence.tolist(), strict=True))
+
+    whole = dropped(0, records)
+    assert whole == dropped(0, records[::-1])
+    assert dropped(0, records[:3]) == {key: whole[key] for key in ("r0", "r1", "r2")}
+    assert dropped(1, records) != whole
+    assert collator(drop_view=True)([(record, NO_TEXT)]).dropped is None
+    assert collator(drop_view=True, generation=True)([(record, BOTH)]).dropped is None
+
+
+def test_to_moves_every_tensor(record: Record) -> None:
+    batch = collator("qwen2_vl", drop_view=True)([(record, BOTH), (record, NO_IMAGE)])
+    moved = batch.to("meta")
+    assert moved.dropped is not None
+    for part in (moved, moved.dropped):
+        tensors = [
+            *part.inputs.values(),
+            part.labels,
+            part.segments,
+            part.presence,
+            part.image_rows,
+            part.image_tokens,
+        ]
+        assert {tensor.device.type for tensor in (*tensors, part.dropped_rows) if tensor is not None} == {
+            "meta"
+        }
+    assert moved.record_ids == batch.record_ids
+    assert len(batch) == 2
+
+
+def test_the_batch_composition_changes_no_row(record: Record) -> None:
+    """Traps T7, T12: ids and kinds of a row, read at its mask, are those of the row alone."""
+    items = [
+        (change(record, id=f"r{i}", context="six " * (3 * i + 1)), (BOTH, NO_TEXT, NO_IMAGE)[i % 3])
+        for i in range(6)
+    ]
+    together = collator("qwen2_5_vl")(items)
+    for row, item in enumerate(items):
+        alone, seen = collator("qwen2_5_vl")([item]), together.inputs["attention_mask"][row].bool()
+        assert torch.equal(together.inputs["input_ids"][row][seen], alone.inputs["input_ids"][0])
+        assert torch.equal(together.segments[row][seen], alone.segments[0])
+
+
+def test_unknown_image_mode_is_refused() -> None:
+    with pytest.raises(DeloError, match="dumy"):
+        collator(image_mode="dumy")
