@@ -1,0 +1,77 @@
+"""What `results.json` derives from cells and predictions: metrics, statistics of task choices."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, cast
+
+from delo_eval.matrix import MODES, AccuracyMatrix
+from delo_eval.metrics.base import Metric
+from delo_llava.registry import load_plugin, plugin_names
+
+
+def metrics() -> dict[str, Metric]:
+    """Every metric by name, shipped or from a third party."""
+    return {name: cast(Metric, load_plugin("metric", name)) for name in plugin_names("metric")}
+
+
+def summarise(matrix: AccuracyMatrix) -> dict[str, Any]:
+    """Every metric for both modes, over the stages that are finished.
+
+    Returns:
+        `matched` and `oracle`: metric name -> value or None (undefined for one task, cells not run, mode not
+            run);
+        `stages`: k per mode, the number of finished stages they were computed on; `complete`: k equals T in
+            some mode.
+    """
+    known = metrics()
+    result: dict[str, Any] = {}
+    for mode in MODES:
+        grid, zero_shot = matrix.finished_part(mode)
+        result[mode] = {
+            name: metric(grid, zero_shot) if len(grid) else None for name, metric in known.items()
+        }
+    stages = {mode: matrix.finished_stages(mode) for mode in MODES}
+    return {**result, "stages": stages, "complete": max(stages.values()) == len(matrix.tasks)}
+
+
+def choice_statistics(
+    predictions: Iterable[Mapping[str, Any]], tasks: Sequence[str]
+) -> dict[str, Any] | None:
+    """Accuracy (percent) and confusion of the task choice over prediction records of trained tasks.
+
+    Args:
+        predictions: prediction records; those without a choice are left out.
+        tasks: names in order; row = true task, column = chosen task.
+
+    Returns:
+        accuracy and confusion (counts), each with all views and without the instruction, or None without any
+        choice.
+    """
+    rows = [
+        (p["task"], p["task_used"], p["task_without_instruction"])
+        for p in predictions
+        if p["task_used"] is not None
+    ]
+    if not rows:
+        return None
+    full = _confusion(((task, used) for task, used, _ in rows), tasks)
+    blind = _confusion(((task, used) for task, _, used in rows), tasks)
+    return {
+        "accuracy": _accuracy(full),
+        "accuracy_without_instruction": _accuracy(blind),
+        "confusion": full,
+        "confusion_without_instruction": blind,
+    }
+
+
+def _confusion(pairs: Iterable[tuple[str, str]], tasks: Sequence[str]) -> list[list[int]]:
+    """T×T counts, row = true, column = chosen."""
+    place = {task: i for i, task in enumerate(tasks)}
+    counts = [[0] * len(tasks) for _ in tasks]
+    for true, chosen in pairs:
+        counts[place[true]][place[chosen]] += 1
+    return counts
+
+
+def _accuracy(confusion: list[list[int]]) -> float:
+    """Percent on the diagonal."""
+    return 100 * sum(row[i] for i, row in enumerate(confusion)) / sum(map(sum, confusion))

@@ -1,0 +1,42 @@
+"""What a metric is: an id with a version and a function of the stage × task matrix.
+
+In every formula a[i][j] is the score (percent) on task j after training task i, 1-based, with T tasks.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: T×T float64, `nan` where not run; row = stage, column = task.
+Grid = NDArray[np.float64]
+#: T float64: the scores before any training, or None when not run.
+Row = NDArray[np.float64] | None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number made of the matrix.
+
+    Attributes:
+        id: name and version; results are comparable only where ids are equal.
+        formula: how it is computed, in words a table can carry.
+        function: from (T×T matrix, zero-shot row) to the value; `nan` where the cells it needs were not run.
+        higher_is_better: the direction in which a table should point.
+    """
+
+    id: str
+    formula: str
+    function: Callable[[Grid, Row], float]
+    higher_is_better: bool = True
+
+    def __call__(self, grid: Grid, zero_shot: Row = None) -> float | None:
+        """The value in percent (or points), or None where it is undefined or cells are missing."""
+        value = float(self.function(np.asarray(grid, dtype=np.float64), zero_shot))
+        return value if np.isfinite(value) else None
+
+
+def mean_or_nan(values: Grid) -> float:
+    """The mean of `values`; `nan` for none at all (a metric over T−1 tasks when T is 1)."""
+    return float(values.mean()) if values.size else float("nan")

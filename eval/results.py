@@ -1,0 +1,153 @@
+"""`results.json`: everything a run reports, by the schema `delo-llava/results/1` (docs/results.md)."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from delo_eval.derived import metrics, summarise
+from delo_eval.matrix import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix
+from delo_llava.checkpoint.manifest import write_text_atomic
+from delo_llava.config import RunConfig
+from delo_llava.errors import DeloError
+
+SCHEMA = "delo-llava/results/1"
+FILE = "results.json"
+
+
+@dataclass
+class Results:
+    """What accumulates from stage to stage; the rest of the file follows from it and from the run.
+
+    Attributes:
+        matrix: all scores.
+        choices: stage -> pattern -> accuracy and confusion of the task choice; empty for methods that do not
+            choose.
+        effective: pattern -> task -> counts and ratios of what was missing in the evaluated records.
+        eval_seconds: stage (−1 is the zero-shot row) -> seconds of its latest evaluation.
+    """
+
+    matrix: AccuracyMatrix
+    choices: dict[str, dict[str, Any]] = field(default_factory=dict)
+    effective: dict[str, dict[str, Any]] = field(default_factory=dict)
+    eval_seconds: dict[int, float] = field(default_factory=dict)
+
+    def forget(self, stage: int, patterns: list[str]) -> None:
+        """Drop what is about to be evaluated anew."""
+        self.matrix.clear(stage, patterns)
+        for pattern in patterns:
+            self.choices.get(str(stage), {}).pop(pattern, None)
+
+    def note_choice(self, stage: int, pattern: str, statistics: dict[str, Any] | None) -> None:
+        """Store the task choice of one stage under one pattern, if there was any."""
+        if statistics is not None:
+            self.choices.setdefault(str(stage), {})[pattern] = statistics
+
+    def latest_choice(self) -> dict[str, Any]:
+        """The task choice after the latest stage, under the run's own missing pattern; empty without one."""
+        stages = sorted((int(stage) for stage, by in self.choices.items() if RUN_PATTERN in by), reverse=True)
+        found: dict[str, Any] = self.choices[str(stages[0])][RUN_PATTERN] if stages else {}
+        return found
+
+
+def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> dict[str, Any]:
+    """The whole file.
+
+    Args:
+        facts: what the run recorded and the harness cannot know: scorer_ids, trainable_parameters_per_task,
+            start_weights, data_hashes, versions, train_seconds, world, missing_train (see `run_facts` and
+            `evaluate_stage`).
+    """
+    matrix, latest = results.matrix, results.latest_choice()
+    stages = range(len(matrix.tasks))
+    return {
+        "schema": SCHEMA,
+        "method": config.method,
+        "task_seq": config.task_seq,
+        "seed": config.seed,
+        "quant": config.quant,
+        "zero": config.zero,
+        "world": facts["world"],
+        "split": config.eval.split,
+        "limit": config.eval.limit,
+        **matrix.to_json(),
+        "modes": [mode for mode in MODES if matrix.ran(mode)],
+        "metrics": summarise(matrix),
+        "metric_ids": {name: metric.id for name, metric in metrics().items()},
+        "scorer_ids": facts["scorer_ids"],
+        "task_choice_accuracy": latest.get("accuracy"),
+        "task_choice_accuracy_without_instruction": latest.get("accuracy_without_instruction"),
+        "task_choice": results.choices or None,
+        "trainable_parameters_per_task": facts["trainable_parameters_per_task"],
+        "missing": {
+            "spec": config.missing.model_dump(mode="json"),
+            "effective": results.effective,
+            "effective_train": facts["missing_train"],
+        },
+        "start_weights": facts["start_weights"],
+        "data_hashes": facts["data_hashes"],
+        "versions": facts["versions"],
+        "seconds": {
+            "train": facts["train_seconds"],
+            "eval": [results.eval_seconds.get(stage) for stage in stages],
+            "zero_shot": results.eval_seconds.get(ZERO_SHOT),
+        },
+    }
+
+
+def write_results(folder: Path, content: dict[str, Any]) -> None:
+    """Replace `folder`/results.json in one step; refuses NaN, which is not JSON."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    write_text_atomic(folder / FILE, text + "\n")
+
+
+def read_results(folder: Path) -> dict[str, Any] | None:
+    """The content of `folder`/results.json, None when there is none.
+
+    Raises:
+        DeloError: not JSON, or of another schema.
+    """
+    file = folder / FILE
+    if not file.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DeloError(
+            f"results.json cannot be read: {error}", given=file, fix="move it away and evaluate again"
+        ) from error
+    if content.get("schema") != SCHEMA:
+        raise DeloError("results.json has another schema.", given=content.get("schema"), allowed=[SCHEMA])
+    return content
+
+
+def resume_results(folder: Path, config: RunConfig, tasks: tuple[str, ...]) -> Results:
+    """What earlier evaluations left in `folder`, or an empty start.
+
+    Raises:
+        DeloError: the file there is of another method, sequence, split or limit, whose cells would not
+            compare.
+    """
+    content = read_results(folder)
+    if content is None:
+        return Results(AccuracyMatrix(tasks))
+    expected = {
+        "method": config.method, "tasks": list(tasks), "seed": config.seed,
+        "split": config.eval.split, "limit": config.eval.limit,
+    }  # fmt: skip
+    for key, value in expected.items():
+        if content[key] != value:
+            raise DeloError(
+                f"{folder / FILE} holds results of another {key}: {content[key]}.",
+                given=value,
+                fix="choose another --output",
+            )
+    seconds = {i: s for i, s in enumerate(content["seconds"]["eval"]) if s is not None}
+    if content["seconds"]["zero_shot"] is not None:
+        seconds[ZERO_SHOT] = content["seconds"]["zero_shot"]
+    return Results(
+        AccuracyMatrix.from_json(content),
+        content["task_choice"] or {},
+        content["missing"]["effective"],
+        seconds,
+    )

@@ -1,0 +1,119 @@
+"""`delo-eval`: evaluate a saved stage of a run, alone or under torchrun or deepspeed."""
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from delo_eval.matrix import ZERO_SHOT
+from delo_eval.plots import PLOTS, draw
+from delo_eval.stage import Request, StoredRun, evaluate_stage, launched_ranks, open_run
+from delo_eval.table import final_table, stage_table
+from delo_llava.data.missing import PATTERNS
+from delo_llava.errors import DeloError, report_and_exit
+from delo_llava.training.ranks import Ranks
+
+__all__ = ["Request", "evaluate_stage", "main"]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; a `DeloError` is printed and ends with its exit code."""
+    arguments = _parser().parse_args(argv)
+    try:
+        request = Request(
+            arguments.split,
+            _patterns(arguments.patterns),
+            arguments.limit,
+            arguments.batch_size,
+            arguments.output,
+        )
+        run = open_run(arguments.run, request)
+        with launched_ranks(run.config) as ranks:
+            _evaluate(run, stages_named(arguments.stage, run), request, ranks)
+    except DeloError as error:
+        report_and_exit(error)
+
+
+def stages_named(word: str, run: StoredRun) -> list[int]:
+    """The stages that `--stage` means: an index from 0, a task's name, `last`, `all` or `zero-shot`.
+
+    Raises:
+        DeloError: none of these, or nothing is trained yet.
+    """
+    tasks = run.sequence.names
+    trained = [i for i, task in enumerate(tasks) if run.store.adapter(task).is_dir()]
+    if word in ("last", "all") and not trained:
+        raise DeloError("No stage of this run is trained yet.", given=run.store.root)
+    named = {"zero-shot": [ZERO_SHOT], str(ZERO_SHOT): [ZERO_SHOT], "last": trained[-1:], "all": trained}
+    named |= {task: [i] for i, task in enumerate(tasks)} | {str(i): [i] for i in range(len(tasks))}
+    if word not in named:
+        raise DeloError("There is no such stage.", given=word, allowed=named)
+    return named[word]
+
+
+def _evaluate(run: StoredRun, stages: Sequence[int], request: Request, ranks: Ranks) -> None:
+    """Evaluate the stages; the first rank shows progress and tables, and draws the plots."""
+    console = Console(quiet=not ranks.first)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    content = None
+    for stage in stages:
+        with Progress(*columns, console=console, transient=True) as bars:
+            bar = bars.add_task("loading")
+            content = evaluate_stage(
+                run.store.root, stage, request=request, ranks=ranks,
+                progress=partial(_advance, bars, bar),
+            )  # fmt: skip
+        if content is not None:
+            console.print(stage_table(content, stage))
+    if content is not None:
+        draw(content, run.output / PLOTS)
+        console.print(final_table(content))
+        console.print(f"results: {run.output / 'results.json'}", soft_wrap=True)
+
+
+def _advance(bars: Progress, bar: TaskID, cell: str, done: int, total: int) -> None:
+    """Show how far one cell is."""
+    bars.update(bar, description=cell, completed=done, total=total)
+
+
+def _patterns(given: str | None) -> tuple[str, ...] | None:
+    """Comma-separated missing patterns.
+
+    Raises:
+        DeloError: an unknown one.
+    """
+    if given is None:
+        return None
+    names = tuple(given.split(","))
+    for name in names:
+        if name not in PATTERNS:
+            raise DeloError("Unknown missing pattern.", given=name, allowed=PATTERNS)
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="delo-eval", description=__doc__, allow_abbrev=False)
+    # torchrun takes --run for an abbreviation of its own --run_path, wherever it stands: hence a second name.
+    parser.add_argument("--run", "--run_dir", dest="run", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--stage", default="last", help="index from 0, a task's name, last (default), all, or zero-shot"
+    )
+    parser.add_argument(
+        "--split", choices=("test", "val"), help="default: the run's own; another goes to <run>/eval-<split>"
+    )
+    parser.add_argument("--patterns", help="missing patterns, comma-separated: run, complete, image, text")
+    parser.add_argument("--limit", type=int, help="records per task, for trials")
+    parser.add_argument(
+        "--batch_size", type=int, help="questions decoded at once; results do not depend on it"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for predictions, plots and results.json; default: the run's own"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # appended by the deepspeed launcher
+    return parser

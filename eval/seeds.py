@@ -1,0 +1,131 @@
+"""Mean ± standard deviation over seeds of finished runs, as a Markdown table and JSON; rows that differ are never merged."""
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from delo_eval.results import read_results
+from delo_llava.checkpoint.manifest import write_text_atomic
+from delo_llava.errors import DeloError
+
+Results = Mapping[str, Any]
+
+#: What must agree between runs that share a row, beside method and missing setting.
+SAME = (
+    "task_seq",
+    "tasks",
+    "split",
+    "limit",
+    "quant",
+    "metric_ids",
+    "scorer_ids",
+    "start_weights",
+    "data_hashes",
+)
+
+
+def _metric(mode: str, name: str) -> Callable[[Results], float | None]:
+    return lambda results: results["metrics"][mode][name]
+
+
+def _pattern_ap(mode: str, pattern: str) -> Callable[[Results], float | None]:
+    """Mean of the last row under another missing pattern."""
+
+    def value(results: Results) -> float | None:
+        row = results["patterns"].get(pattern, {}).get(mode, [[None]])[-1]
+        return None if None in row else statistics.fmean(row)
+
+    return value
+
+
+#: Column title -> value of one run; None where a run has no such number.
+COLUMNS: dict[str, Callable[[Results], float | None]] = {
+    "AP": _metric("matched", "ap"),
+    "forgetting": _metric("matched", "forgetting"),
+    "AP oracle": _metric("oracle", "ap"),
+    "task choice %": lambda results: results["task_choice_accuracy"],
+    "choice % w/o instruction": lambda results: results["task_choice_accuracy_without_instruction"],
+    "AP complete": _pattern_ap("matched", "complete"),
+    "AP no image": _pattern_ap("matched", "image"),
+    "AP no context": _pattern_ap("matched", "text"),
+    "AP no image (oracle)": _pattern_ap("oracle", "image"),
+    "AP no context (oracle)": _pattern_ap("oracle", "text"),
+    "parameters/task": lambda results: statistics.fmean(results["trainable_parameters_per_task"].values()),
+}
+
+
+def summarise_seeds(root: Path, settings: Sequence[str], methods: Sequence[str]) -> str:
+    """Read `<root>/<setting>/<method>-s<seed>/results.json`, write `table.md` and `table.json` in `root`.
+
+    Returns:
+        the Markdown table.
+
+    Raises:
+        DeloError: runs of one row that were not made alike.
+    """
+    rows = []
+    for setting in settings:
+        for method in methods:
+            runs = {
+                f.name: r
+                for f in sorted((root / setting).glob(f"{method}-s*"))
+                if (r := read_results(f)) and r["metrics"]["complete"]
+            }
+            if runs:
+                _check_alike(runs)
+                rows.append(
+                    {
+                        "setting": setting,
+                        "method": method,
+                        "runs": list(runs),
+                        **_columns(list(runs.values())),
+                    }
+                )
+    table = _markdown(rows)
+    root.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(root / "table.json", json.dumps(rows, indent=1) + "\n")
+    write_text_atomic(root / "table.md", table + "\n")
+    return table
+
+
+def _columns(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
+    """Column -> mean, std (of the sample; None for one run) and the values."""
+    columns = {}
+    for title, value in COLUMNS.items():
+        values = [v for v in map(value, runs) if v is not None]
+        if values:
+            std = statistics.stdev(values) if len(values) > 1 else None
+            columns[title] = {"mean": statistics.fmean(values), "std": std, "values": values}
+    return columns
+
+
+def _check_alike(runs: Mapping[str, Results]) -> None:
+    (first, reference), *others = runs.items()
+    for name, results in others:
+        for key in SAME:
+            if results[key] != reference[key]:
+                raise DeloError(
+                    f"{name} and {first} differ in {key}, so their numbers do not compare",
+                    given=results[key],
+                    fix="run them again alike",
+                )
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    titles = [title for title in COLUMNS if any(title in row for row in rows)]
+    lines = ["| setting | method | seeds | " + " | ".join(titles) + " |", "|---" * (3 + len(titles)) + "|"]
+    for row in rows:
+        cells = [_cell(row[title]) if title in row else "–" for title in titles]
+        lines.append(
+            f"| {row['setting']} | {row['method']} | {len(row['runs'])} | " + " | ".join(cells) + " |"
+        )
+    return "\n".join(lines)
+
+
+def _cell(column: Mapping[str, Any]) -> str:
+    mean, std = column["mean"], column["std"]
+    if mean > 1000:
+        return f"{mean:,.0f}"
+    return f"{mean:.1f}" if std is None else f"{mean:.1f} ± {std:.1f}"

@@ -1,0 +1,86 @@
+"""The matrix as rich tables: one row after each stage, all of it with the metrics at the end."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+#: Metrics shown below the matrix, in this order; the rest is in results.json.
+HEADLINE = ("ap", "maa", "mft", "forgetting", "forgetting_max", "bwt_T", "bwt_Tm1", "fwt")
+
+#: Shares of rightly chosen tasks, shown below the metrics.
+CHOICE = {
+    "task_choice_accuracy": "task choice",
+    "task_choice_accuracy_without_instruction": "task choice without instruction",
+}
+
+
+def stage_table(results: Mapping[str, Any], stage: int) -> Table:
+    """The scores after `stage` (−1: zero-shot), a line per mode and pattern; a dot marks untrained tasks."""
+    tasks = results["tasks"]
+    title = "zero-shot" if stage < 0 else f"after stage {stage} ({tasks[stage]})"
+    table = _table(title, ["", *tasks, "mean of trained"])
+    for label, row in _rows(results, stage):
+        cells = [_cell(score) + ("" if j <= stage or score is None else "·") for j, score in enumerate(row)]
+        table.add_row(label, *cells, _cell(_mean(row[: stage + 1])))
+    return table
+
+
+def final_table(results: Mapping[str, Any]) -> RenderableType:
+    """Every stage of the run's own pattern, then the metrics of both modes, then the task choice."""
+    return Group(*(_matrix(results, mode) for mode in results["modes"]), _metrics(results))
+
+
+def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, list[float | None]]]:
+    """Label and scores of every mode and pattern that was run at `stage`."""
+    if stage < 0:
+        rows = [(pattern, row) for pattern, row in (results["zero_shot"] or {}).items()]
+    else:
+        grids = {"run": results["matrix"], **results["patterns"]}
+        rows = [(f"{mode} · {name}", grids[name][mode][stage]) for name in grids for mode in results["modes"]]
+    return [(label, row) for label, row in rows if any(score is not None for score in row)]
+
+
+def _matrix(results: Mapping[str, Any], mode: str) -> Table:
+    """The whole matrix of one mode."""
+    tasks = results["tasks"]
+    table = _table(f"{mode}: score on (column) after training (row), percent", ["", *tasks])
+    zero_shot = (results["zero_shot"] or {}).get("run")
+    rows = ([("zero-shot", zero_shot)] if zero_shot else []) + list(
+        zip(tasks, results["matrix"][mode], strict=True)
+    )
+    for name, row in rows:
+        table.add_row(name, *map(_cell, row))
+    return table
+
+
+def _metrics(results: Mapping[str, Any]) -> Table:
+    """A line per metric, a column per mode; says on how many stages they stand while not all are finished."""
+    found, total, modes = results["metrics"], len(results["tasks"]), results["modes"]
+    heads = [
+        m if found["stages"][m] == total else f"{m} ({found['stages'][m]} of {total} stages)" for m in modes
+    ]
+    table = _table("metrics", ["", *heads])
+    for name in HEADLINE:
+        table.add_row(name, *(_cell(found[mode].get(name)) for mode in modes))
+    for key, label in CHOICE.items():
+        if results[key] is not None:
+            table.add_row(label, *(_cell(results[key]) if mode == "matched" else "" for mode in modes))
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if i else "left")
+    return table
+
+
+def _cell(score: float | None) -> str:
+    return "-" if score is None else f"{score:.2f}"
+
+
+def _mean(row: Sequence[float | None]) -> float | None:
+    known = [score for score in row if score is not None]
+    return sum(known) / len(known) if known else None

@@ -1,0 +1,227 @@
+"""results.json: schema and documentation, what it derives and refuses; predictions, tables and plots."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from delo_eval.derived import choice_statistics, summarise
+from delo_eval.generate import Answer, Question
+from delo_eval.matrix import ZERO_SHOT, AccuracyMatrix
+from delo_eval.plots import draw
+from delo_eval.predictions import merge_parts, part_file, prediction_row, write_part
+from delo_eval.results import FILE, SCHEMA, Results, read_results, results_json, resume_results, write_results
+from delo_eval.scorers.exact_match import SCORER
+from delo_eval.table import final_table, stage_table
+from delo_llava.config import RunConfig
+from delo_llava.errors import DeloError
+from delo_llava.tasks import Record
+
+TASKS = ("science", "ocr", "naming")
+DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
+FACTS: dict[str, Any] = {
+    "scorer_ids": dict.fromkeys(TASKS, "exact_match.v1"),
+    "world": 2,
+    "start_weights": {"name": "mini-llava", "sha256": "0" * 64},
+    "data_hashes": {},
+    "versions": {"torch": "2"},
+    "trainable_parameters_per_task": dict.fromkeys(TASKS, 1000),
+    "train_seconds": [1.0, 2.0, None],
+    "missing_train": {},
+}
+HAND = [[80.0, 12.0, None], [70.0, 90.0, 33.0], [74.0, 60.0, 50.0]]
+
+
+def results(stages: int = 3, *, choice: bool = True) -> Results:
+    """A run of three tasks with a zero-shot row, evaluated after its first `stages` stages."""
+    matrix = AccuracyMatrix(TASKS)
+    for task, score in zip(TASKS, (5.0, 10.0, 30.0), strict=True):
+        matrix.set("matched", ZERO_SHOT, task, score, count=50)
+    for stage, row in enumerate(HAND[:stages]):
+        for j, (task, score) in enumerate(zip(TASKS, row, strict=True)):
+            if score is not None:
+                matrix.set("matched", stage, task, score, count=50)
+            if j <= stage:
+                matrix.set("oracle", stage, task, 95.0, count=50)
+    found = Results(matrix, eval_seconds={ZERO_SHOT: 1.5, **{stage: 2.0 + stage for stage in range(stages)}})
+    for stage in range(stages if choice else 0):
+        found.note_choice(stage, "run", choice_statistics(choices(stage), TASKS))
+    return found
+
+
+def choices(stage: int) -> list[dict[str, Any]]:
+    """Four records of each trained task; of the last, one is taken for the first."""
+    names = TASKS[: stage + 1]
+    rows = [
+        {"task": t, "task_used": t, "task_without_instruction": TASKS[0]} for t in names for _ in range(4)
+    ]
+    rows[-1]["task_used"] = TASKS[0]
+    return rows
+
+
+def content(stages: int = 3, **options: Any) -> dict[str, Any]:
+    return results_json(results(stages, **options), RunConfig(method="delo"), FACTS)
+
+
+def test_the_promised_fields() -> None:
+    found = json.loads(json.dumps(content(), allow_nan=False))
+    assert found["schema"] == SCHEMA == "delo-llava/results/1"
+    assert found["method"] == "delo" and found["tasks"] == list(TASKS)
+    assert found["matrix"]["matched"] == HAND
+    assert found["matrix"]["oracle"] == [[95.0, None, None], [95.0, 95.0, None], [95.0, 95.0, 95.0]]
+    for mode in ("matched", "oracle"):
+        assert {"ap", "forgetting", "forgetting_max", "maa", "mft", "bwt_T", "bwt_Tm1", "fwt"} <= set(
+            found["metrics"][mode]
+        )
+    assert found["metrics"]["matched"]["ap"] == pytest.approx(184 / 3)
+    assert found["metrics"]["matched"]["forgetting"] == pytest.approx(18)
+    assert found["metrics"]["matched"]["fwt"] == pytest.approx(2.5)
+    assert found["metrics"]["oracle"]["forgetting"] == 0 and found["metrics"]["oracle"]["fwt"] is None
+    assert found["metrics"]["complete"] is True
+    assert found["zero_shot"] == {"run": [5.0, 10.0, 30.0]}
+    assert found["seconds"] == {"train": [1.0, 2.0, None], "eval": [2.0, 3.0, 4.0], "zero_shot": 1.5}
+    assert found["metric_ids"]["bwt_T"] == "bwt_T.v1" and found["scorer_ids"]["ocr"] == "exact_match.v1"
+    assert found["missing"]["spec"] == {"ratio": 0.0, "kind": "both", "seed": 0, "image": "absent"}
+    assert found["trainable_parameters_per_task"]["ocr"] == 1000
+
+
+def test_task_choice_is_that_of_the_latest_stage() -> None:
+    found = content()
+    assert found["task_choice_accuracy"] == pytest.approx(100 * 11 / 12)
+    assert found["task_choice_accuracy_without_instruction"] == pytest.approx(100 * 4 / 12)
+    latest = found["task_choice"]["2"]["run"]
+    assert latest["confusion"] == [[4, 0, 0], [0, 4, 0], [1, 0, 3]]
+    assert latest["confusion_without_instruction"] == [[4, 0, 0]] * 3
+    assert (
+        content(choice=False)["task_choice"] is None and content(choice=False)["task_choice_accuracy"] is None
+    )
+
+
+def test_every_key_is_documented() -> None:
+    text = DOCUMENT.read_text(encoding="utf-8")
+    found = content()
+    keys = [
+        *found,
+        *(f"matrix.{k}" for k in found["matrix"]),
+        *found["metrics"]["matched"],
+        *latest_choice_keys(found),
+    ]
+    assert [key for key in keys if f"`{key}`" not in text] == []
+    assert SCHEMA in text
+
+
+def latest_choice_keys(found: dict[str, Any]) -> list[str]:
+    return list(found["task_choice"]["2"]["run"])
+
+
+def test_a_running_sequence_is_scored_on_its_finished_square_and_says_so() -> None:
+    found = content(stages=2)["metrics"]
+    assert found["stages"] == {"matched": 2, "oracle": 2} and found["complete"] is False
+    assert found["matched"]["ap"] == pytest.approx(80) and found["matched"]["forgetting"] == pytest.approx(10)
+    assert found["matched"]["fwt"] == pytest.approx(2)
+    assert set(summarise(AccuracyMatrix(TASKS))["matched"].values()) == {None}
+
+
+def test_written_results_are_resumed_cell_for_cell(tmp_path: Path) -> None:
+    first, config = results(2), RunConfig(method="delo")
+    write_results(tmp_path, results_json(first, config, FACTS))
+    assert resume_results(tmp_path, config, TASKS) == first
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_results_of_other_runs_and_schemas_are_refused(tmp_path: Path) -> None:
+    config = RunConfig(method="delo")
+    write_results(tmp_path, content())
+    with pytest.raises(DeloError, match="another method"):
+        resume_results(tmp_path, config.model_copy(update={"method": "lora"}), TASKS)
+    with pytest.raises(DeloError, match="another tasks"):
+        resume_results(tmp_path, config, TASKS[::-1])
+    val = config.eval.model_copy(update={"split": "val"})
+    with pytest.raises(DeloError, match="another split"):
+        resume_results(tmp_path, config.model_copy(update={"eval": val}), TASKS)
+    write_results(tmp_path, {**content(), "schema": "delo-llava/results/0"})
+    with pytest.raises(DeloError, match="another schema"):
+        read_results(tmp_path)
+    (tmp_path / FILE).write_text("{")
+    with pytest.raises(DeloError, match="cannot be read"):
+        read_results(tmp_path)
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_results(tmp_path, {"schema": SCHEMA, "score": float("nan")})
+
+
+def question(name: str) -> Question:
+    return Question(Record(name, "ocr", "test", None, None, "which word ?", "MANGO"), (False, True))
+
+
+def rows(*names: str) -> list[dict[str, Any]]:
+    said = Answer("mango\u2028.", "mango", "naming", "ocr", {"ocr": 0.25, "naming": 0.75})
+    return [prediction_row(question(name), said, SCORER, 1, "run") for name in names]
+
+
+def test_a_prediction_line_says_all() -> None:
+    assert rows("x")[0] == {
+        "record_id": "x",
+        "task": "ocr",
+        "stage": 1,
+        "pattern": "run",
+        "presence": {"image": False, "text": True},
+        "answer": "MANGO",
+        "prediction": "mango\u2028.",
+        "score": 1.0,
+        "oracle_prediction": "mango",
+        "oracle_score": 1.0,
+        "task_used": "naming",
+        "task_without_instruction": "ocr",
+        "choice_scores": {"ocr": 0.25, "naming": 0.75},
+    }
+
+
+def test_parts_of_all_ranks_become_one_file_in_the_order_of_the_questions(tmp_path: Path) -> None:
+    file = tmp_path / "predictions" / "1" / "run" / "ocr.jsonl"
+    write_part(file, 0, [rows("c", "a")])
+    write_part(file, 1, [rows("b"), rows("d")])
+    write_part(file, 5, [rows("stale")])  # of an earlier attempt with more ranks
+    merged = merge_parts(file, [question(name) for name in "abcd"], 2)
+    assert [row["record_id"] for row in merged] == list("abcd")
+    assert [json.loads(line) for line in file.read_text().split("\n") if line] == merged
+    assert [path.name for path in file.parent.iterdir()] == ["ocr.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("names", "fault"), [("ab", "without prediction"), ("abcc", "repeated"), ("abd", "unasked")]
+)
+def test_predictions_are_counted_against_the_questions(tmp_path: Path, names: str, fault: str) -> None:
+    write_part(tmp_path / "ocr.jsonl", 0, [rows(*names)])
+    with pytest.raises(DeloError, match=fault):
+        merge_parts(tmp_path / "ocr.jsonl", [question(name) for name in "abc"], 1)
+    assert not (tmp_path / "ocr.jsonl").exists()
+
+
+def test_a_missing_or_damaged_part_is_named(tmp_path: Path) -> None:
+    file = tmp_path / "ocr.jsonl"
+    write_part(file, 0, [rows("a")])
+    with pytest.raises(DeloError, match=r"missing(.|\n)*part1"):
+        merge_parts(file, [question("a")], 2)
+    part_file(file, 0).write_text('{"record_id": "a"')
+    with pytest.raises(DeloError, match="damaged"):
+        merge_parts(file, [question("a")], 1)
+
+
+def test_tables() -> None:
+    console = Console(width=200, record=True)
+    console.print(stage_table(content(), 1))
+    console.print(stage_table(content(), ZERO_SHOT))
+    console.print(final_table(content(stages=2)))
+    text = console.export_text()
+    assert "after stage 1 (ocr)" in text and "33.00·" in text and "80.00" in text
+    assert "zero-shot" in text and "2 of 3 stages" in text
+
+
+def test_plots_are_written_for_finished_and_running_sequences(tmp_path: Path) -> None:
+    for stages in (1, 3):
+        written = draw(content(stages=stages), tmp_path / str(stages))
+        assert [path.name for path in written] == ["heatmap.png", "forgetting.png"]
+        assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+    assert draw(content(stages=0), tmp_path / "none") == []

@@ -1,0 +1,45 @@
+"""Scorers: what counts as right."""
+
+import pytest
+
+from delo_eval.scorers.exact_match import SCORER
+from delo_llava.registry import load_plugin, plugin_names
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("red", "red"),
+        (" Red\n", "red"),
+        ("red.", "Red"),
+        ("MANGO", "mango"),
+        ("yes .", "yes"),
+        ("B", "b."),
+        ("st. lucia.", "St. Lucia"),
+    ],
+)
+def test_right(prediction: str, answer: str) -> None:
+    assert SCORER(prediction, answer) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer"),
+    [
+        ("", "red"),
+        (" . ", "red"),
+        (".", "."),
+        ("a red", "red"),
+        ("redd", "red"),
+        ("red..", "red"),
+        ("no", "yes"),
+        ("r ed", "red"),
+    ],
+)
+def test_wrong(prediction: str, answer: str) -> None:
+    assert SCORER(prediction, answer) == 0.0
+
+
+def test_scorers_are_found_by_file_name_and_carry_versions() -> None:
+    assert "exact_match" in plugin_names("scorer") and "base" not in plugin_names("scorer")
+    assert load_plugin("scorer", "exact_match") is SCORER
+    assert SCORER.id == "exact_match.v1" and SCORER.rule

@@ -1,0 +1,326 @@
+"""A stored run of three tasks on the tiny LLaVA: cells, modes, ranks, other splits, the command."""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from delo_eval import stage as stage_module
+from delo_eval.run import Request, evaluate_stage, main
+from delo_eval.stage import current_ranks, open_run
+from delo_llava.backbones.base import find_backbone
+from delo_llava.checkpoint.store import RunStore
+from delo_llava.config import dump_config, load_config
+from delo_llava.data.collate import Batch
+from delo_llava.errors import DeloError
+from delo_llava.methods.base import Capabilities, Stage, TaskChoice
+from delo_llava.methods.individual import Individual
+from delo_llava.methods.lora import Lora
+from delo_llava.registry import load_plugin
+from delo_llava.training.ranks import Ranks
+
+TASKS = ("shapes", "words", "places")
+RECORDS = {"train": 2, "val": 5, "test": 9}
+
+
+class Chooser(Individual):
+    """Individual adapters behind a choice by the instruction; without it, always the first task."""
+
+    capabilities: ClassVar[Capabilities] = Capabilities(chooses_task=True, isolated=True)
+
+    def choose(self, model: nn.Module, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
+        known = tuple(model.peft_config)  # type: ignore[arg-type]
+        told = [known.index(task) if views is None and task in known else 0 for task in batch.tasks]
+        told = [0 if name.endswith("3") else i for name, i in zip(batch.record_ids, told, strict=True)]
+        return TaskChoice(
+            known, torch.tensor(told), nn.functional.one_hot(torch.tensor(told), len(known)).float()
+        )
+
+    @contextmanager
+    def answering(
+        self, model: Any, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
+    ) -> Iterator[None]:
+        if tasks is not None:
+            model.generate = lambda **inputs: self.row_by_row(model, list(tasks), inputs)
+        yield
+        vars(model).pop("generate", None)
+
+    def row_by_row(self, model: Any, tasks: list[str], inputs: dict[str, Any]) -> torch.Tensor:
+        """Every adapter answers the whole batch, and each row is taken from its own."""
+        said = {}
+        for task in set(tasks):
+            model.set_adapter(task, inference_mode=True)
+            said[task] = type(model).generate(model, **inputs)
+        width = max(ids.shape[1] for ids in said.values())
+        padded = {task: nn.functional.pad(ids, (0, width - ids.shape[1])) for task, ids in said.items()}
+        return torch.stack([padded[task][row] for row, task in enumerate(tasks)])
+
+
+class Alone(Ranks):
+    """One of several ranks whose peers run before it, so no barrier is needed."""
+
+    def barrier(self) -> None:
+        return None
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, random = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    picture = root / "picture.png"
+    Image.fromarray(random.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(picture)
+    asked = {"shapes": "what is shown ?", "words": "what card says ?", "places": "capital of africa ?"}
+    for task in TASKS:
+        for split, count in RECORDS.items():
+            rows = [
+                {
+                    "question_id": f"{task}{i}",
+                    "image": "picture.png",
+                    "context": "the card says " + "mango " * (i % 4),
+                    "text": asked[task],
+                    "answer": "red",
+                }
+                for i in range(count)
+            ]
+            (root / f"{task}_{split}.json").write_text(json.dumps(rows))
+    entries = [
+        {"name": t, "kind": "k", "max_new_tokens": 3, "files": {s: f"{t}_{s}.json" for s in RECORDS}}
+        for t in TASKS
+    ]
+    file = root / "little.yaml"
+    file.write_text(yaml.safe_dump({"name": "little", "tasks": entries}))
+    return file
+
+
+def make_run(
+    folder: Path, recipe: Path, method: str, kind: type[Lora] | type[Individual], stages: int
+) -> Path:
+    """A run folder as training leaves it, with random adapters."""
+    words = [
+        f"--task_seq={recipe}",
+        f"--data.root={recipe.parent}",
+        f"--model={tiny_models.session('llava')}",
+        "--quant=none",
+    ]
+    words += [
+        f"--method={method}",
+        f"--{method}.rank=2",
+        f"--output={folder}",
+        "--missing.ratio=0.5",
+        "--eval.batch_size=4",
+    ]
+    config = load_config(None, words)
+    store, (backbone, path) = RunStore(folder), find_backbone(config.model)
+    store.create()
+    store.write_config(dump_config(config))
+    store.update_run(base={"sha256": "ab"}, data_hashes={"x": "y"}, versions={"torch": "2"})
+    built = kind(kind.Config(**config.methods[method]), config, backbone)
+    for index, task in enumerate(TASKS[:stages]):
+        torch.manual_seed(index)
+        stage = Stage(index, task, {})
+        model = built.begin_task(backbone.load(path, quant="none", device="cpu"), stage)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter.data, std=0.5)
+        with store.publish(task) as draft:
+            built.save(model, stage, draft)
+        store.update_stage(
+            task, trainable_parameters=10 + index, train_seconds=1.5, world=2, missing={"ratio": 0.5}
+        )
+    return folder
+
+
+def predictions(folder: Path, stage: object, pattern: str = "run") -> dict[str, list[dict[str, Any]]]:
+    files = sorted((folder / "predictions" / str(stage) / pattern).iterdir())
+    return {file.stem: [json.loads(line) for line in file.read_text().split("\n") if line] for file in files}
+
+
+@pytest.fixture(scope="module")
+def lora_run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("lora") / "run", recipe, "lora", Lora, 3)
+    for stage in (-1, 0, 1, 2):
+        assert evaluate_stage(folder, stage) is not None
+    return folder
+
+
+def test_lora_has_all_cells_and_the_same_numbers_in_both_modes(lora_run: Path) -> None:
+    found = json.loads((lora_run / "results.json").read_text())
+    grid = found["matrix"]["matched"]
+    assert [[score is not None for score in row] for row in grid] == [
+        [True, True, False],
+        [True] * 3,
+        [True] * 3,
+    ]
+    assert found["matrix"]["oracle"] == grid and found["modes"] == ["matched", "oracle"]
+    assert found["task_choice"] is None and found["task_choice_accuracy"] is None
+    assert None not in found["zero_shot"]["run"] and found["metrics"]["matched"]["fwt"] is not None
+    assert set(found["patterns"]) == {"complete", "image", "text"}
+    assert (
+        found["patterns"]["image"]["matched"][0] == [None] * 3
+        and None not in found["patterns"]["image"]["matched"][2]
+    )
+    assert found["missing"]["effective"]["run"]["words"]["lost_image"] == 2
+    assert found["missing"]["effective"]["text"]["words"]["text_ratio"] == 1.0
+    assert found["records"]["run"] == dict.fromkeys(TASKS, 9)
+    assert found["trainable_parameters_per_task"] == {"shapes": 10, "words": 11, "places": 12}
+    assert found["start_weights"] == {"name": str(tiny_models.session("llava")), "sha256": "ab"}
+    assert found["seconds"]["train"] == [1.5] * 3 and all(found["seconds"]["eval"]) and found["world"] == 2
+    assert (lora_run / "plots" / "heatmap.png").is_file()
+
+
+def test_predictions_show_what_the_pattern_hides(lora_run: Path) -> None:
+    rows = predictions(lora_run, 2, "image")["places"]
+    assert [row["record_id"] for row in rows] == [f"places{i}" for i in range(9)]
+    assert all(row["presence"] == {"image": False, "text": True} for row in rows)
+    rows = predictions(lora_run, 2)["places"]
+    assert sum(not row["presence"]["image"] for row in rows) == 2
+    assert sum(not row["presence"]["text"] for row in rows) == 2
+    assert set(predictions(lora_run, "zero_shot")) == set(TASKS)
+
+
+def test_one_rank_or_two_write_the_same_bytes(lora_run: Path, tmp_path: Path) -> None:
+    request = Request(output=tmp_path)
+    assert evaluate_stage(lora_run, 1, request=request, ranks=Alone(1, 2, torch.device("cpu"))) is None
+    content = evaluate_stage(lora_run, 1, request=request, ranks=Alone(0, 2, torch.device("cpu")))
+    assert content is not None
+    alone = json.loads((lora_run / "results.json").read_text())
+    assert content["matrix"]["matched"][1] == alone["matrix"]["matched"][1]
+    for task in TASKS:
+        file = Path("predictions") / "1" / "run" / f"{task}.jsonl"
+        assert (tmp_path / file).read_bytes() == (lora_run / file).read_bytes()
+
+
+def test_a_stage_evaluated_again_with_another_batch_size_gives_the_same_results(lora_run: Path) -> None:
+    before, said = json.loads((lora_run / "results.json").read_text()), predictions(lora_run, 1)
+    after = evaluate_stage(lora_run, 1, request=Request(batch_size=1))
+    assert after is not None
+    assert {k: v for k, v in after.items() if k != "seconds"} == {
+        k: v for k, v in before.items() if k != "seconds"
+    }
+    assert predictions(lora_run, 1) == said
+
+
+def test_another_split_goes_to_a_folder_of_its_own(lora_run: Path) -> None:
+    before = (lora_run / "results.json").read_bytes()
+    content = evaluate_stage(lora_run, 0, request=Request(split="val"))
+    assert content is not None and content["split"] == "val" and content["records"]["run"]["shapes"] == 5
+    assert (lora_run / "eval-val" / "results.json").is_file()
+    assert (lora_run / "results.json").read_bytes() == before
+
+
+def test_a_limit_keeps_each_records_presence(lora_run: Path, tmp_path: Path) -> None:
+    evaluate_stage(lora_run, 0, request=Request(limit=4, output=tmp_path))
+    full = {row["record_id"]: row["presence"] for row in predictions(lora_run, 0)["shapes"]}
+    few = {row["record_id"]: row["presence"] for row in predictions(tmp_path, 0)["shapes"]}
+    assert len(few) == 4 and few.items() <= full.items()
+
+
+def test_needing_the_task_leaves_only_the_oracle(tmp_path: Path, recipe: Path) -> None:
+    folder = make_run(tmp_path / "run", recipe, "individual", Individual, 2)
+    evaluate_stage(folder, 0)
+    found = evaluate_stage(folder, 1)
+    assert found is not None
+    assert found["matrix"]["matched"] == [[None] * 3] * 3 and found["modes"] == ["oracle"]
+    assert [[score is not None for score in row] for row in found["matrix"]["oracle"]] == [
+        [True, False, False],
+        [True, True, False],
+        [False] * 3,
+    ]
+    assert found["metrics"]["oracle"]["forgetting"] == 0 and found["metrics"]["matched"]["ap"] is None
+    # Adapters of their own: what was said on the first task cannot change.
+    assert [r["prediction"] for r in predictions(folder, 0)["shapes"]] == [
+        r["prediction"] for r in predictions(folder, 1)["shapes"]
+    ]
+
+
+def test_choosing_shows_both_modes_and_the_confusion(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "run", recipe, "individual", Individual, 2)
+    monkeypatch.setattr(
+        stage_module, "load_plugin", lambda k, n: Chooser if k == "method" else load_plugin(k, n)
+    )
+    found = evaluate_stage(folder, 1)
+    assert found is not None
+    assert found["task_choice"]["1"]["run"]["confusion"] == [[9, 0, 0], [1, 8, 0], [0, 0, 0]]
+    assert found["task_choice_accuracy"] == pytest.approx(100 * 17 / 18)
+    assert found["task_choice_accuracy_without_instruction"] == pytest.approx(50)
+    rows = predictions(folder, 1)
+    told = {row["record_id"]: row["oracle_prediction"] for row in rows["words"]}
+    for row in rows["words"]:
+        assert (row["task_used"] == "shapes") == (row["record_id"] == "words3")
+        assert row["prediction"] == row["oracle_prediction"] or row["record_id"] == "words3"
+    misrouted = rows["words"][3]
+    assert misrouted["prediction"] != misrouted["oracle_prediction"]
+    assert all(row["oracle_prediction"] is None for row in rows["places"])  # the next task has no oracle yet
+    assert found["matrix"]["oracle"][1][2] is None and found["matrix"]["matched"][1][2] is not None
+    # The oracle of a choosing method says what the same adapters say when the task is given.
+    monkeypatch.undo()
+    evaluate_stage(folder, 1, request=Request(output=tmp_path / "told"))
+    assert {r["record_id"]: r["prediction"] for r in predictions(tmp_path / "told", 1)["words"]} == told
+
+
+def test_the_command_prints_the_row_and_writes_the_same_numbers(
+    lora_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(
+        [
+            "--run",
+            str(lora_run),
+            "--stage",
+            "words",
+            "--patterns",
+            "run,text",
+            "--output",
+            str(tmp_path),
+            "--local_rank=0",
+        ]
+    )
+    said = capsys.readouterr().out
+    assert "after stage 1 (words)" in said and "results:" in said and "matched · text" in said
+    there, here = (json.loads((folder / "results.json").read_text()) for folder in (lora_run, tmp_path))
+    assert here["matrix"]["matched"][1] == there["matrix"]["matched"][1]
+    assert (tmp_path / "plots" / "forgetting.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--stage", "7"], "no such stage"),
+        (["--stage", "word"], "did you mean words"),
+        (["--patterns", "txt"], "did you mean text"),
+        (["--run", "nowhere"], "config.yaml is missing"),
+    ],
+)
+def test_bad_requests_end_with_exit_code_2(
+    lora_run: Path, words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["--run", str(lora_run), *words])
+    assert left.value.code == 2 and told in capsys.readouterr().err
+
+
+def test_a_changed_adapter_and_an_untrained_stage_are_refused(tmp_path: Path, recipe: Path) -> None:
+    folder = make_run(tmp_path / "run", recipe, "lora", Lora, 1)
+    with pytest.raises(DeloError, match="not trained yet"):
+        evaluate_stage(folder, 1)
+    file = folder / "adapters" / "shapes" / "adapter_config.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(DeloError, match="adapter_config.json"):
+        evaluate_stage(folder, 0)
+    assert not (folder / "results.json").exists()
+
+
+def test_alone_without_a_process_group(lora_run: Path) -> None:
+    assert (
+        current_ranks(open_run(lora_run).config).rank,
+        current_ranks(open_run(lora_run).config).world,
+    ) == (0, 1)
