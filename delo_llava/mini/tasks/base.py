@@ -1,0 +1,42 @@
+"""What the six tasks share: an example, and the draw of which modality carries its answer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from numpy.random import Generator
+from PIL import Image
+
+from delo_llava.mini.entities import Split
+
+
+@dataclass(frozen=True)
+class Example:
+    """One example before it is written; `in_image`, `in_context`: who carries the answer (never neither)."""
+
+    image: Image.Image
+    context: str
+    instruction: str
+    answer: str
+    entity: str
+    in_image: bool
+    in_context: bool
+
+
+class Records(Protocol):
+    """A task's generator: endless, and a pure function of the split and the state of `rng`."""
+
+    def __call__(self, split: Split, rng: Generator) -> Iterator[Example]:
+        """Examples of one split."""
+        ...
+
+
+def carriers(rng: Generator, image_only: float, both: float) -> tuple[bool, bool]:
+    """Draw (in_image, in_context): image only, both, or else context only."""
+    draw = rng.random()
+    return draw < image_only + both, draw >= image_only
+
+
+def pick(rng: Generator, items: tuple[str, ...] | list[str]) -> str:
+    """One of the items, each as likely as the others."""
+    return items[int(rng.integers(len(items)))]

@@ -1,0 +1,226 @@
+"""mini6: same data on every build, splits share no entity, hidden pictures hide, answers are somewhere."""
+
+import json
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import get_args
+
+import numpy as np
+import pytest
+
+from delo_llava.errors import DeloError
+from delo_llava.mini import build, entities, render
+from delo_llava.mini.tasks.base import Example
+
+SMALL = {"train": 40, "val": 10, "test": 20}
+
+
+def examples(task: str, split: str, count: int = 120, seed: int = 0) -> list[Example]:
+    records = import_module(f"delo_llava.mini.tasks.{task}").records
+    return list(islice(records(split, np.random.default_rng(seed)), count))
+
+
+def pixels(image) -> np.ndarray:
+    return np.asarray(image)
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    return build.ensure_mini6(tmp_path_factory.mktemp("mini6"), SMALL)
+
+
+def test_a_second_build_has_the_same_hashes(built, tmp_path):
+    again = build.ensure_mini6(tmp_path, SMALL)
+    assert json.loads((again / "manifest.json").read_text()) == json.loads(
+        (built / "manifest.json").read_text()
+    )
+    assert build.describe(built) == json.loads((built / "manifest.json").read_text())
+
+
+def test_a_finished_folder_is_reused_and_the_slower_of_two_builders_gives_way(built, tmp_path):
+    stamp = (built / "manifest.json").stat().st_mtime_ns
+    assert build.ensure_mini6(built.parent) == built
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    build._publish(draft, built)
+    assert (built / "manifest.json").stat().st_mtime_ns == stamp and not list(built.parent.glob(".mini6*"))
+
+
+def test_two_builders_at_once_agree(built, tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(lambda _: build.ensure_mini6(tmp_path, SMALL), range(2)))
+    assert found[0] == found[1] and [p.name for p in tmp_path.iterdir()] == [build.VERSION]
+    assert (found[0] / "manifest.json").read_text() == (built / "manifest.json").read_text()
+
+
+def test_a_leftover_without_a_manifest_makes_way(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "half").write_text("x")
+    draft = tmp_path / "draft"
+    draft.mkdir()
+    (draft / "manifest.json").write_text("{}")
+    build._publish(draft, tmp_path / "target")
+    assert [p.name for p in (tmp_path / "target").iterdir()] == ["manifest.json"]
+
+
+def test_a_changed_file_is_named(tmp_path):
+    folder = build.ensure_mini6(tmp_path, {"train": 2, "val": 2, "test": 2})
+    (folder / "ocr" / "images" / "val" / "00000.png").unlink()
+    with pytest.raises(DeloError, match="2 pictures belong in ocr/images/val, 1"):
+        build.ensure_mini6(tmp_path)
+    (folder / "ocr" / "val.json").write_text("[]")
+    with pytest.raises(DeloError, match="ocr/val.json"):
+        build.ensure_mini6(tmp_path)
+
+
+@pytest.mark.parametrize("task", build.TASKS)
+def test_records_on_disk_have_coin_form(built, task):
+    for split, count in SMALL.items():
+        rows = json.loads((built / task / f"{split}.json").read_text())
+        assert len(rows) == count
+        for row in rows:
+            assert (built / row["image"]).is_file() and row["context"] and row["entity"] and row["answer_in"]
+            if split == "test":
+                assert row["text"] and row["answer"] and "<image>" not in row["text"]
+            else:
+                human, gpt = row["conversations"]
+                assert (human["from"], gpt["from"]) == ("human", "gpt") and gpt["value"]
+                assert human["value"].startswith("<image>\n")
+
+
+@pytest.mark.parametrize("task", build.TASKS)
+def test_no_entity_is_in_two_splits(task):
+    found = {split: {e.entity for e in examples(task, split)} for split in entities.SPLITS}
+    assert (
+        not found["train"] & found["val"]
+        and not found["train"] & found["test"]
+        and not found["val"] & found["test"]
+    )
+    for split, names in found.items():
+        for name in names:
+            kind, key = name.split("/", 1)
+            if kind == "scene":
+                assert key.startswith("test/" if split == "test" else "train/")
+            else:
+                assert entities.split_of(kind, key) == split
+
+
+@pytest.mark.parametrize("task", build.TASKS)
+def test_an_answer_is_always_in_one_source_and_often_in_only_one(task):
+    rows = examples(task, "train", 400)
+    shown, told = np.array([r.in_image for r in rows]), np.array([r.in_context for r in rows])
+    assert (shown | told).all()
+    assert 0.6 < shown.mean() < 0.8 and 0.4 < told.mean() < 0.7
+    assert (shown & ~told).mean() > 0.3 and (told & ~shown).mean() > 0.2
+
+
+TELLS = {  # what a context says, normalised, when it tells the answer
+    "science": lambda e: _option(e) in e.context.split(),
+    "ocr": lambda e: e.answer in e.context.split(),
+    "attribute": lambda e: e.answer in e.context.split(),
+    "geography": lambda e: e.answer in e.context.replace(",", "").split(),
+    "naming": lambda e: e.context in import_module("delo_llava.mini.tasks.naming").CLUES[e.answer],
+    "yesno": lambda e: bool(set(e.context.split()) & set(entities.COLOURS)),
+}
+
+
+def _option(example: Example) -> str:
+    words = example.instruction.split()
+    return words[words.index(f"{example.answer}.") + 1]
+
+
+@pytest.mark.parametrize("task", build.TASKS)
+def test_a_context_tells_the_answer_exactly_when_it_is_said_to(task):
+    for example in examples(task, "val", 300):
+        assert TELLS[task](example) == example.in_context, example
+
+
+def test_hidden_pictures_do_not_depend_on_what_they_hide():
+    draw = lambda make: pixels(make(np.random.default_rng(5)))  # noqa: E731
+    scans = [d.scan for d in entities.digits()[:2]]
+    assert (
+        draw(lambda r: render.digit_image(scans[0], r, True))
+        == draw(lambda r: render.digit_image(scans[1], r, True))
+    ).all()
+    assert (
+        draw(lambda r: render.digit_image(scans[0], r)) != draw(lambda r: render.digit_image(scans[1], r))
+    ).any()
+    assert (
+        draw(lambda r: render.letter_card("sun", r, True))
+        == draw(lambda r: render.letter_card("mangos", r, True))
+    ).all()
+    assert (
+        draw(lambda r: render.emoji_image("🐄", r, True)) == draw(lambda r: render.emoji_image("🍎", r, True))
+    ).all()
+    assert (draw(lambda r: render.emoji_image("🐄", r)) != draw(lambda r: render.emoji_image("🍎", r))).any()
+    assert (
+        draw(lambda r: render.map_image(0, 0, r, True)) == draw(lambda r: render.map_image(50, 90, r, True))
+    ).all()
+
+
+def _plain(colour: str, form: str):
+    image = render.shapes_image([render.Shape(colour, form, 30, 34, 12, 12)], np.random.default_rng(1))
+    return lambda hiding: pixels(render.hide_shape(image, np.random.default_rng(2), hiding))
+
+
+def test_hidden_colours_and_forms_leave_no_trace():
+    assert (_plain("red", "circle")("all") == _plain("blue", "triangle")("all")).all()
+    for colour in ("blue", "teal", "black"):
+        difference = (_plain("red", "circle")("colour") != _plain(colour, "circle")("colour")).any(axis=2)
+        assert difference.mean() < 0.02  # at most the smooth edge
+        hatched = _plain(colour, "circle")("colour").reshape(-1, 3)
+        assert (
+            not (np.abs(hatched.astype(int) - entities.COLOURS[colour]).max(axis=1) < 30).any()
+            or colour == "black"
+        )
+    assert (_plain("red", "circle")("form") == _plain("red", "rectangle")("form")).all()
+    assert (_plain("red", "circle")("form") != _plain("blue", "circle")("form")).any()
+
+
+def test_official_scenes_lose_their_colour_too():
+    scene = next(s for s in entities.scenes("train") if s.colour == "red")
+    grey = pixels(render.hide_shape(render.scene_image(scene), np.random.default_rng(0), "colour")).astype(
+        int
+    )
+    assert (grey.max(axis=2) - grey.min(axis=2)).max() < 40
+    assert (pixels(render.scene_image(scene)).astype(int) @ [1, -1, 0]).max() > 200
+
+
+CEILINGS = {"ocr": 0.1, "attribute": 0.35, "geography": 0.3, "yesno": 0.6, "naming": 0.3, "science": 0.45}
+
+
+@pytest.mark.parametrize("task", build.TASKS)
+def test_no_constant_answer_is_good(task):
+    for split in get_args(entities.Split):
+        counts = Counter(e.answer for e in examples(task, split, 300))
+        assert counts.most_common(1)[0][1] / 300 < CEILINGS[task]
+
+
+def test_entities_are_many_enough_and_plain():
+    assert len(entities.digits()) == 1797 and len(entities.countries()) > 200 and len(entities.words()) > 900
+    assert all(w.isascii() and w.islower() and 3 <= len(w) <= 6 for w in entities.words())
+    groups = Counter(e.group for e in entities.emoji())
+    assert set(groups) == set(entities.GROUPS.values()) and min(groups.values()) > 70
+    assert len({e.name for e in entities.emoji()}) == len(entities.emoji())
+
+
+def instructions(task: str) -> set[str]:
+    """A task's wordings with what varies taken out."""
+    module = import_module(f"delo_llava.mini.tasks.{task}")
+    given = getattr(module, "INSTRUCTIONS", ())
+    listed = [i for group in given.values() for i in group] if isinstance(given, dict) else list(given)
+    return {i.replace("{options}", "").strip() for i in listed}
+
+
+def test_the_tasks_wordings_differ_and_are_not_in_the_pretraining_mixture():
+    found = {task: instructions(task) for task in build.TASKS}
+    flat = [i for wordings in found.values() for i in wordings]
+    assert len(flat) == len(set(flat))
+    mixture = pytest.importorskip("delo_llava.mini.pretrain.mixture")
+    source = Path(mixture.__file__).read_text(encoding="utf-8")
+    asked = [i for i in flat if i in source]
+    assert not asked
+    assert "present?" not in source and "is there a" not in source.replace("there is a", "")
