@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,13 @@ class Stage:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
-    def save(self, state: dict[str, object]) -> None:
+    def save(self, state: dict[str, Any]) -> None:
         """Replace the state file in one move, so that a kill leaves the old or the new one."""
         part = self.folder / "state.pt.part"
         torch.save(state, part)
         part.replace(self.folder / "state.pt")
 
-    def load(self) -> dict[str, object] | None:
+    def load(self) -> dict[str, Any] | None:
         """The last saved state, if any."""
         path = self.folder / "state.pt"
         return torch.load(path, weights_only=True) if path.exists() else None
@@ -84,9 +85,9 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.rate, betas=(0.9, 0.98), weight_decay=0.01)
     step, spent, running = 0, 0.0, 0.0
     if (state := stage.load()) is not None:
-        model.load_state_dict(state["model"])  # type: ignore[arg-type]
-        optimizer.load_state_dict(state["optimizer"])  # type: ignore[arg-type]
-        step, spent = int(state["step"]), float(state["spent"])  # type: ignore[call-overload, arg-type]
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent, running = int(state["step"]), float(state["spent"]), float(state["loss"])
     model.train()
     began = saved = time.monotonic()
     if stage.finished:
@@ -109,9 +110,9 @@ def train(
             measured = _measured(model, measure) if step % plan.measure_every == 0 else {}
             stage.log(step=step, seconds=round(elapsed, 1), loss=round(running, 4), **measured)
         if time.monotonic() - saved > SAVE_EVERY:
-            stage.save(_state(model, optimizer, step, spent + time.monotonic() - began))
+            stage.save(_state(model, optimizer, step, spent + time.monotonic() - began, running))
             saved = time.monotonic()
-    stage.save(_state(model, optimizer, step, elapsed))
+    stage.save(_state(model, optimizer, step, elapsed, running))
     final = {
         "steps": step,
         "seconds": round(elapsed, 1),
@@ -122,8 +123,11 @@ def train(
     (stage.folder / "done.json").write_text(json.dumps(final, indent=1), encoding="utf-8")
 
 
-def _state(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, spent: float) -> dict[str, object]:
-    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "spent": spent}
+def _state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: int, spent: float, loss: float
+) -> dict[str, Any]:
+    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    return parts | {"step": step, "spent": spent, "loss": loss}
 
 
 def _measured(model: nn.Module, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
