@@ -1,0 +1,125 @@
+"""Hashes of data and weights, remembered by size and time; the manifest that closes a published folder."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from delo_llava.errors import DeloError
+
+MANIFEST = "manifest.json"
+SCHEMA = 1
+
+
+def sha256_file(path: Path) -> str:
+    """The sha256 of a file's bytes, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+class HashCache:
+    """sha256 of files, computed again only where size or modification time changed.
+
+    Args:
+        path: JSON file that remembers {absolute path: [size, mtime_ns, sha256]}.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.known: dict[str, list[Any]] = json.loads(path.read_text()) if path.is_file() else {}
+
+    def hash(self, path: Path) -> str:
+        """The sha256 of one file.
+
+        Raises:
+            DeloError: there is no such file.
+        """
+        if not path.is_file():
+            raise DeloError(
+                "A file that the run needs is missing",
+                given=path,
+                fix="put it back, or check the data's root",
+            )
+        status = path.stat()
+        entry = self.known.get(str(path))
+        if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+            entry = [status.st_size, status.st_mtime_ns, sha256_file(path)]
+            self.known[str(path)] = entry
+        return str(entry[2])
+
+    def save(self) -> None:
+        """Write the memory back."""
+        write_json_atomic(self.path, self.known)
+
+
+def combined_hash(cache: HashCache, files: Iterable[Path]) -> str:
+    """One sha256 over the names and contents of `files`, in the order of their names."""
+    lines = [f"{file.name} {cache.hash(file)}" for file in sorted(files, key=lambda f: f.name)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Replace `path` by the JSON of `value` in one step: a reader sees the old file or the new one, whole."""
+    write_text_atomic(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def write_text_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step, flushed to the disk before the name changes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with draft.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    draft.replace(path)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Flush one file, or one folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """Every regular file below `folder` except the manifest, sorted."""
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MANIFEST)
+
+
+def write_manifest(folder: Path) -> None:
+    """Record size and sha256 of every file of `folder`, after flushing them; the manifest is written last.
+
+    Raises:
+        DeloError: the folder is empty.
+    """
+    files = folder_files(folder)
+    if not files:
+        raise DeloError("Nothing was written into a folder that was to be published", given=folder)
+    for file in files:
+        fsync(file)
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}
+        for file in files
+    }
+    write_json_atomic(folder / MANIFEST, {"schema": SCHEMA, "files": entries})
+
+
+def manifest_faults(folder: Path) -> list[str]:
+    """What differs between `folder` and its manifest, one line per file; empty when all is well."""
+    try:
+        entries = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError) as error:
+        return [f"{folder / MANIFEST}: missing or unreadable ({error.__class__.__name__})"]
+    present = {file.relative_to(folder).as_posix() for file in folder_files(folder)}
+    faults = [f"{folder / name}: not in the manifest" for name in sorted(present - set(entries))]
+    for name, entry in sorted(entries.items()):
+        if name not in present:
+            faults.append(f"{folder / name}: missing")
+        elif sha256_file(folder / name) != entry["sha256"]:
+            faults.append(f"{folder / name}: its bytes differ from the published ones")
+    return faults

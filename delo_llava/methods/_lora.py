@@ -1,0 +1,82 @@
+"""What the LoRA baselines share: the adapter, its rank at equal trainable parameters, its files."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from pydantic import Field
+from torch import Tensor, nn
+
+from delo_llava.backbones.base import Backbone, adapted_linears
+from delo_llava.config import RunConfig
+from delo_llava.data.collate import Batch
+from delo_llava.errors import DeloError
+from delo_llava.methods.base import Method, MethodConfig, Stage, answer_loss_sum
+from delo_llava.methods.delo import DeloOptions, trainable_parameters
+
+ADAPTER = "default"
+
+
+class LoraOptions(MethodConfig):
+    """Options of the LoRA baselines.
+
+    Attributes:
+        rank: a number, or `match`: the rank whose trainable parameters come nearest to DeLo's for one task.
+        alpha_over_rank: the update is scaled by this factor (alpha / r).
+        dropout: on the adapter's input, while training.
+    """
+
+    rank: Literal["match"] | int = "match"
+    alpha_over_rank: float = Field(2.0, gt=0)
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+
+def matched_rank(base: nn.Module, backbone: Backbone, run: RunConfig) -> int:
+    """The LoRA rank r whose r·Σ(d_in + d_out) is nearest to DeLo's trainable parameters for one task."""
+    linears = adapted_linears(base, backbone)
+    target = trainable_parameters(DeloOptions(**run.methods.get("delo", {})), base, backbone)
+    return max(1, round(target / sum(i + o for i, o in linears.values())))
+
+
+def lora_config(options: LoraOptions, base: nn.Module, backbone: Backbone, run: RunConfig) -> LoraConfig:
+    """PEFT's configuration for every language and projector linear, like DeLo's."""
+    rank = matched_rank(base, backbone, run) if options.rank == "match" else options.rank
+    if rank < 1:
+        raise DeloError("A LoRA rank must be at least 1", given=rank, fix="set rank to a positive number or to match")
+    pattern = f"(?:{backbone.language_pattern})|(?:{backbone.projector_pattern})"
+    # PEFT's type says int, but it only ever divides alpha by r.
+    alpha: Any = options.alpha_over_rank * rank
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=options.dropout, target_modules=pattern, bias="none")
+
+
+class LoraMethod(Method):
+    """The common ground of `lora` and `individual`: plain next-token loss on one PEFT LoRA adapter."""
+
+    Config = LoraOptions
+
+    def fresh(self, base: nn.Module) -> PeftModel:
+        """A new adapter, zero at the start (B = 0), on the frozen base."""
+        return get_peft_model(base, lora_config(self.options, base, self.backbone, self.run), adapter_name=ADAPTER)
+
+    def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        assert batch.labels is not None
+        return {"answer": answer_loss_sum(model(**batch.inputs).logits, batch.labels)}
+
+    def save(self, model: Any, stage: Stage, folder: Path) -> None:
+        model.save_pretrained(folder, safe_serialization=True, selected_adapters=[ADAPTER])
+        # PEFT writes the folder the base came from into the model card and config; a path of one machine helps no other.
+        (folder / "README.md").unlink(missing_ok=True)
+
+
+def bare(base: nn.Module) -> nn.Module:
+    """The base itself, for the zero-shot row."""
+    return base.requires_grad_(False)
+
+
+def no_grad_parameters(model: nn.Module) -> nn.Module:
+    """Freeze everything: inference needs no gradient."""
+    for parameter in model.parameters():
+        if torch.is_floating_point(parameter):
+            parameter.requires_grad_(False)
+    return model

@@ -1,0 +1,48 @@
+"""`individual`: a fresh PEFT LoRA per task and the true task given at test, the upper bound of continual learning."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+
+from delo_llava.data.collate import Batch
+from delo_llava.errors import DeloError
+from delo_llava.methods._lora import LoraMethod, bare, no_grad_parameters
+from delo_llava.methods.base import Capabilities, Stage
+
+
+class Individual(LoraMethod):
+    """One LoRA per task; the harness must name the task of every sample."""
+
+    capabilities = Capabilities(needs_task=True, isolated=True)
+
+    def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
+        return self.fresh(base)
+
+    def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
+        if not adapters:
+            return bare(base)
+        (first, folder), *rest = adapters.items()
+        model = PeftModel.from_pretrained(base, folder, adapter_name=first)
+        for task, other in rest:
+            model.load_adapter(other, adapter_name=task)
+        return no_grad_parameters(model)
+
+    @contextmanager
+    def answering(
+        self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
+    ) -> Iterator[None]:
+        if isinstance(model, PeftModel):
+            wanted = set(tasks or ())
+            if len(wanted) != 1:
+                raise DeloError(
+                    "`individual` answers one task at a time", given=sorted(wanted) or "no task",
+                    fix="evaluate with the true task and one task per batch",
+                )
+            model.set_adapter(wanted.pop(), inference_mode=True)
+        yield
+
+
+METHOD = Individual

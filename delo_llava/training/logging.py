@@ -1,0 +1,226 @@
+"""What a run tells: JSON lines of metrics, TensorBoard when asked for, one bar for the whole sequence."""
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from delo_llava.checkpoint.manifest import write_text_atomic
+from delo_llava.errors import DeloError
+
+#: Without a terminal, a line of progress is written this often (seconds).
+QUIET = 15.0
+
+
+class MetricsLog:
+    """`logs/metrics.jsonl`: one JSON object per logged step; mirrored to TensorBoard if asked for.
+
+    Args:
+        path: the JSONL file.
+        stage: lines of this stage and later ones are dropped: an interrupted stage starts again from its
+            first step.
+        tensorboard: also write event files beside it.
+
+    Raises:
+        DeloError: TensorBoard asked for and not installed.
+    """
+
+    def __init__(self, path: Path, stage: int, tensorboard: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        write_text_atomic(path, "".join(line for line in lines if _stage_of(line) < stage))
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._writer = _summary_writer(path.parent / "tensorboard") if tensorboard else None
+
+    def write(self, entry: Mapping[str, Any]) -> None:
+        """Append one entry; it must hold `stage`, `task` and `step`."""
+        self._file.write(json.dumps(entry) + "\n")
+        if self._writer is not None:
+            for name, value in _scalars(entry):
+                self._writer.add_scalar(f"{entry['task']}/{name}", value, entry["step"])
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Eta:
+    """Time left of a sequence: steps and evaluations are timed apart, since their numbers grow differently.
+
+    Args:
+        steps: training steps still to do.
+        cells: (stage, task) evaluations still to do.
+    """
+
+    def __init__(self, steps: int, cells: int) -> None:
+        self.steps, self.cells = steps, cells
+        self._spent = {"step": [0.0, 0], "cell": [0.0, 0]}
+
+    def trained(self, seconds: float) -> None:
+        """One step was done."""
+        self._spent["step"][0] += seconds
+        self._spent["step"][1] += 1
+        self.steps -= 1
+
+    def evaluated(self, seconds: float, cells: int) -> None:
+        """Some evaluations were done."""
+        self._spent["cell"][0] += seconds
+        self._spent["cell"][1] += cells
+        self.cells -= cells
+
+    def seconds(self) -> float | None:
+        """Expected seconds left; None before the first step. Unseen evaluations are left out."""
+        if not self._spent["step"][1]:
+            return None
+        left = {"step": self.steps, "cell": self.cells}
+        return sum(left[kind] * spent / count for kind, (spent, count) in self._spent.items() if count)
+
+
+class RunProgress:
+    """One bar with one ETA for the whole sequence; plain lines now and then where there is no terminal.
+
+    Args:
+        steps, cells: what is left of the sequence, see `Eta`.
+        shown: only the first rank shows anything.
+    """
+
+    def __init__(self, steps: int, cells: int, shown: bool) -> None:
+        self.console = Console(stderr=True, quiet=not shown)
+        self.eta = Eta(steps, cells)
+        self._live = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f} steps"),
+            TextColumn("{task.fields[loss]}"),
+            TimeElapsedColumn(),
+            _EtaColumn(self.eta),
+            console=self.console,
+            disable=not (shown and self.console.is_terminal),
+            refresh_per_second=2,
+        )
+        self._bar = self._live.add_task("starting", total=max(1, steps), loss="")
+        self._said, self._total = time.monotonic(), steps
+
+    def __enter__(self) -> "RunProgress":
+        self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._live.stop()
+
+    def say(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def describe(self, text: str) -> None:
+        """What is being done now."""
+        self._live.update(self._bar, description=text)
+        self._text = text
+
+    def step(self, seconds: float, loss: float) -> None:
+        """One step was done."""
+        self.eta.trained(seconds)
+        self._live.update(self._bar, advance=1, loss=f"loss {loss:.4f}")
+        if not self.console.is_terminal and time.monotonic() - self._said > QUIET:
+            self._said = time.monotonic()
+            done = self._total - self.eta.steps
+            left = clock(self.eta.seconds())
+            self.say(f"{self._text}: step {done}/{self._total} of the sequence, loss {loss:.4f}, ETA {left}")
+
+    def evaluated(self, seconds: float, cells: int) -> None:
+        """Some evaluations were done."""
+        self.eta.evaluated(seconds, cells)
+
+
+class _EtaColumn(ProgressColumn):
+    """The sequence's ETA."""
+
+    def __init__(self, eta: Eta) -> None:
+        super().__init__()
+        self.eta = eta
+
+    def render(self, task: Task) -> Text:
+        """`ETA 0:03:20`, evaluations included."""
+        return Text(f"ETA {clock(self.eta.seconds())}")
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds as h:mm:ss."""
+    if seconds is None:
+        return "-:--:--"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def matrix_row(results: Mapping[str, Any], stage: int) -> str:
+    """Row `stage` of the accuracy matrix in percent, one line per way of choosing the task that was run."""
+    tasks = results["tasks"]
+    lines = []
+    for mode, rows in results["matrix"].items():
+        if rows and rows[stage] and any(score is not None for score in rows[stage]):
+            scores = [
+                f"{name} {score:.1f}"
+                for name, score in zip(tasks, rows[stage], strict=True)
+                if score is not None
+            ]
+            lines.append(f"after {stage + 1}. {tasks[stage]} ({mode}): {' · '.join(scores)}")
+    return "\n".join(lines)
+
+
+def matrix_summary(results: Mapping[str, Any]) -> str:
+    """The whole matrix and its metrics, one block per way of choosing the task."""
+    tasks, blocks = results["tasks"], []
+    width = max(8, *(len(name) for name in tasks)) + 1
+    for mode, rows in results["matrix"].items():
+        if not rows or not any(score is not None for row in rows for score in row or []):
+            continue
+        lines = [f"{mode}:", " " * width + "".join(f"{name:>{width}}" for name in tasks)]
+        for name, row in zip(tasks, rows, strict=True):
+            cells = ["" if score is None else f"{score:.1f}" for score in row or []]
+            lines.append(f"{name:<{width}}" + "".join(f"{cell:>{width}}" for cell in cells))
+        metrics = results["metrics"].get(mode) or {}
+        shown = [
+            f"{key} {metrics[key]:.2f}" for key in ("ap", "forgetting", "maa") if metrics.get(key) is not None
+        ]
+        blocks.append("\n".join([*lines, " · ".join(shown)]))
+    return "\n\n".join(blocks)
+
+
+def _stage_of(line: str) -> int:
+    """The stage of a metrics line; a line that was cut off by a kill counts as the latest."""
+    try:
+        return int(json.loads(line)["stage"])
+    except (ValueError, KeyError, TypeError):
+        return 10**9
+
+
+def _scalars(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    pairs: list[tuple[str, float]] = []
+    for key, value in entry.items():
+        if isinstance(value, Mapping):
+            pairs += _scalars(value, f"{prefix}{key}/")
+        elif isinstance(value, int | float) and key not in ("stage", "step", "time"):
+            pairs.append((prefix + key, float(value)))
+    return pairs
+
+
+def _summary_writer(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise DeloError(
+            "TensorBoard is not installed",
+            given="train.tensorboard",
+            fix='pip install "delo-llava[track]", or leave it off',
+        ) from error
+    return SummaryWriter(str(folder))

@@ -1,0 +1,133 @@
+"""The processes of a run: who am I, how sums and barriers are taken, how many threads each may use."""
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+from torch import Tensor, distributed
+
+from delo_llava.config import RunConfig
+from delo_llava.errors import DeloError
+
+#: Evaluation on one rank may be much longer than on another, so waiting ranks must be patient.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers.
+
+    Attributes:
+        rank, world: number of this process and of all processes.
+        device: where this process computes.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process is the one that writes files and speaks."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of `tensor` over all ranks, on every rank, with the device and dtype it had."""
+        if self.world == 1:
+            return tensor
+        total = tensor.detach().to(self.device, copy=True)
+        distributed.all_reduce(total)
+        return total.to(tensor.device)
+
+    def run_first(self, action: Callable[[], None]) -> None:
+        """Run `action` on the first rank while the others wait; its DeloError is raised on all of them.
+
+        Raises:
+            DeloError: what `action` raised on the first rank.
+        """
+        fault: DeloError | None = None
+        if self.first:
+            try:
+                action()
+            except DeloError as error:
+                fault = error
+        if self.world > 1:
+            told: list[str | None] = [str(fault) if fault else None]
+            distributed.broadcast_object_list(told, src=0, device=self.device)
+            if told[0] is not None and fault is None:
+                raise DeloError(told[0])
+        if fault is not None:
+            raise fault
+
+
+def world_size() -> int:
+    """Number of processes the launcher started (1 without a launcher); needs no initialised group."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_ranks(config: RunConfig) -> Ranks:
+    """Join the process group (by DeepSpeed, unless `zero` is `none`) and share the cores among local ranks.
+
+    Raises:
+        DeloError: CUDA asked for and absent, or the one-process engine under a launcher with several
+            processes.
+    """
+    device = _device(config)
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world_size()))))
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_world)))
+    if config.zero == "none":
+        return Ranks(0, 1, device)
+    if not distributed.is_initialized():
+        from delo_llava.training.engine import init_deepspeed_group
+
+        _complete_environment()
+        init_deepspeed_group(device, PATIENCE)
+    ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), device)
+    if ranks.world != world_size():
+        raise DeloError(
+            "The process group is smaller than the launcher said", given=ranks.world, allowed=[world_size()]
+        )
+    return ranks
+
+
+def stop_ranks(ranks: Ranks) -> None:
+    """Leave the process group after every rank arrived."""
+    if distributed.is_initialized():
+        ranks.barrier()
+        distributed.destroy_process_group()
+
+
+def _device(config: RunConfig) -> torch.device:
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeloError("There is no CUDA device here", given=config.device, allowed=["auto", "cpu"])
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def _complete_environment() -> None:
+    """Without a launcher DeepSpeed would look for MPI; one process alone can name itself."""
+    if "RANK" in os.environ:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    os.environ.update(alone)

@@ -1,0 +1,23 @@
+# Sourced by the scripts beside it: an environment with this project, made from the lock file when there is none.
+#
+#   VENV    folder of the environment to use or make (default: .venv in the repository)
+#   PYTHON  interpreter to make it with (default: python3)
+#
+# With an environment already active (VIRTUAL_ENV) and VENV unset, that one is used.
+
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+venv="${VENV:-${VIRTUAL_ENV:-$root/.venv}}"
+
+# ensure_environment [EXTRA]: installs what the lock file names, then this project with the extra.
+ensure_environment() {
+  local extra="${1:-}" stamp="$venv/.delo-llava${1:+-$1}"
+  if [ ! -x "$venv/bin/python" ]; then
+    "${PYTHON:-python3}" -m venv "$venv"
+  fi
+  export PATH="$venv/bin:$PATH"
+  if [ ! -e "$stamp" ] || [ "$root/requirements.lock" -nt "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
+    python -m pip install --quiet --disable-pip-version-check -r "$root/requirements.lock"
+    python -m pip install --quiet --disable-pip-version-check -c "$root/requirements.lock" -e "$root${extra:+[$extra]}"
+    touch "$stamp"
+  fi
+}

@@ -1,0 +1,10 @@
+"""Evaluate saved stages of a run, on one process or several.
+
+python launch/evaluate.py --run runs/x --stage all
+deepspeed --num_gpus 2 launch/evaluate.py --run runs/x --stage 3
+"""
+
+from delo_eval.run import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,15 @@
+"""Train a task sequence and evaluate after each task.
+
+    deepspeed --num_gpus 2 launch/train.py --task_seq mini6 --output runs/x      # two ranks, on GPUs or on
+    the CPU python launch/train.py --zero none                                           # one process,
+    without DeepSpeed
+
+`deepspeed` without --num_gpus starts one rank per GPU, and a single one on a machine without GPUs.
+"""
+
+import sys
+
+from delo_llava.cli import main_train
+
+if __name__ == "__main__":
+    sys.exit(main_train(sys.argv[1:]))

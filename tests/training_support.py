@@ -1,0 +1,154 @@
+"""A tiny sequence on disk and a process that trains it, for tests that launch the real pipeline.
+
+As a program, `python training_support.py JOBS.json` runs each job's `run_sequence` in turn, in one process
+group if RANK is set.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+COLOURS = {"red": (220, 30, 30), "green": (30, 180, 30), "blue": (30, 30, 220), "yellow": (220, 210, 30)}
+
+
+def write_sequence(folder: Path, tasks: int = 2, records: int = 16) -> Path:
+    """A recipe whose tasks ask for colours that pictures and captions show; returns the YAML file."""
+    from PIL import Image
+
+    images = folder / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (64, 64), colour).save(images / f"{name}.png")
+    entries = []
+    for task in range(tasks):
+        for split, count in (("train", records), ("test", 4)):
+            rows = [_record(task, split, number) for number in range(count)]
+            (folder / f"task{task}_{split}.json").write_text(json.dumps(rows))
+        files = {split: f"task{task}_{split}.json" for split in ("train", "test")}
+        entries.append({"name": f"task{task}", "kind": "colour", "files": files})
+    recipe = folder / "tiny.yaml"
+    recipe.write_text(json.dumps({"name": "tiny", "tasks": entries}))  # JSON is YAML
+    return recipe
+
+
+def _record(task: int, split: str, number: int) -> dict[str, Any]:
+    colour = list(COLOURS)[(number + task) % len(COLOURS)]
+    words = "shown here " * (1 + number % 3)
+    return {
+        "id": f"{split}-{number}",
+        "image": f"images/{colour}.png",
+        "context": f"the picture is {colour} {words}",
+        "conversations": [
+            {"from": "human", "value": f"<image>\nwhat color is it, question {task}"},
+            {"from": "gpt", "value": f"{colour} {task}"},
+        ],
+    }
+
+
+def words(recipe: Path, model: Path, output: Path, *more: str) -> list[str]:
+    """A command line for a tiny run of `lora` in the one-process engine; `more` overrides it."""
+    return [
+        f"--task_seq={recipe}",
+        f"--data.root={recipe.parent}",
+        f"--model={model}",
+        f"--output={output}",
+        "--method=lora",
+        "--lora.rank=2",
+        "--zero=none",
+        "--quant=none",
+        "--device=cpu",
+        "--missing.ratio=0.4",
+        "--train.global_batch=8",
+        "--train.micro_batch=2",
+        "--train.epochs=2",
+        "--train.lr=0.01",
+        "--train.projector_lr=0.002",
+        "--train.log_every=1",
+        "--train.warmup=0.3",
+        *more,
+    ]
+
+
+def metrics(output: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run."""
+    return [json.loads(line) for line in (output / "logs" / "metrics.jsonl").read_text().splitlines()]
+
+
+def bits(output: Path) -> dict[str, str]:
+    """sha256 of every published file, by task and name."""
+    manifests = sorted((output / "adapters").glob("*/manifest.json"))
+    return {
+        f"{path.parent.name}/{name}": entry["sha256"]
+        for path in manifests
+        for name, entry in json.loads(path.read_text())["files"].items()
+    }
+
+
+def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int = 1, timeout: float = 1200.0) -> list[int]:
+    """Run jobs in `ranks` processes and return their exit codes; a job is {"words": [...], "kill": {...}}."""
+    file = folder / "jobs.json"
+    file.write_text(json.dumps(jobs))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+    group = (
+        {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
+    )
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(file)],
+            env=here | group | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}),
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        return [child.wait(timeout) for child in children]
+    finally:
+        for child in children:
+            child.kill()
+
+
+class Interrupted(Exception):
+    """Raised by a job's evaluation to end a run between two stages without ending the process."""
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """Train one sequence; `kill` says where this process kills itself, `stop` after which stage it leaves."""
+    from delo_llava.cli import resolve
+    from delo_llava.training import logging, stages
+
+    kill, stop = job.get("kill"), job.get("stop")
+    if kill is not None:
+        write = logging.MetricsLog.write
+
+        def deadly(self: logging.MetricsLog, entry: Any) -> None:
+            write(self, entry)
+            if (entry["stage"], entry["step"]) == (kill["stage"], kill["step"]):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        logging.MetricsLog.write = deadly  # type: ignore[method-assign]
+
+    def evaluate(run: Path, stage: int) -> None:
+        if stage == stop:
+            raise Interrupted
+        with (run / "evaluated.txt").open("a") as file:
+            file.write(f"{stage}\n")
+
+    try:
+        stages.run_sequence(resolve(job["words"]), evaluate)
+    except Interrupted:
+        return
+
+
+if __name__ == "__main__":
+    from delo_llava.training import ranks
+
+    ranks.stop_ranks = lambda _: None  # type: ignore[assignment]  # the jobs share one process group
+    for entry in json.loads(Path(sys.argv[1]).read_text()):
+        run_job(entry)
