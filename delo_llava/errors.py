@@ -18,7 +18,12 @@ class DeloError(Exception):
     exit_code = 2
 
     def __init__(
-        self, message: str, *, given: object = None, allowed: Iterable[object] | None = None, fix: str | None = None
+        self,
+        message: str,
+        *,
+        given: object = None,
+        allowed: Iterable[object] | None = None,
+        fix: str | None = None,
     ) -> None:
         self.message, self.given, self.fix = message, given, fix
         self.allowed = [str(a) for a in allowed] if allowed is not None else None
@@ -31,7 +36,10 @@ class DeloError(Exception):
             lines.append(f"  given:   {self.given}")
         if self.allowed is not None:
             close = closest(str(self.given), self.allowed)
-            lines.append(f"  allowed: {', '.join(self.allowed) or '(none)'}" + (f"  (did you mean {close}?)" if close else ""))
+            lines.append(
+                f"  allowed: {', '.join(self.allowed) or '(none)'}"
+                + (f"  (did you mean {close}?)" if close else "")
+            )
         if self.fix:
             lines.append(f"  fix:     {self.fix}")
         return "\n".join(lines)

@@ -18,7 +18,8 @@ class Record:
     Attributes:
         id: unique within (task, split).
         image: absolute path of the image file, or None.
-        context: the auxiliary text (caption, title, hint, transcript), or None. Only this is "text" for missingness.
+        context: the auxiliary text (caption, title, hint, transcript), or None. Only this is "text" for
+            missingness.
         instruction: what is asked.
         answer: the reference answer; never empty.
     """

@@ -1,4 +1,6 @@
-"""Mean ± standard deviation over seeds of finished runs, as a Markdown table and JSON; rows that differ are never merged."""
+"""Mean ± standard deviation over seeds of finished runs, as a Markdown table and JSON; rows that differ are
+never merged.
+"""
 
 import json
 import statistics

@@ -1,4 +1,5 @@
-"""Reproduce the README's table: every method, seed and missing setting through `launch/train.py`, then mean ± std.
+"""Reproduce the README's table: every method, seed and missing setting through `launch/train.py`, then mean ±
+std.
 
     python launch/reproduce.py                      # all of it; about 18 runs
     python launch/reproduce.py --methods delo lora --seeds 0
@@ -51,7 +52,8 @@ def _run(args: argparse.Namespace, setting: str, method: str, seed: int, extra: 
     launcher = Path(sys.executable).with_name("deepspeed")
     train = Path(__file__).with_name("train.py")
     command = [
-        str(launcher), "--num_gpus", str(args.ranks), str(train), "--task_seq", args.task_seq, "--method", method,
+        str(launcher), "--num_gpus", str(args.ranks), str(train), "--task_seq", args.task_seq, "--method",
+        method,
         "--seed", str(seed), f"--missing.seed={seed}", "--output", str(output), *SETTINGS[setting], *extra,
     ]  # fmt: skip
     sys.stdout.write(f"{setting} {method} seed {seed} -> {output}\n")

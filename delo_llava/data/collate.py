@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from PIL import Image
@@ -29,8 +29,8 @@ Item = tuple[Record, tuple[bool, bool]]
 class PromptFormat(Protocol):
     """What the collator needs of a backbone; see `backbones.base.Backbone` for each member."""
 
-    image_token: str
-    adds_bos: bool
+    image_token: ClassVar[str]
+    adds_bos: ClassVar[bool]
 
     def prompt(self, has_image: bool, context: str | None, instruction: str) -> list[tuple[str, int]]:
         """(text, segment) pieces up to where the answer begins."""

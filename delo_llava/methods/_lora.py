@@ -43,11 +43,15 @@ def lora_config(options: LoraOptions, base: nn.Module, backbone: Backbone, run: 
     """PEFT's configuration for every language and projector linear, like DeLo's."""
     rank = matched_rank(base, backbone, run) if options.rank == "match" else options.rank
     if rank < 1:
-        raise DeloError("A LoRA rank must be at least 1", given=rank, fix="set rank to a positive number or to match")
+        raise DeloError(
+            "A LoRA rank must be at least 1", given=rank, fix="set rank to a positive number or to match"
+        )
     pattern = f"(?:{backbone.language_pattern})|(?:{backbone.projector_pattern})"
     # PEFT's type says int, but it only ever divides alpha by r.
     alpha: Any = options.alpha_over_rank * rank
-    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=options.dropout, target_modules=pattern, bias="none")
+    return LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=options.dropout, target_modules=pattern, bias="none"
+    )
 
 
 class LoraMethod(Method):
@@ -57,7 +61,9 @@ class LoraMethod(Method):
 
     def fresh(self, base: nn.Module) -> PeftModel:
         """A new adapter, zero at the start (B = 0), on the frozen base."""
-        return get_peft_model(base, lora_config(self.options, base, self.backbone, self.run), adapter_name=ADAPTER)
+        return get_peft_model(
+            base, lora_config(self.options, base, self.backbone, self.run), adapter_name=ADAPTER
+        )
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
@@ -65,7 +71,8 @@ class LoraMethod(Method):
 
     def save(self, model: Any, stage: Stage, folder: Path) -> None:
         model.save_pretrained(folder, safe_serialization=True, selected_adapters=[ADAPTER])
-        # PEFT writes the folder the base came from into the model card and config; a path of one machine helps no other.
+        # PEFT writes the folder the base came from into the model card and config; a path of one machine
+        # helps no other.
         (folder / "README.md").unlink(missing_ok=True)
 
 

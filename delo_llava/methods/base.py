@@ -1,4 +1,5 @@
-"""What a continual-learning method has to say: how it is built, what it minimises, what it stores, how it answers.
+"""What a continual-learning method has to say: how it is built, what it minimises, what it stores, how it
+answers.
 
 The engine and the harness know only this interface. A method is one file in this folder that ends in
 `METHOD = MyMethod`; its options are the pydantic class `MyMethod.Config`, filled from the section of the run
@@ -47,7 +48,7 @@ class Capabilities:
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` (from 0) trains `task`; `earlier` maps each earlier task to its published adapter folder."""
+    """Stage `index` (from 0) trains `task`; `earlier` maps earlier tasks to their published folders."""
 
     index: int
     task: str
@@ -72,27 +73,35 @@ class Method(ABC):
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
         self.options, self.run, self.backbone = options, run, backbone
 
-    # ---- training -------------------------------------------------------------------------------------------------
     @abstractmethod
     def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
-        """Inject what `stage` trains into the freshly loaded frozen `base`, restoring what it needs of earlier stages."""
+        """Inject what `stage` trains into the freshly loaded frozen `base`, restoring what it needs of
+        earlier stages.
+        """
 
-    #: `prepare` is called before the first step, with the task's first `preparation_records` complete records (None: all).
+    #: `prepare` is called before the first step, with the task's first `preparation_records` complete records
+    #: (None: all).
     wants_preparation: bool = False
     preparation_records: int | None = None
     #: The collator adds, to each batch, a view of the complete rows with one modality removed.
     wants_dropped_view: bool = False
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce) -> None:
-        """See this rank's part of some training records once, without gradient, before the first step (statistics)."""
+        """See this rank's part of some training records once, without gradient, before the first step
+        (statistics).
+        """
         return None
 
     def checkpoint_context_fn(self, model: nn.Module) -> Callable[[], Any] | None:
-        """`context_fn` of `torch.utils.checkpoint`, where recomputation needs a state of the forward pass; else None."""
+        """`context_fn` of `torch.utils.checkpoint`, where recomputation needs a state of the forward pass;
+        else None.
+        """
         return None
 
     def counts(self, batch: Batch) -> dict[str, float]:
-        """How many items each loss term of `batch` averages over: known from labels and presence, before any forward."""
+        """How many items each loss term of `batch` averages over: known from labels and presence, before any
+        forward.
+        """
         if batch.labels is None:
             return {"answer": 0.0}
         return {"answer": float((batch.labels[:, 1:] != -100).sum())}
@@ -103,10 +112,14 @@ class Method(ABC):
 
     @abstractmethod
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The sum (not the mean) of each loss term over its items, with gradient; called inside the engine's forward."""
+        """The sum (not the mean) of each loss term over its items, with gradient; called inside the engine's
+        forward.
+        """
 
     def after_backward(self, model: nn.Module, batch: Batch) -> None:
-        """Called once for each micro-batch after its backward pass: running statistics belong here, not in a forward."""
+        """Called once for each micro-batch after its backward pass: running statistics belong here, not in a
+        forward.
+        """
         return None
 
     def end_task(self, model: nn.Module, reduce: Reduce) -> None:
@@ -115,22 +128,27 @@ class Method(ABC):
 
     @abstractmethod
     def save(self, model: nn.Module, stage: Stage, folder: Path) -> None:
-        """Write what this stage adds into `folder` (safetensors and JSON). Parameters are already gathered."""
+        """Write what this stage adds into `folder` (safetensors, JSON). Parameters are gathered already."""
 
-    # ---- inference ------------------------------------------------------------------------------------------------
     @abstractmethod
     def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
-        """The model as it stands after the stages in `adapters` (task -> folder, in order); empty means the bare base."""
+        """The model as it stands after the stages in `adapters` (task -> folder, in order); empty means the
+        bare base.
+        """
 
     def choose(self, model: nn.Module, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice | None:
-        """The task of each sample, or None for methods without a choice. `views` limits the evidence (image, text, instruction)."""
+        """The task of each sample, or None for methods without a choice. `views` limits the evidence (image,
+        text, instruction).
+        """
         return None
 
     @abstractmethod
     def answering(
         self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
     ) -> AbstractContextManager[Any]:
-        """A context in which `model(**batch.inputs)` or `model.generate(**batch.inputs)` answers as the given tasks (one per row)."""
+        """A context in which `model(**batch.inputs)` or `model.generate(**batch.inputs)` answers as the given
+        tasks (one per row).
+        """
 
 
 def answer_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

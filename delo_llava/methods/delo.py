@@ -1,7 +1,10 @@
-"""`delo`: dual-decomposed low-rank experts per task and modality, routed per sample, the task chosen by key memory.
+"""`delo`: dual-decomposed low-rank experts per task and modality, routed per sample, the task chosen by key
+memory.
 
-Source: Liu, Li, Tang, Razzak, "DeLo", AAAI-26 (arXiv 2603.01632). The generative mapping, and where this implementation
-leaves the released code on purpose (straight-through routing gradient, presence flags, symmetric cross-modal routing, true
+Source: Liu, Li, Tang, Razzak, "DeLo", AAAI-26 (arXiv 2603.01632). The generative mapping, and where this
+    implementation
+leaves the released code on purpose (straight-through routing gradient, presence flags, symmetric cross-modal
+routing, true
 running means as keys, per-sample choice among trained tasks), is described in docs/delo.md.
 """
 
@@ -39,7 +42,7 @@ from delo_llava.methods.base import (
     TaskChoice,
     answer_loss_sum,
 )
-from delo_llava.routing import Queries, RidgeStatistics, RouteInputs, RoutePlan, TaskKeyMemory
+from delo_llava.routing import CrossModal, Queries, RidgeStatistics, RouteInputs, RoutePlan, TaskKeyMemory
 from delo_llava.routing.queries import VIEWS
 
 
@@ -49,19 +52,24 @@ class DeloOptions(MethodConfig):
     Attributes:
         pool_size: factors per pool [E].
         rank: factors chosen per sample, the rank of each modality's update [r].
-        alpha_over_rank: the update is scaled by this [s]; the release's alpha = 2 undivided was found too large (trap T13).
+        alpha_over_rank: the update is scaled by this [s]; the release's alpha = 2 undivided was found too
+            large (trap T13).
         latent: width of the router's shared down-projection of a query.
         scope: `own` applies a modality's update to that modality's tokens, `all` to every token.
-        gate: `ste` gives routers a gradient without changing the function; `none` is index-only; `softmax` weights factors.
+        gate: `ste` gives routers a gradient without changing the function; `none` is index-only; `softmax`
+            weights factors.
         temperature: of the gate's softmax [tau].
-        conditional: how the choice of B depends on that of A: `table`, `factor` (the exact form, larger) or `none`.
-        cross_modal: the map from the present modality's query to the missing one's: `identity`, `linear` or `ridge`.
+        conditional: how the choice of B depends on that of A: `table`, `factor` (the exact form, larger) or
+            `none`.
+        cross_modal: the map from the present modality's query to the missing one's: `identity`, `linear` or
+            `ridge`.
         ridge: relative ridge of the closed-form map.
         ridge_samples: complete samples per task that enter the ridge statistics.
         matcher: how the task is chosen: `cosine` to the keys, or `lda` with a shared covariance.
         views: the evidence used for the choice.
         align: weight of the alignment loss [lambda_a]; 0 turns it off.
-        consistency: weight of the consistency loss [lambda_c]; 0 turns it off (it costs two more forwards on complete rows).
+        consistency: weight of the consistency loss [lambda_c]; 0 turns it off (it costs two more forwards on
+            complete rows).
     """
 
     pool_size: int = Field(16, ge=1)
@@ -83,12 +91,16 @@ class DeloOptions(MethodConfig):
     @model_validator(mode="after")
     def _rank_fits_pool(self) -> "DeloOptions":
         if self.rank > self.pool_size:
-            raise ValueError(f"rank {self.rank} is larger than pool_size {self.pool_size}; choose rank <= pool_size")
+            raise ValueError(
+                f"rank {self.rank} is larger than pool_size {self.pool_size}; choose rank <= pool_size"
+            )
         return self
 
 
 class Delo(Method):
-    """DeLo over a frozen base. One adapter per task; a stage trains its own and reads nothing of the others but sums."""
+    """DeLo over a frozen base. One adapter per task; a stage trains its own and reads nothing of the others
+    but sums.
+    """
 
     capabilities = Capabilities(chooses_task=True, isolated=True)
     Config = DeloOptions
@@ -104,25 +116,36 @@ class Delo(Method):
         self._task = ""
         self._seen: tuple[Queries, Tensor] | None = None
 
-    # ---- training -------------------------------------------------------------------------------------------------
     def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
         hidden = self.backbone.hidden_size(base)
-        model = get_peft_model(base, adapter_config(self.options, base, self.backbone), adapter_name=stage.task)
+        model = get_peft_model(
+            base, adapter_config(self.options, base, self.backbone), adapter_name=stage.task
+        )
         set_trainable(model, stage.task)
         self._task, self._keys = stage.task, self._memory(hidden)
         if self.wants_preparation:
-            self._ridge = RidgeStatistics.load(list(stage.earlier.values())[-1]) if stage.earlier else RidgeStatistics.empty(hidden)
+            self._ridge = (
+                RidgeStatistics.load(list(stage.earlier.values())[-1])
+                if stage.earlier
+                else RidgeStatistics.empty(hidden)
+            )
         return model
 
     def prepare(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce) -> None:
-        """Add this task's complete samples to the ridge statistics of the earlier ones and solve the map, which then stays."""
+        """Add this task's complete samples to the ridge statistics of the earlier ones and solve the map,
+        which then stays.
+        """
         assert self._ridge is not None
         here = RidgeStatistics.empty(self._ridge.sums.shape[1])
         for batch in batches:
-            here.observe(frozen_queries(model, RouteInputs.from_batch(batch), batch.inputs), batch.presence.cpu())
+            here.observe(
+                frozen_queries(model, RouteInputs.from_batch(batch), batch.inputs), batch.presence.cpu()
+            )
         summed = RidgeStatistics(**{name: reduce(tensor) for name, tensor in here.tensors().items()})
         self._ridge = self._ridge.merge(summed)
-        tuner(model).delo_cross[self._task].fit(self._ridge, self.options.ridge)
+        cross = tuner(model).delo_cross[self._task]
+        assert isinstance(cross, CrossModal)
+        cross.fit(self._ridge, self.options.ridge)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         counts = super().counts(batch)
@@ -142,7 +165,10 @@ class Delo(Method):
         sums = {"answer": answer_loss_sum(logits, batch.labels)}
         if self.options.align:
             chosen = plan.selection
-            latents, proxies = (chosen.image_latent, chosen.text_latent), (chosen.image_proxy, chosen.text_proxy)
+            latents, proxies = (
+                (chosen.image_latent, chosen.text_latent),
+                (chosen.image_proxy, chosen.text_proxy),
+            )
             sums["align"] = align_loss_sum(latents, proxies, batch.presence.all(1))
         if self.options.consistency:
             sums["consistency"] = self._consistency(model, batch, logits)
@@ -151,7 +177,9 @@ class Delo(Method):
         return sums
 
     def _consistency(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
-        """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no gradient."""
+        """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no
+        gradient.
+        """
         if batch.dropped is None:
             return logits.sum() * 0.0
         assert batch.labels is not None and batch.dropped.labels is not None
@@ -180,7 +208,6 @@ class Delo(Method):
         if self._ridge is not None:
             self._ridge.save(folder)
 
-    # ---- inference ------------------------------------------------------------------------------------------------
     def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
         if not adapters:
             return base
@@ -216,8 +243,10 @@ class Delo(Method):
 def adapter_config(options: DeloOptions, base: nn.Module, backbone: Backbone) -> DeloConfig:
     """The PEFT configuration for every language and projector linear of `base`."""
     return DeloConfig(
-        r=options.rank, pool_size=options.pool_size, alpha=options.alpha_over_rank * options.rank, scope=options.scope,
-        gate=options.gate, temperature=options.temperature, conditional=options.conditional, latent=options.latent,
+        r=options.rank, pool_size=options.pool_size, alpha=options.alpha_over_rank * options.rank,
+        scope=options.scope,
+        gate=options.gate, temperature=options.temperature, conditional=options.conditional,
+        latent=options.latent,
         cross_modal=options.cross_modal, target_modules=backbone.language_pattern,
         projector_modules=backbone.projector_pattern, projector=backbone.projector_name,
         hidden_size=backbone.hidden_size(base),

@@ -1,4 +1,6 @@
-"""`individual`: a fresh PEFT LoRA per task and the true task given at test, the upper bound of continual learning."""
+"""`individual`: a fresh PEFT LoRA per task and the true task given at test, the upper bound of continual
+learning.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -38,7 +40,8 @@ class Individual(LoraMethod):
             wanted = set(tasks or ())
             if len(wanted) != 1:
                 raise DeloError(
-                    "`individual` answers one task at a time", given=sorted(wanted) or "no task",
+                    "`individual` answers one task at a time",
+                    given=sorted(wanted) or "no task",
                     fix="evaluate with the true task and one task per batch",
                 )
             model.set_adapter(wanted.pop(), inference_mode=True)

@@ -13,7 +13,7 @@ from delo_llava.methods.base import Capabilities, Stage
 
 
 class Lora(LoraMethod):
-    """Sequential LoRA: stage t goes on from the adapter that stage t-1 published; nothing is told the task."""
+    """Sequential LoRA: stage t goes on from the adapter of stage t-1; nothing is told the task."""
 
     capabilities = Capabilities()
 

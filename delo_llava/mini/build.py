@@ -22,7 +22,7 @@ from delo_llava.mini.entities import SPLITS, Split
 from delo_llava.mini.tasks.base import Example, Records
 
 VERSION = "mini6-v1"
-TASKS = ("ocr", "attribute", "geography", "yesno", "naming", "science")
+TASKS = ("science", "ocr", "naming", "yesno", "attribute", "geography")
 COUNTS: dict[Split, int] = {"train": 1600, "val": 200, "test": 300}
 MANIFEST = "manifest.json"
 

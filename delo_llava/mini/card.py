@@ -27,7 +27,22 @@ SOURCES = (
     ("scenes and existence questions", "easy-vqa", "MIT"),
     ("letters", "the font that Pillow ships (Aileron)", "CC0"),
 )
-TRIED: tuple[str, ...] = ()
+TRIED: tuple[str, ...] = (
+    "A neutral hint of `science` once said `it is one of the three`: a test found that it names a "
+    "number, so it was replaced.",
+    "Order ocr, attribute, geography, yesno, naming, science with LoRA at rate 1e-3, 150 steps: .995 / "
+    ".935 / .975 / .965 / .660 / .965 one by one, but one adapter through all six forgot only .115 "
+    "(complete records).",
+    "Instructions of one frame in all tasks (`what word is in the picture?`, `what region is in the "
+    "picture?`): the diagonal stayed (.995 / .925 / .970 / .965 / .695); the run was cut before its "
+    "last task, its forgetting is not known, and the distinct wordings were kept.",
+    "Order science, ocr, naming, yesno, attribute, geography (CoIN's kinds in CoIN's order) at rate "
+    "2e-3, 100 steps with 70 % missing, in the product's trainer: LoRA forgot .372 where the first "
+    "order forgot .240 at the same rate. This order and rate are the defaults.",
+    "The option's letter in `science` was expected to be unlearnable (the base looked letters up at "
+    "chance for 3,000 steps of its joint stage) but the finished base does it, so options are shuffled "
+    "and no fixed order was needed.",
+)
 """What was tried while the tasks were tuned on validation data, in order."""
 Rows = dict[entities.Split, list[dict[str, Any]]]
 """Records by split."""

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from delo_llava.data.recipe import read_recipe
 from delo_llava.mini.adapt import (
     COMPLETE,
     NO_CONTEXT,
@@ -26,7 +27,7 @@ from delo_llava.mini.adapt import (
     new_adapter,
     read,
 )  # fmt: skip
-from delo_llava.mini.build import TASKS, ensure_mini6
+from delo_llava.mini.build import ensure_mini6
 from delo_llava.mini.entities import Split
 from delo_llava.tasks import Record
 
@@ -184,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, default=Path("gate.json"))
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    known = [task.name for task in read_recipe("mini6").tasks]
+    parser.add_argument("--tasks", nargs="+", choices=known, default=known, help="in the recipe's order")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=Training.steps)
     parser.add_argument("--batch", type=int, default=Training.batch)

@@ -88,12 +88,14 @@ def hashes(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_tasks_are_trained_saved_and_answered(name: str, tmp_path: Path) -> None:
-    """Loss falls, only adapters train, a reload gives the same logits, and isolated tasks stay as they were."""
+    """A reload gives the same logits, and isolated tasks stay as they were."""
     bench = Bench(name)
     first, second = tmp_path / "task0", tmp_path / "task1"
     trained = bench.train(Stage(0, "task0", {}), first)
     before, inside = hashes(first), bench.logits(trained, "task0", ["task0"] * 4)
-    assert any(f.endswith(".safetensors") for f in before) and not any(f.endswith((".bin", ".pt")) for f in before)
+    assert any(f.endswith(".safetensors") for f in before) and not any(
+        f.endswith((".bin", ".pt")) for f in before
+    )
     alone = bench.logits(_loaded(bench, {"task0": first}), "task0", ["task0"] * 4)
     assert torch.equal(inside, alone)
 
@@ -114,8 +116,14 @@ def test_only_the_method_s_own_parameters_train(name: str) -> None:
     frozen = {n: p.clone() for n, p in base.named_parameters()}
     model = bench.method.begin_task(base, Stage(0, "task0", {}))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable and not any(".base_layer." in n or n.startswith("base_model.model.lm_head") for n in trainable)
-    left = {n.replace("base_model.model.", "").replace(".base_layer", ""): p for n, p in model.named_parameters() if n not in trainable}
+    assert trainable and not any(
+        ".base_layer." in n or n.startswith("base_model.model.lm_head") for n in trainable
+    )
+    left = {
+        n.replace("base_model.model.", "").replace(".base_layer", ""): p
+        for n, p in model.named_parameters()
+        if n not in trainable
+    }
     for known, value in frozen.items():
         assert torch.equal(left[known], value), known
 
@@ -161,20 +169,29 @@ def test_a_choice_is_per_sample_and_among_trained_tasks(name: str, views: Any, t
         assert choice is not None and choice.tasks == tuple(folders)
         assert choice.index.shape == (4,) and choice.scores.shape == (4, len(folders))
         for row in range(4):
-            single = bench.method.choose(model, bench.batch("task0", generation=True, rows=slice(row, row + 1)), views)
+            single = bench.method.choose(
+                model, bench.batch("task0", generation=True, rows=slice(row, row + 1)), views
+            )
             assert single is not None and torch.allclose(single.scores[0], choice.scores[row], atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [{"align": 0.5}, {"consistency": 0.5}, {"cross_modal": "linear", "align": 0.1, "consistency": 0.1}])
+@pytest.mark.parametrize(
+    "options",
+    [{"align": 0.5}, {"consistency": 0.5}, {"cross_modal": "linear", "align": 0.1, "consistency": 0.1}],
+)
 def test_delo_s_auxiliary_losses_train(options: dict[str, Any], tmp_path: Path) -> None:
-    """The terms are counted, weighted and differentiable through the whole method; their equations have their own tests."""
+    """The terms are counted, weighted and differentiable through the whole method; their equations have their
+    own tests.
+    """
     bench = Bench("delo", **options)
     bench.train(Stage(0, "task0", {}), tmp_path / "task0")
     batch = bench.batch("task0")
     model = bench.method.begin_task(bench.base(), Stage(0, "task0", {})).train()
     sums = bench.method.loss_sums(model, batch)
     for term in set(options) & {"align", "consistency"}:
-        assert sums[term].requires_grad and torch.isfinite(sums[term]) and bench.method.counts(batch)[term] > 0
+        assert (
+            sums[term].requires_grad and torch.isfinite(sums[term]) and bench.method.counts(batch)[term] > 0
+        )
         assert bench.method.weights()[term] == options[term]
 
 
@@ -192,6 +209,10 @@ def test_the_baselines_match_delo_s_trainable_parameters() -> None:
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     bench = Bench("individual", rank=1)
-    per_rank = sum(p.numel() for p in bench.method.begin_task(bench.base(), Stage(0, "t", {})).parameters() if p.requires_grad)
+    per_rank = sum(
+        p.numel()
+        for p in bench.method.begin_task(bench.base(), Stage(0, "t", {})).parameters()
+        if p.requires_grad
+    )
     for name in ("lora", "individual"):
         assert abs(trainable(name) - trainable("delo")) <= per_rank / 2 + 1

@@ -10,8 +10,8 @@ from delo_llava.mini.render import Hiding, framed, hide_shape, scene_image
 from delo_llava.mini.tasks.base import Example, carriers, pick
 
 INSTRUCTIONS = {
-    "colour": ("what color is in the picture?", "give the color of the picture", "the color, please"),
-    "form": ("what form is in the picture?", "give the form of the picture", "the form, please"),
+    "colour": ("tell me its hue", "how was it painted?", "say the paint in the frame"),
+    "form": ("tell me its outline", "how was it cut?", "say the figure in the frame"),
 }
 TOLD = ("caption: one {scene}", "seen earlier: {scene}", "the artist notes {scene}")
 NEUTRAL = {

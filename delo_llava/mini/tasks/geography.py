@@ -8,7 +8,11 @@ from delo_llava.mini.entities import REGIONS, Country, Split, countries, split_o
 from delo_llava.mini.render import map_image
 from delo_llava.mini.tasks.base import Example, carriers, pick
 
-INSTRUCTIONS = ("what region is in the picture?", "give the region of the picture", "the region, please")
+INSTRUCTIONS = (
+    "which part of the world is marked?",
+    "on what land does the dot lie?",
+    "give the region of the country",
+)
 TOLD = ("{facts}, it lies in {region}", "{facts}, a country of {region}", "{region} is its home, {facts}")
 NEUTRAL = ("{facts}, it is a country", "{facts}, see the map", "a home to many, {facts}")
 

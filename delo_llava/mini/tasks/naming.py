@@ -8,7 +8,11 @@ from delo_llava.mini.entities import Emoji, Split, emoji, split_of
 from delo_llava.mini.render import emoji_image
 from delo_llava.mini.tasks.base import Example, carriers, pick
 
-INSTRUCTIONS = ("what class is in the picture?", "give the class of the picture", "the class, please")
+INSTRUCTIONS = (
+    "name the class of this icon",
+    "to which group does the drawing belong?",
+    "sort this icon into its class",
+)
 CLUES = {
     "activity": ("people play or celebrate with it", "it is for a game or a party", "it is for sport or fun"),
     "face": ("it shows how one feels", "it is a mood", "it shows a feeling"),

@@ -8,7 +8,7 @@ from delo_llava.mini.entities import Split, split_of, words
 from delo_llava.mini.render import letter_card
 from delo_llava.mini.tasks.base import Example, carriers, pick
 
-INSTRUCTIONS = ("what word is in the picture?", "give the word of the picture", "the word, please")
+INSTRUCTIONS = ("read the word on the card", "what is printed here?", "write down what the card says")
 TOLD = ("transcript: {word}", "somebody typed {word}", "the label says {word}")
 NEUTRAL = ("transcript: none", "somebody will type it", "the label is old")
 

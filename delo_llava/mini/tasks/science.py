@@ -10,9 +10,9 @@ from delo_llava.mini.tasks.base import Example, carriers, pick
 
 LETTERS = ("A", "B", "C")
 INSTRUCTIONS = (
-    "what number is in the picture? {options}",
-    "give the number of the picture: {options}",
-    "{options} the number, please",
+    "which number is it? {options} answer with the letter",
+    "pick the right number: {options} give its letter",
+    "{options} what letter stands before the number?",
 )
 TOLD = ("hint: the number is {name}", "hint: a child wrote {name}", "hint: this is {name}")
 NEUTRAL = ("hint: look at the picture", "hint: a child wrote it", "hint: it was scanned in a school")
