@@ -10,6 +10,15 @@ from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
+DELO = [
+    "--method=delo",
+    "--delo.pool_size=4",
+    "--delo.rank=2",
+    "--delo.latent=8",
+    "--delo.align=0.1",
+    "--quant=nf4",
+    "--missing.ratio=0.4",
+]
 #: Run name -> what it changes. `sparse_*` leaves most passes of one rank without an image.
 RUNS = {
     "zero1": ["--zero=1"],
@@ -18,8 +27,11 @@ RUNS = {
     "zero3": ["--zero=3"],
     "sparse_zero2": ["--zero=2", "--missing.ratio=0.9", "--missing.kind=image"],
     "left": ["--zero=2"],
+    "delo_zero1": [*DELO, "--zero=1"],
+    "delo_zero2": [*DELO, "--zero=2"],
+    "delo_zero3": [*DELO, "--zero=3", "--train.gradient_checkpointing=true"],
 }
-ALONE = {"single": [], "sparse_single": ["--missing.ratio=0.9", "--missing.kind=image"]}
+ALONE = {"single": [], "delo_single": DELO, "sparse_single": ["--missing.ratio=0.9", "--missing.kind=image"]}
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +67,17 @@ def test_the_adapters_are_those_of_one_process(runs: dict[str, Path], name: str)
 
 def test_a_rank_without_images_does_not_disturb_the_others(runs: dict[str, Path]) -> None:
     assert_same_curve(support.metrics(runs["sparse_single"]), support.metrics(runs["sparse_zero2"]))
+
+
+@pytest.mark.parametrize("name", ["delo_zero1", "delo_zero2", "delo_zero3"])
+def test_delo_over_nf4_learns_alike(runs: dict[str, Path], name: str) -> None:
+    """Also with recomputed activations; and the keys are exact sums over ranks and accumulation."""
+    assert_same_curve(support.metrics(runs["delo_single"]), support.metrics(runs[name]))
+    for task in ("task0", "task1"):
+        file = f"adapters/{task}/task_keys.safetensors"
+        expected, found = load_file(runs["delo_single"] / file), load_file(runs[name] / file)
+        assert expected["count"].tolist() == found["count"].tolist() and expected["count"].min() > 0
+        assert float((expected["sums"] - found["sums"]).abs().max()) < 1e-5
 
 
 def test_a_run_left_between_stages_goes_on_to_the_same_bits(runs: dict[str, Path]) -> None:

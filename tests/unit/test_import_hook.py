@@ -1,0 +1,27 @@
+"""`import delo_llava` alone makes PEFT open DeLo adapters, whatever is imported first, and stays cheap."""
+
+import subprocess
+import sys
+
+import pytest
+
+KNOWN = "import peft.mapping; assert 'DELO' in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING"
+
+
+@pytest.mark.parametrize(
+    "order",
+    [
+        "import delo_llava; import peft",
+        "import peft; import delo_llava",
+        "import delo_llava; import importlib.util as u; u.find_spec('peft'); u.find_spec('peft'); import peft",
+        "import delo_llava; import delo_llava.experts",
+    ],
+)
+def test_the_tuner_is_registered(order: str) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", f"{order}; {KNOWN}"], check=True)
+
+
+def test_the_package_itself_imports_nothing_heavy() -> None:
+    heavy = "{'torch', 'peft', 'transformers', 'pydantic'}"
+    code = f"import delo_llava, sys; assert not {heavy} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
