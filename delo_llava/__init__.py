@@ -1,7 +1,7 @@
 """DeLo experts for vision-language models: continual learning of task sequences with missing modalities.
 
-Importing this package costs next to nothing. It makes PEFT know the tuner type "DELO" as soon as PEFT itself is
-imported (or now, if it is already), so that `PeftModel.from_pretrained(base, folder)` opens our adapters.
+Importing this package costs next to nothing. It makes PEFT know the tuner type "DELO" as soon as PEFT itself
+is imported (or now, if it is already), so that `PeftModel.from_pretrained(base, folder)` opens our adapters.
 """
 
 import importlib

@@ -13,11 +13,11 @@ class MethodModule(nn.Module):
     """Forward gives the method's loss sums of one micro-batch.
 
     Args:
-        touch_all: give every trainable parameter a gradient, zero where the batch does not use it. ZeRO 1 and
-            2 reduce gradients in the order they arrive: if one rank's batch has no image, its projector would
-            send none, and the ranks' collectives would no longer match. In one process AdamW would skip such
-            a parameter, where ZeRO moves it by its momentum. (Not for ZeRO-3, whose parameters are empty
-            between uses, and which counts a missing gradient as zero itself.)
+        touch_all: give every trainable parameter a gradient, zero where the batch does not use it, and let all
+            of them arrive in one order. ZeRO 1 and 2 put gradients into buckets as they arrive and add the ranks'
+            buckets: if one rank's batch has no image, its projector would send none, or at another time, and
+            gradients of different parameters would be added up. (Not for ZeRO-3, whose parameters are empty
+            between uses.)
     """
 
     def __init__(self, model: nn.Module, method: Method, touch_all: bool) -> None:
@@ -27,22 +27,24 @@ class MethodModule(nn.Module):
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The sum of each loss term of `batch` (scalars)."""
+        if not self.touch_all:
+            return self.method.loss_sums(self.model, batch)
+        # Made before the forward pass, so autograd, which runs what was made last first, comes to it at the
+        # very end; until then every parameter waits for it, and then they all arrive in the order given here.
+        nothing: Tensor = _Touch.apply(*(p for p in self.model.parameters() if p.requires_grad))
         sums = self.method.loss_sums(self.model, batch)
-        if self.touch_all:
-            term = next(iter(sums))
-            trained = [p for p in self.model.parameters() if p.requires_grad]
-            sums = sums | {term: _Touch.apply(sums[term], *trained)}
-        return sums
+        term = next(iter(sums))
+        return sums | {term: sums[term] + nothing}
 
 
 class _Touch(torch.autograd.Function):
-    """The identity of its first input; the others receive a zero gradient."""
+    """Zero, with a zero gradient for every parameter."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, *parameters: Tensor) -> Tensor:
         ctx.parameters = parameters
-        return value.view_as(value)
+        return parameters[0].new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return (gradients[0], *(p.new_zeros(()).expand(p.shape) for p in ctx.parameters))
+        return tuple(p.new_zeros(()).expand(p.shape) for p in ctx.parameters)

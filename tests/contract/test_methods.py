@@ -76,7 +76,7 @@ class Bench:
         return model.eval()
 
     def logits(self, model: Any, task: str, loaded: bool = True) -> torch.Tensor:
-        """Logits of the task's batch when answering as the task; a model just trained has one adapter only."""
+        """Logits of the task's batch when answering as the task; a model just trained has only one."""
         batch = self.batch(task)
         needs_no_choice = not loaded and self.method.capabilities.needs_task
         answering = nullcontext() if needs_no_choice else self.method.answering(model, batch, [task] * 4)

@@ -13,7 +13,7 @@ KNOWN = "import peft.mapping; assert 'DELO' in peft.mapping.PEFT_TYPE_TO_TUNER_M
     [
         "import delo_llava; import peft",
         "import peft; import delo_llava",
-        "import delo_llava; import importlib.util as u; u.find_spec('peft'); u.find_spec('peft'); import peft",
+        "import delo_llava; from importlib.util import find_spec as f; f('peft'); f('peft'); import peft",
         "import delo_llava; import delo_llava.experts",
     ],
 )
