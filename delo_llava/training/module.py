@@ -14,7 +14,7 @@ class MethodModule(nn.Module):
 
     Args:
         touch_all: give every trainable parameter a gradient, zero where the batch does not use it, and let
-            all of them arrive in one order. ZeRO 1 and 2 put gradients into buckets as they arrive and add the
+            all of them arrive in one order. ZeRO 1 and 2 put gradients into buckets as they come and add the
             ranks' buckets: if one rank's batch has no image, its projector would send none, or at another
             time, and gradients of different parameters would be added up. (Not for ZeRO-3, whose parameters
             are empty between uses.)
