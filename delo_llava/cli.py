@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 import time
@@ -43,6 +44,11 @@ class _Harness(Protocol):
 
     def main(self, argv: Sequence[str]) -> int | None: ...
     def evaluate_stage(self, run_dir: Path, stage: int) -> object: ...
+
+
+# On some CPUs bitsandbytes warns that it has no ready-made kernel from a hub; we never fetch code at run
+# time.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -91,9 +97,8 @@ def _told(command: Callable[..., int], *arguments: object) -> int:
         return command(*arguments)
     except DeloError as error:
         if int(os.environ.get("RANK", "0")) > 0:
-            time.sleep(
-                TELL_FIRST
-            )  # rank 0's exit ends this rank too: only a fault of this rank alone gets past
+            # Rank 0's exit ends this rank too: only a fault of this rank alone gets past.
+            time.sleep(TELL_FIRST)
         report_and_exit(error)
         return error.exit_code
 

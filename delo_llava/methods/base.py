@@ -1,5 +1,4 @@
-"""What a continual-learning method has to say: how it is built, what it minimises, what it stores, how it
-answers.
+"""What a continual-learning method says: how it is built, what it minimises, what it stores, how it answers.
 
 The engine and the harness know only this interface. A method is one file in this folder that ends in
 `METHOD = MyMethod`; its options are the pydantic class `MyMethod.Config`, filled from the section of the run

@@ -1,11 +1,9 @@
-"""`delo`: dual-decomposed low-rank experts per task and modality, routed per sample, the task chosen by key
-memory.
+"""`delo`: dual-decomposed low-rank experts per task and modality; key memory picks the task per sample.
 
 Source: Liu, Li, Tang, Razzak, "DeLo", AAAI-26 (arXiv 2603.01632). The generative mapping, and where this
-    implementation
-leaves the released code on purpose (straight-through routing gradient, presence flags, symmetric cross-modal
-routing, true
-running means as keys, per-sample choice among trained tasks), is described in docs/delo.md.
+implementation leaves the released code on purpose (straight-through routing gradient, presence flags,
+symmetric cross-modal routing, true running means as keys, per-sample choice among trained tasks), is told in
+docs/delo.md.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -52,12 +50,12 @@ class DeloOptions(MethodConfig):
     Attributes:
         pool_size: factors per pool [E].
         rank: factors chosen per sample, the rank of each modality's update [r].
-        alpha_over_rank: the update is scaled by this [s]; the release's alpha = 2 undivided was found too
-            large (trap T13).
+        alpha_over_rank: the update is scaled by this [s]; the release's undivided alpha = 2 over factors
+            drawn from N(0, 1) is too large a step (trap T13).
         latent: width of the router's shared down-projection of a query.
         scope: `own` applies a modality's update to that modality's tokens, `all` to every token.
         gate: `ste` gives routers a gradient without changing the function; `none` is index-only; `softmax`
-            weights factors.
+            weights the factors.
         temperature: of the gate's softmax [tau].
         conditional: how the choice of B depends on that of A: `table`, `factor` (the exact form, larger) or
             `none`.
@@ -68,8 +66,8 @@ class DeloOptions(MethodConfig):
         matcher: how the task is chosen: `cosine` to the keys, or `lda` with a shared covariance.
         views: the evidence used for the choice.
         align: weight of the alignment loss [lambda_a]; 0 turns it off.
-        consistency: weight of the consistency loss [lambda_c]; 0 turns it off (it costs two more forwards on
-            complete rows).
+        consistency: weight of the consistency loss [lambda_c]; 0 turns it off. It costs one more forward, on
+            complete rows with one modality dropped.
     """
 
     pool_size: int = Field(16, ge=1)

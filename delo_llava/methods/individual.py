@@ -1,6 +1,4 @@
-"""`individual`: a fresh PEFT LoRA per task and the true task given at test, the upper bound of continual
-learning.
-"""
+"""`individual`: a fresh PEFT LoRA per task, the true task given at test: the upper bound."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

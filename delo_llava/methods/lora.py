@@ -1,4 +1,4 @@
-"""`lora`: one PEFT LoRA trained through all tasks in turn, the lower bound of continual learning."""
+"""`lora`: one PEFT LoRA trained through all tasks in turn: the lower bound."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
