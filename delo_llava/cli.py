@@ -101,6 +101,12 @@ def _told(command: Callable[..., int], *arguments: object) -> int:
             time.sleep(TELL_FIRST)
         report_and_exit(error)
         return error.exit_code
+    except OSError as error:
+        fix = "check room and rights; a run goes on after its last finished stage with the same command"
+        report_and_exit(
+            DeloError(f"The system refused: {error.strerror or error}.", given=error.filename, fix=fix)
+        )
+        return DeloError.exit_code
 
 
 def _train(words: Sequence[str]) -> int:

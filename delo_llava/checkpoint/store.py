@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from delo_llava.checkpoint.manifest import (
     MANIFEST,
     fsync,
@@ -96,7 +98,8 @@ class RunStore:
         The tensors are checked before, and every file's hash after the rename.
 
         Raises:
-            DeloError: an adapter of that name exists, or the tensors are empty, unchanged or not finite.
+            DeloError: an adapter of that name exists, the tensors are empty, unchanged or not finite, or the
+                disk does not take them.
         """
         target, draft = self.adapter(task), self.adapters / f".draft-{task}"
         if target.exists():
@@ -110,6 +113,12 @@ class RunStore:
             for folder in [draft, *(p for p in draft.rglob("*") if p.is_dir())]:
                 fsync(folder)
             draft.replace(target)
+        except (OSError, SafetensorError) as error:
+            raise DeloError(
+                f"The adapter of {task} cannot be written: {error}",
+                given=f"{target} ({shutil.disk_usage(self.adapters).free >> 20} MiB free)",
+                fix="make room or rights there; the same command goes on after the last finished stage",
+            ) from error
         finally:
             shutil.rmtree(draft, ignore_errors=True)
         fsync(self.adapters)

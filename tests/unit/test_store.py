@@ -164,3 +164,16 @@ def test_json_is_replaced_whole(tmp_path: Path) -> None:
         write_json_atomic(path, {"bad": object()})
     assert json.loads(path.read_text()) == {"a": 2, "b": 1}
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = RunStore(tmp_path / "run")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("delo_llava.checkpoint.store.write_manifest", full)
+    with pytest.raises(DeloError, match="No space left") as fault, store.publish("one") as folder:
+        save_file({"a.delo_B": torch.ones(2)}, folder / "adapter_model.safetensors")
+    assert "MiB free" in str(fault.value) and "same command" in str(fault.value)
+    assert not list((tmp_path / "run" / "adapters").iterdir())
