@@ -28,15 +28,20 @@ SAME = (
 )
 
 
-def _metric(mode: str, name: str) -> Callable[[Results], float | None]:
-    return lambda results: results["metrics"][mode][name]
+def _mode(results: Results) -> str:
+    """How a method is judged: by its own task choice, or with the true task where it cannot choose."""
+    return "matched" if "matched" in results["modes"] else "oracle"
 
 
-def _pattern_ap(mode: str, pattern: str) -> Callable[[Results], float | None]:
-    """Mean of the last row under another missing pattern."""
+def _metric(name: str, mode: str | None = None) -> Callable[[Results], float | None]:
+    return lambda results: results["metrics"][mode or _mode(results)][name]
+
+
+def _pattern_ap(pattern: str) -> Callable[[Results], float | None]:
+    """Mean of the last row when every test record has this missing pattern."""
 
     def value(results: Results) -> float | None:
-        row = results["patterns"].get(pattern, {}).get(mode, [[None]])[-1]
+        row = results["patterns"].get(pattern, {}).get(_mode(results), [[None]])[-1]
         return None if None in row else statistics.fmean(row)
 
     return value
@@ -44,17 +49,16 @@ def _pattern_ap(mode: str, pattern: str) -> Callable[[Results], float | None]:
 
 #: Column title -> value of one run; None where a run has no such number.
 COLUMNS: dict[str, Callable[[Results], float | None]] = {
-    "AP": _metric("matched", "ap"),
-    "forgetting": _metric("matched", "forgetting"),
-    "AP oracle": _metric("oracle", "ap"),
-    "task choice %": lambda results: results["task_choice_accuracy"],
-    "choice % w/o instruction": lambda results: results["task_choice_accuracy_without_instruction"],
-    "AP complete": _pattern_ap("matched", "complete"),
-    "AP no image": _pattern_ap("matched", "image"),
-    "AP no context": _pattern_ap("matched", "text"),
-    "AP no image (oracle)": _pattern_ap("oracle", "image"),
-    "AP no context (oracle)": _pattern_ap("oracle", "text"),
-    "parameters/task": lambda results: statistics.fmean(results["trainable_parameters_per_task"].values()),
+    "AP": _metric("ap"),
+    "forgetting": _metric("forgetting"),
+    "AP, task told": _metric("ap", "oracle"),
+    "task chosen right %": lambda results: results["task_choice_accuracy"],
+    "without the instruction %": lambda results: results["task_choice_accuracy_without_instruction"],
+    "AP, no image": _pattern_ap("image"),
+    "AP, no context": _pattern_ap("text"),
+    "parameters per task": lambda results: statistics.fmean(
+        results["trainable_parameters_per_task"].values()
+    ),
 }
 
 

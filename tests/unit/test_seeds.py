@@ -1,0 +1,53 @@
+"""The table over seeds: means, deviations, and the refusal to merge runs that were made differently."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from delo_eval.results import SCHEMA
+from delo_eval.seeds import SAME, summarise_seeds
+from delo_llava.errors import DeloError
+
+
+def write(folder: Path, ap: float, mode: str = "matched", **changes: Any) -> None:
+    """A results.json with what the table reads."""
+    folder.mkdir(parents=True)
+    both = {"matched": {"ap": None, "forgetting": None}, "oracle": {"ap": ap + 1, "forgetting": 0.0}}
+    both[mode] = {"ap": ap, "forgetting": 2.0}
+    content = dict.fromkeys(SAME, 1) | {
+        "schema": SCHEMA,
+        "modes": [mode],
+        "metrics": {**both, "complete": True},
+        "patterns": {"image": {mode: [[1.0, 2.0], [ap, ap + 2]]}},
+        "task_choice_accuracy": None,
+        "task_choice_accuracy_without_instruction": None,
+        "trainable_parameters_per_task": {"a": 1500, "b": 2500},
+        **changes,
+    }
+    (folder / "results.json").write_text(json.dumps(content))
+
+
+def test_mean_and_deviation_over_seeds(tmp_path: Path) -> None:
+    for seed, ap in enumerate((10.0, 20.0, 30.0)):
+        write(tmp_path / "easy" / f"delo-s{seed}", ap)
+    write(tmp_path / "easy" / "individual-s0", 50.0, mode="oracle")
+    table = summarise_seeds(tmp_path, ["easy"], ["delo", "individual", "absent"])
+    assert "| easy | delo | 3 | 20.0 ± 10.0 | 2.0 ± 0.0 |" in table and "2,000" in table
+    assert "| easy | individual | 1 | 50.0 | 2.0 |" in table and "absent" not in table
+    row = json.loads((tmp_path / "table.json").read_text())[0]
+    assert row["AP, no image"]["mean"] == 21.0 and row["AP"]["values"] == [10.0, 20.0, 30.0]
+
+
+def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "easy" / "delo-s0", 10.0, metrics={"complete": False})
+    assert "delo" not in summarise_seeds(tmp_path, ["easy"], ["delo"])
+
+
+@pytest.mark.parametrize("key", SAME)
+def test_runs_made_differently_are_not_merged(tmp_path: Path, key: str) -> None:
+    write(tmp_path / "easy" / "delo-s0", 10.0)
+    write(tmp_path / "easy" / "delo-s1", 10.0, **{key: 2})
+    with pytest.raises(DeloError, match=key):
+        summarise_seeds(tmp_path, ["easy"], ["delo"])
