@@ -2,7 +2,6 @@
 
 import re
 from functools import cache
-from importlib.resources import files
 from pathlib import Path
 
 import pytest
@@ -418,12 +417,6 @@ def test_tiny_models_are_small_and_reproducible(kind: str, tmp_path: Path) -> No
         assert (again / name).read_bytes() == (tiny_models.session(kind) / name).read_bytes()
 
 
-MINI = Path(str(files("delo_llava"))) / "mini/assets/mini_llava"
-
-
-@pytest.mark.skipif(
-    not (MINI / "config.json").is_file(), reason="mini-llava's weights are not in this checkout"
-)
 def test_the_shipped_model_loads_by_name(items) -> None:
     backbone, path = find_backbone("mini-llava")
     model, processor = backbone.load(path, quant="nf4", device="cpu"), backbone.load_processor(path)
