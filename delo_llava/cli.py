@@ -1,4 +1,4 @@
-"""The command line: `delo-llava train|eval|list|data`. Nothing heavy is imported before it is needed."""
+"""The command line: `train`, `eval`, and the commands of `delo_llava/commands/`, imported when run."""
 
 import argparse
 import importlib
@@ -12,19 +12,10 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from delo_llava import __version__
 from delo_llava.errors import DeloError, report_and_exit
+from delo_llava.registry import plugin_names, plugin_summary
 
 if TYPE_CHECKING:
     from delo_llava.config import RunConfig
-
-#: `delo-llava list` words and the registry's kinds.
-LISTS = {
-    "methods": "method",
-    "recipes": "recipe",
-    "backbones": "backbone",
-    "scorers": "scorer",
-    "metrics": "metric",
-    "zero": "zero",
-}
 
 TRAIN_USAGE = """usage: delo-llava train [--config FILE] [--print_config] [--KEY=VALUE ...]
 
@@ -57,9 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["train"]:
         return main_train(words[1:])
     if words[:1] == ["eval"]:
-        return _eval(words[1:])
-    options = _parser().parse_args(words)
-    return _told(options.run, options)
+        return told(_eval, words[1:])
+    return told(_command, words)
 
 
 def main_train(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +58,7 @@ def main_train(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         _say(TRAIN_USAGE + _key_table())
         return 0
-    return _told(_train, words)
+    return told(_train, words)
 
 
 def resolve(words: Sequence[str]) -> "RunConfig":
@@ -91,7 +81,7 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     return with_methods(config)
 
 
-def _told(command: Callable[..., int], *arguments: object) -> int:
+def told(command: Callable[..., int], *arguments: object) -> int:
     """Run a command; a `DeloError` is printed and ends it, told by rank 0 alone if all ranks see it."""
     try:
         return command(*arguments)
@@ -133,52 +123,27 @@ def _harness() -> _Harness:
     return cast(_Harness, importlib.import_module("delo_eval.run"))
 
 
-def _list(options: argparse.Namespace) -> int:
-    """Names of the plug-ins of one kind, each with its first line of documentation."""
-    from delo_llava.registry import plugin_names, plugin_summary
+def _command(words: Sequence[str]) -> int:
+    """Run the command that the first word names."""
+    from delo_llava.commands.base import run_command
 
-    kind = LISTS[options.what]
-    names = plugin_names(kind)
-    width = max(map(len, names), default=0)
-    for name in names:
-        _say(f"{name:<{width}}  {plugin_summary(kind, name)}".rstrip() + "\n")
-    return 0
-
-
-def _check(options: argparse.Namespace) -> int:
-    """Check a sequence's data; 1 when something is wrong with it."""
-    from delo_llava.data.check import check_sequence
-    from delo_llava.data.recipe import load_sequence
-
-    faults = 0
-    for report in check_sequence(load_sequence(options.recipe, options.root)):
-        _say(f"{report}\n")
-        faults += len(report.faults)
-    _say(f"{faults} faults\n" if faults else "all files, entries and images are there\n")
-    return 1 if faults else 0
+    _parser().parse_args(words[:1])
+    return run_command("command", words, "delo-llava")
 
 
 def _parser() -> argparse.ArgumentParser:
-    """The parser of everything but `train` and `eval`, which read their own words."""
+    """The parser of the first word; each command reads the rest."""
     parser = argparse.ArgumentParser(
         prog="delo-llava", description="DeLo experts for vision-language models."
     )
     parser.add_argument("--version", action="version", version=f"delo-llava {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="command")
     commands.add_parser("train", help="train a task sequence and evaluate after each task", add_help=False)
     commands.add_parser(
         "eval", help="evaluate a saved stage of a run (the same as delo-eval)", add_help=False
     )
-    shown = commands.add_parser("list", help="what is installed: methods, recipes, backbones, ...")
-    shown.add_argument("what", choices=LISTS)
-    shown.set_defaults(run=_list)
-    data = commands.add_parser("data", help="look after data").add_subparsers(
-        required=True, metavar="command"
-    )
-    check = data.add_parser("check", help="check files, entries, images and counts of a sequence")
-    check.add_argument("recipe", help="a recipe's name or file")
-    check.add_argument("--root", type=Path, help="data root (default: $DELO_LLAVA_DATA, else data/<name>)")
-    check.set_defaults(run=_check)
+    for name in plugin_names("command"):
+        commands.add_parser(name, help=plugin_summary("command", name), add_help=False)
     return parser
 
 

@@ -84,8 +84,10 @@ class EvalConfig(Section):
         patterns: missing patterns evaluated after every stage; `run` is the run's own specification.
         last_patterns: patterns evaluated after the last stage on top of them.
         oracle: also evaluate with the true task given, for methods that choose one.
+        scoring: `native` is the right rule of each task, `compat` what its benchmark's official script does.
     """
 
+    scoring: Literal["native", "compat"] = "native"
     batch_size: int = Field(default=32, ge=1)
     split: Literal["test", "val"] = "test"
     limit: int | None = Field(default=None, ge=1)

@@ -26,6 +26,8 @@ KINDS: dict[str, PluginKind] = {
     "backbone": PluginKind("delo_llava.backbones", attribute="BACKBONE"),
     "scorer": PluginKind("delo_eval.scorers", attribute="SCORER"),
     "metric": PluginKind("delo_eval.metrics", attribute="METRIC"),
+    "command": PluginKind("delo_llava.commands", attribute="COMMAND"),
+    "eval_command": PluginKind("delo_eval.commands", attribute="COMMAND"),
     "recipe": PluginKind("delo_recipes", suffix=".yaml"),
     "zero": PluginKind("delo_ds_configs", suffix=".json"),
 }

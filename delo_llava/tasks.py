@@ -1,5 +1,6 @@
 """The words every part of the project shares: a record, a task, a sequence of tasks."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ class Record:
             missingness.
         instruction: what is asked.
         answer: the reference answer; never empty.
+        extra: what else the data says of it, as JSON has it (several answers, a box, an image's size): read
+            by scorers, never shown to a model.
     """
 
     id: str
@@ -31,6 +34,7 @@ class Record:
     context: str | None
     instruction: str
     answer: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """`python -m eval` from the root of a checkout: the same as `delo-eval`."""
 
-from delo_eval.run import main
+import sys
 
-main()
+from delo_eval.cli import main
+
+sys.exit(main())

@@ -11,7 +11,7 @@ from typing import Any
 
 from delo_eval.generate import Answer, Question
 from delo_eval.matrix import ZERO_SHOT
-from delo_eval.scorers.base import Scorer
+from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
 
@@ -32,7 +32,7 @@ def prediction_file(output: Path, stage: int, pattern: str, task: str) -> Path:
 def prediction_row(question: Question, answer: Answer, scorer: Scorer, stage: int, pattern: str) -> Row:
     """One line: the question, what was visible, what was said, its score, and how the task was chosen."""
     record, (image, text) = question.record, question.presence
-    oracle = answer.oracle
+    oracle, reference = answer.oracle, Reference.of(record)
     return {
         "record_id": record.id,
         "task": record.task,
@@ -41,9 +41,9 @@ def prediction_row(question: Question, answer: Answer, scorer: Scorer, stage: in
         "presence": {"image": image, "text": text},
         "answer": record.answer,
         "prediction": answer.prediction,
-        "score": scorer(answer.prediction, record.answer),
+        "score": scorer(answer.prediction, reference),
         "oracle_prediction": oracle,
-        "oracle_score": None if oracle is None else scorer(oracle, record.answer),
+        "oracle_score": None if oracle is None else scorer(oracle, reference),
         "task_used": answer.task_used,
         "task_without_instruction": answer.task_without_instruction,
         "choice_scores": answer.choice_scores,

@@ -13,28 +13,25 @@ from delo_eval.plots import PLOTS, draw
 from delo_eval.stage import Request, StoredRun, evaluate_stage, launched_ranks, open_run
 from delo_eval.table import final_table, stage_table
 from delo_llava.data.missing import PATTERNS
-from delo_llava.errors import DeloError, report_and_exit
+from delo_llava.errors import DeloError
 from delo_llava.training.ranks import Ranks
 
 __all__ = ["Request", "evaluate_stage", "main"]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; a `DeloError` is printed and ends with its exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate the stages that the words name and return the exit code.
+
+    Raises:
+        DeloError: a mistake in the words, or in the run.
+    """
     arguments = _parser().parse_args(argv)
-    try:
-        request = Request(
-            arguments.split,
-            _patterns(arguments.patterns),
-            arguments.limit,
-            arguments.batch_size,
-            arguments.output,
-        )
-        run = open_run(arguments.run, request)
-        with launched_ranks(run.config) as ranks:
-            _evaluate(run, stages_named(arguments.stage, run), request, ranks)
-    except DeloError as error:
-        report_and_exit(error)
+    given = arguments
+    request = Request(given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output)
+    run = open_run(arguments.run, request)
+    with launched_ranks(run.config) as ranks:
+        _evaluate(run, stages_named(arguments.stage, run), request, ranks)
+    return 0
 
 
 def stages_named(word: str, run: StoredRun) -> list[int]:

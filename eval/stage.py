@@ -19,7 +19,7 @@ from delo_eval.plots import PLOTS, draw
 from delo_eval.predictions import Row, merge_parts, prediction_file, prediction_row, write_part
 from delo_eval.questions import Cell, Questions, cells_of
 from delo_eval.results import Results, results_json, resume_results, write_results
-from delo_eval.scorers.base import Scorer
+from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.backbones.base import Backbone, find_backbone, resolve_device
 from delo_llava.checkpoint.store import RunStore
 from delo_llava.config import RunConfig, load_config
@@ -239,7 +239,7 @@ def _answer_cell(
     progress: Progress | None,
 ) -> None:
     """Answer this rank's share of one cell into its part file."""
-    asked, scorer = questions.of(cell), scorer_of(cell.task)
+    asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
 
     def rows() -> Iterator[Sequence[Row]]:
         done = 0
@@ -267,10 +267,10 @@ def _close_stage(
     trained = run.sequence.names[: stage + 1]
     chosen: dict[str, list[Row]] = {pattern: [] for pattern in patterns}
     for cell in cells:
-        rows = merge_parts(
-            prediction_file(run.output, stage, cell.pattern, cell.task.name), questions.of(cell), world
-        )
-        fill_cell(results, run.method, stage, cell, rows)
+        asked = questions.of(cell)
+        rows = merge_parts(prediction_file(run.output, stage, cell.pattern, cell.task.name), asked, world)
+        scorer, references = scorer_of(cell.task, run.config), [Reference.of(q.record) for q in asked]
+        fill_cell(results, run.method, stage, cell, rows, scorer, references)
         results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
         if cell.task.name in trained:
             chosen[cell.pattern] += rows
@@ -284,20 +284,34 @@ def _close_stage(
     return content
 
 
-def fill_cell(results: Results, method: Method, stage: int, cell: Cell, rows: Sequence[Row]) -> None:
-    """Enter the mean scores of one cell's predictions into the matrix, for the modes that exist."""
+def fill_cell(
+    results: Results,
+    method: Method,
+    stage: int,
+    cell: Cell,
+    rows: Sequence[Row],
+    scorer: Scorer,
+    references: Sequence[Reference],
+) -> None:
+    """Enter the scores of one cell's predictions into the matrix, for the modes that exist."""
     name, count = cell.task.name, len(rows)
+
+    def score(prediction: str, own: str) -> float:
+        if scorer.corpus is None:
+            return 100 * sum(float(row[own]) for row in rows) / count
+        return 100 * scorer.total([row[prediction] for row in rows], references)
+
     if stage == ZERO_SHOT or not method.capabilities.needs_task:
-        score = 100 * sum(row["score"] for row in rows) / count
-        results.matrix.set("matched", stage, name, score, count=count, pattern=cell.pattern)
+        value = score("prediction", "score")
+        results.matrix.set("matched", stage, name, value, count=count, pattern=cell.pattern)
     if stage != ZERO_SHOT and all(row["oracle_score"] is not None for row in rows):
-        score = 100 * sum(row["oracle_score"] for row in rows) / count
-        results.matrix.set("oracle", stage, name, score, count=count, pattern=cell.pattern)
+        value = score("oracle_prediction", "oracle_score")
+        results.matrix.set("oracle", stage, name, value, count=count, pattern=cell.pattern)
 
 
-def scorer_of(task: TaskSpec) -> Scorer:
-    """The scorer that the task's recipe names."""
-    return cast(Scorer, load_plugin("scorer", task.scorer))
+def scorer_of(task: TaskSpec, config: RunConfig) -> Scorer:
+    """The scorer that the task's recipe names, in the mode the run asks for."""
+    return cast(Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
 
 
 def run_facts(run: StoredRun) -> dict[str, Any]:
@@ -306,7 +320,7 @@ def run_facts(run: StoredRun) -> dict[str, Any]:
     stages = {task: run.store.stage(task) for task in run.sequence.names}
     worlds = [stage["world"] for stage in stages.values() if "world" in stage]
     return {
-        "scorer_ids": {task.name: scorer_of(task).id for task in run.sequence.tasks},
+        "scorer_ids": {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks},
         "world": worlds[-1] if worlds else None,
         "start_weights": {"name": run.config.model, "sha256": recorded.get("base", {}).get("sha256")},
         "data_hashes": recorded.get("data_hashes"),

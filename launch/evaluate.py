@@ -4,7 +4,9 @@ python launch/evaluate.py --run runs/x --stage all
 deepspeed --num_gpus 2 launch/evaluate.py --run runs/x --stage 3
 """
 
-from delo_eval.run import main
+import sys
+
+from delo_eval.cli import main
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

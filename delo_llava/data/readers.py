@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 IMAGE_PLACEHOLDER = "<image>"
 
 #: Part of the cache key: a change of `rows` below must change it, or old caches would be read.
-ROWS_VERSION = 1
+ROWS_VERSION = 2
+
+#: Keys of an entry that become fields of a record; all others are its `extra`.
+FIELDS = {"id", "question_id", "image", "context", "conversations", "text", "answer"}
 
 
 class Records(Sequence[Record]):
@@ -55,7 +58,10 @@ class Records(Sequence[Record]):
         """A stored row as a record."""
         image = self._task.image_root / row["image"] if row["image"] else None
         texts = {key: row[key] for key in ("context", "instruction", "answer")}
-        return Record(id=row["id"], task=self._task.name, split=self._split, image=image, **texts)
+        extra = json.loads(row["extra"])
+        return Record(
+            id=row["id"], task=self._task.name, split=self._split, image=image, extra=extra, **texts
+        )
 
 
 def read_records(task: TaskSpec, split: Split, sub: float = 1.0, seed: int = 0) -> Records:
@@ -84,7 +90,8 @@ def _table(path: Path, image_root: Path) -> "Dataset":
     """The file's rows as an Arrow table on disk, made once for this path, size and time of change."""
     import datasets  # takes seconds to import
 
-    texts = {key: datasets.Value("string") for key in ("id", "image", "context", "instruction", "answer")}
+    names = ("id", "image", "context", "instruction", "answer", "extra")
+    texts = {name: datasets.Value("string") for name in names}
     stat = path.stat()
     key = {"size": stat.st_size, "changed": stat.st_mtime_ns, "version": ROWS_VERSION}
     shown = not datasets.are_progress_bars_disabled()
@@ -110,11 +117,11 @@ def _keyed_rows(path: str, image_root: str, key: dict[str, int]) -> Iterator[dic
 
 
 def rows(path: Path, image_root: Path) -> Iterator[dict[str, Any]]:
-    """Flat rows of a CoIN file: id, image, context, instruction, answer, and the entry's number.
+    """Flat rows of a CoIN file: id, image, context, instruction, answer, extra, and the entry's number.
 
     Entries are conversations (`id`, `image`, `conversations`) or questions (`question_id`, `image`, `text`,
     `answer`), both with an optional `context`. Ids that repeat get `~2`, `~3` … in the order of the file;
-    other keys are ignored.
+    other keys go into `extra` (as JSON).
 
     Raises:
         DeloError: not a JSON array, or a fault in an entry.
@@ -130,6 +137,7 @@ def rows(path: Path, image_root: Path) -> Iterator[dict[str, Any]]:
             "image": _image(entry, image_root, where),
             "context": _context(entry, where),
             "entry": number,
+            "extra": json.dumps({key: value for key, value in entry.items() if key not in FIELDS}),
         }
         turns = list(_turns(entry, where))
         for turn, (instruction, answer) in enumerate(turns):

@@ -1,23 +1,83 @@
 """What a scorer is: an id with a version, and a number in [0, 1] for one prediction."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from delo_llava.errors import DeloError
+from delo_llava.tasks import Record
+
+#: `native`: the right rule. `compat`: what the benchmark's official script does, quirk by quirk.
+Scoring = Literal["native", "compat"]
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """What a prediction is judged against.
+
+    Attributes:
+        id: of the question.
+        answer: the reference answer.
+        instruction: what was asked.
+        extra: what else the data says (`Record.extra`): several answers, a box, an image's size.
+    """
+
+    id: str
+    answer: str
+    instruction: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, record: Record) -> "Reference":
+        """The reference of a record."""
+        return cls(record.id, record.answer, record.instruction, record.extra)
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Judges one prediction against its reference answer; a task's score is 100 × the mean over its records.
+    """Judges predictions against their references; a task's score is 100 × `total`.
 
     Attributes:
         id: name and version; results are comparable only where ids are equal.
         rule: what counts as right, in one sentence.
-        function: (prediction, answer) -> score in [0, 1].
+        function: (prediction, reference) -> this record's score, in [0, 1].
+        corpus: (predictions, references, in the order of the file) -> the task's score, for rules that are no
+            mean over records (macro-F1, CIDEr, pairing by position); None means the mean of `function`.
+        compat: the rule of the benchmark's official script, where there is one.
+        needs: keys of `Reference.extra` that every record must have.
     """
 
     id: str
     rule: str
-    function: Callable[[str, str], float]
+    function: Callable[[str, Reference], float]
+    corpus: Callable[[Sequence[str], Sequence[Reference]], float] | None = None
+    compat: "Scorer | None" = None
+    needs: tuple[str, ...] = ()
 
-    def __call__(self, prediction: str, answer: str) -> float:
-        """The score of `prediction` in [0, 1]."""
-        return self.function(prediction, answer)
+    def __call__(self, prediction: str, reference: Reference) -> float:
+        """The score of one prediction in [0, 1]."""
+        return self.function(prediction, reference)
+
+    def total(self, predictions: Sequence[str], references: Sequence[Reference]) -> float:
+        """The score of a whole task, as a share (a caption metric may exceed 1)."""
+        if self.corpus is not None:
+            return self.corpus(predictions, references)
+        pairs = zip(predictions, references, strict=True)
+        return sum(self.function(text, reference) for text, reference in pairs) / len(predictions)
+
+    def in_mode(self, scoring: Scoring) -> "Scorer":
+        """This scorer, or the official script's rule.
+
+        Raises:
+            DeloError: `compat` is asked for and no official script is known.
+        """
+        if scoring == "native":
+            return self
+        if self.compat is None:
+            raise DeloError(
+                f"The scorer {self.id} has no official script to be compatible with.",
+                given="compat",
+                allowed=["native"],
+                fix="use --eval.scoring native",
+            )
+        return self.compat

@@ -4,7 +4,7 @@
 the answer is touched, so this is stricter than the VQA normaliser (articles and inner punctuation stay).
 """
 
-from delo_eval.scorers.base import Scorer
+from delo_eval.scorers.base import Reference, Scorer
 
 
 def normalise(text: str) -> str:
@@ -12,10 +12,10 @@ def normalise(text: str) -> str:
     return text.strip().lower().removesuffix(".").rstrip()
 
 
-def exact_match(prediction: str, answer: str) -> float:
+def exact_match(prediction: str, reference: Reference) -> float:
     """1.0 where the normalised strings are equal; an empty prediction is never right."""
     guess = normalise(prediction)
-    return float(bool(guess) and guess == normalise(answer))
+    return float(bool(guess) and guess == normalise(reference.answer))
 
 
 SCORER = Scorer(

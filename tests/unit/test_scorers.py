@@ -2,6 +2,7 @@
 
 import pytest
 
+from delo_eval.scorers.base import Reference
 from delo_eval.scorers.exact_match import SCORER
 from delo_llava.registry import load_plugin, plugin_names
 
@@ -19,7 +20,7 @@ from delo_llava.registry import load_plugin, plugin_names
     ],
 )
 def test_right(prediction: str, answer: str) -> None:
-    assert SCORER(prediction, answer) == 1.0
+    assert SCORER(prediction, Reference("q", answer)) == 1.0
 
 
 @pytest.mark.parametrize(
@@ -36,7 +37,7 @@ def test_right(prediction: str, answer: str) -> None:
     ],
 )
 def test_wrong(prediction: str, answer: str) -> None:
-    assert SCORER(prediction, answer) == 0.0
+    assert SCORER(prediction, Reference("q", answer)) == 0.0
 
 
 def test_scorers_are_found_by_file_name_and_carry_versions() -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 from delo_eval import stage as stage_module
-from delo_eval.run import Request, evaluate_stage, main
+from delo_eval.cli import main
+from delo_eval.run import Request, evaluate_stage
 from delo_eval.stage import current_ranks, open_run
 from delo_llava.backbones.base import find_backbone
 from delo_llava.checkpoint.store import RunStore

@@ -1,0 +1,41 @@
+"""What a command is: its arguments and what it does; the first line of its module is its help."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from delo_llava.registry import load_plugin, plugin_summary
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `delo-llava`.
+
+    Attributes:
+        arguments: adds the command's arguments to a parser made for it.
+        run: does the work and returns the exit code; mistakes are `DeloError`s. It imports what is heavy
+            itself, so that the help of a command stays instant.
+    """
+
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+def say(text: str) -> None:
+    """Write to standard output."""
+    sys.stdout.write(text)
+
+
+def run_command(kind: str, words: Sequence[str], prog: str) -> int:
+    """Run the command that the first word names, with the others as its arguments; returns the exit code.
+
+    Args:
+        kind: the registry's kind of the command, `command` or `eval_command`.
+        prog: the program's name, for usage messages.
+    """
+    command = cast(Command, load_plugin(kind, words[0]))
+    parser = argparse.ArgumentParser(prog=f"{prog} {words[0]}", description=plugin_summary(kind, words[0]))
+    command.arguments(parser)
+    return command.run(parser.parse_args(words[1:]))
