@@ -26,11 +26,13 @@ def use_file(output: Path, stage: int, pattern: str, task: str) -> Path:
 
 def write_use_part(file: Path, rank: int, use: dict[str, Any] | None) -> None:
     """Write one rank's counts, as `Method.routing_use` gives them; nothing for methods that do not route."""
+    if use is None:
+        return
     part = file.with_name(f".{file.stem}.part{rank}")
-    part.unlink(missing_ok=True)
-    if use is not None:
-        part.parent.mkdir(parents=True, exist_ok=True)
-        _write(part, use)
+    if part.is_file():  # of an interrupted evaluation, which this one goes on with
+        use = {**use, "pools": add_pools([json.loads(part.read_text()), use])}
+    part.parent.mkdir(parents=True, exist_ok=True)
+    _write(part, use)
 
 
 def merge_use_parts(file: Path) -> None:

@@ -14,7 +14,7 @@ Course = list[tuple[float, float]]
 
 def learning(content: RunContent) -> list[Drawn]:
     """Charts of each loss term, the learning rates and the gradient norm; empty without a log."""
-    stages = [_thinned([s for s in content.steps if s["stage"] == i]) for i in range(len(content.tasks))]
+    stages = _stages(content)
     terms = list(dict.fromkeys(name for s in content.steps for name in s.get("terms", {})))
     rates = list(dict.fromkeys(name for s in content.steps for name in s.get("lr", {})))
     wanted: dict[str, dict[str, tuple[str, ...]]] = {"loss": {"loss": ("loss",)}}
@@ -24,6 +24,22 @@ def learning(content: RunContent) -> list[Drawn]:
     wanted["gradient norm before clipping"] = {"gradient norm": ("grad_norm",)}
     charts = [_chart(title, series, stages) for title, series in wanted.items()]
     return [chart for chart in charts if chart is not None]
+
+
+def loss_overlay(contents: Mapping[str, RunContent]) -> Drawn | None:
+    """The loss of several runs in one chart; the borders are those of the first."""
+    lines, borders = [], [0.0]
+    for style, (name, content) in enumerate(contents.items()):
+        stages = _stages(content)
+        starts = _starts(stages)
+        borders = starts if style == 0 else borders
+        lines += [Line(name, part, style, markers=False) for part in _courses(("loss",), stages, starts)]
+    return _drawn("loss", lines, borders)
+
+
+def _stages(content: RunContent) -> list[list[Json]]:
+    """The logged steps of each stage."""
+    return [_thinned([s for s in content.steps if s["stage"] == i]) for i in range(len(content.tasks))]
 
 
 def _chart(title: str, series: Mapping[str, tuple[str, ...]], stages: list[list[Json]]) -> Drawn | None:
@@ -41,6 +57,11 @@ def _chart(title: str, series: Mapping[str, tuple[str, ...]], stages: list[list[
         for style, (name, parts) in enumerate(courses.items())
         for part in parts
     ]
+    return _drawn(title, lines, starts)
+
+
+def _drawn(title: str, lines: list[Line], starts: list[float]) -> Drawn | None:
+    """A chart over the steps of a sequence whose stages begin at `starts`; None without a point."""
     values = [y for line in lines for _, y in line.points]
     if not values:
         return None

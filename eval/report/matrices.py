@@ -105,8 +105,11 @@ def forgetting(content: RunContent) -> list[Drawn]:
     marks = [(float(i), str(i + 1)) for i in range(len(tasks))]
     charts = []
     for j, name in enumerate(["mean of trained tasks", *tasks]):
-        lines = [_line(content, mode, style, None if j == 0 else j - 1) for style, mode in enumerate(modes)]
-        lines = [line for line in lines if line.points]
+        lines = [
+            Line(mode, points, style)
+            for style, mode in enumerate(modes)
+            if (points := course(content, mode, j - 1 if j else None))
+        ]
         if not lines:
             continue
         # Drawn twice at the same place, two lines say no more than one.
@@ -123,14 +126,14 @@ def forgetting(content: RunContent) -> list[Drawn]:
     return charts
 
 
-def _line(content: RunContent, mode: str, style: int, task: int | None) -> Line:
-    """The course of one task, or of the mean over trained tasks, from the first stage it exists."""
+def course(content: RunContent, mode: str, task: int | None) -> list[tuple[float, float]]:
+    """(stage, score) of one task, or of the mean over trained tasks (None), from the first it exists in."""
     points = []
     for i, row in enumerate(content.results["matrix"][mode]):
         known = row[: i + 1] if task is None else [row[task]] if i >= task else [None]
         if None not in known:
             points.append((float(i), sum(known) / len(known)))
-    return Line(mode, points, style)
+    return points
 
 
 def _spoken(name: str, lines: Sequence[Line]) -> str:

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from rich.console import Console
 
 from delo_eval.report import charts, summary
+from delo_eval.report.analysis import error_tables
 from delo_eval.report.colour import palette_css
 from delo_eval.report.content import RunContent, read_content
 from delo_eval.report.learning import learning
@@ -30,11 +31,11 @@ FAULTS = (
     DeloError, OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, TemplateError,
 )  # fmt: skip
 
-SECTIONS = {
-    "overview": "Overview", "matrix": "Scores", "forgetting": "Forgetting", "metrics": "Metrics",
-    "choice": "Task choice", "routing": "Routing", "learning": "Learning", "errors": "Errors",
-    "samples": "Samples", "run": "What was run",
-}  # fmt: skip
+SECTIONS = (
+    ("overview", "Overview"), ("matrix", "Scores"), ("forgetting", "Forgetting"), ("metrics", "Metrics"),
+    ("choice", "Task choice"), ("routing", "Routing"), ("learning", "Learning"), ("errors", "Errors"),
+    ("samples", "Samples"), ("run", "What was run"),
+)  # fmt: skip
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
@@ -101,12 +102,12 @@ def report_parts(content: RunContent) -> dict[str, Any]:
         "routing": used,
         "pool_rows": _pool_rows(used.pools) if used else [],
         "learning": learning(content),
-        "analysis": None,
+        "analysis": error_tables(content),
         "samples": samples(content),
         "facts": summary.facts(content),
         "versions": summary.versions(content),
         "hashes": summary.hashes(content),
-        "sections": [(id, words) for id, words in SECTIONS.items() if id != "errors"],
+        "sections": SECTIONS,
     }
 
 

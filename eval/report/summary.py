@@ -123,6 +123,9 @@ def warnings(content: RunContent) -> list[str]:
     told = [str(w) for source in (content.record, results) for w in (source.get("warnings") or [])]
     for task, stage in (content.record.get("stages") or {}).items():
         told += [f"{task}: {warning}" for warning in stage.get("warnings") or []]
+    for stage, by_pattern in (results.get("bad_images") or {}).items():
+        count = sum(len(records) for tasks in by_pattern.values() for records in tasks.values())
+        told.append(f"Stage {stage}: {count} answers were counted wrong as their image cannot be used.")
     if results["limit"] is not None:
         told.append(f"A trial: at most {results['limit']} records of each task were evaluated (eval.limit).")
     max_steps = value_at(content.config, "train", "max_steps")
@@ -135,10 +138,10 @@ def warnings(content: RunContent) -> list[str]:
 
 
 def _missing(effective: Json | None) -> str:
-    """`35% image, 35% context`."""
+    """`35% / 35%`: without image, without context."""
     if not effective or "image_ratio" not in effective:
         return "–"
-    return f"{effective['image_ratio']:.0%} image, {effective['text_ratio']:.0%} context"
+    return f"{effective['image_ratio']:.0%} / {effective['text_ratio']:.0%}"
 
 
 def _options(options: Json | None) -> str:
