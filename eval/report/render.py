@@ -86,6 +86,7 @@ def report_parts(content: RunContent) -> dict[str, Any]:
     return {
         "name": content.folder.resolve().name,
         "results": content.results,
+        "sequence": Path(content.results["task_seq"]).stem,
         "missing": missing_words(content.results["missing"]["spec"]),
         "done": done,
         "total": total,

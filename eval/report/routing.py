@@ -122,7 +122,7 @@ def entropy(counts: Sequence[int]) -> float:
     if not total or len(counts) < 2:
         return 0.0
     shares = [n / total for n in counts if n]
-    return -sum(share * math.log(share) for share in shares) / math.log(len(counts))
+    return sum(share * math.log(1 / share) for share in shares) / math.log(len(counts))
 
 
 def _distance(one: Counts, other: Counts) -> float:
