@@ -2,12 +2,16 @@
 
 import importlib
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from delo_eval.matrix import RUN_PATTERN
 from delo_eval.predictions import prediction_file
 from delo_eval.report.content import RunContent
+
+#: Confusions shown of a task.
+TOP = 5
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,16 @@ def error_tables(content: RunContent) -> list[Grid]:
         [of.task, f"{of.records:,}", f"{of.wrong:,}", *(str(of.kinds[kind]) for kind in kinds)]
         for of in found
     ]
-    pairs = [[of.task, p.answer, p.prediction, str(p.count)] for of in found for p in of.confusions]
+    pairs = [[of.task, *_pairs(of.confusions)] for of in found if of.confusions]
     meanings = [[words, errors.KINDS[kind]] for kind, words in kinds.items()]
     return [
         Grid("Wrong answers by kind", ["task", "records", "wrong", *kinds.values()], counts),
-        Grid("Most frequent confusions", ["task", "reference", "answer given", "records"], pairs, 3),
+        Grid("Most frequent confusions", ["task", *map(str, range(1, TOP + 1))], pairs, TOP + 1),
         Grid("What the kinds mean", ["kind", "meaning"], meanings, 2),
     ]
+
+
+def _pairs(confusions: Sequence[Any]) -> list[str]:
+    """The first `TOP` as `reference → answer ×count`, padded with blanks."""
+    texts = [f"{pair.answer} → {pair.prediction} ×{pair.count}" for pair in confusions[:TOP]]
+    return texts + [""] * (TOP - len(texts))

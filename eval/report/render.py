@@ -51,6 +51,7 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     content = read_content(run, output)
     file = content.folder / FILE
     write_text_atomic(file, render("report.html.j2", report_parts(content)))
+    (content.folder / FAILED).unlink(missing_ok=True)
     return file
 
 
@@ -63,10 +64,10 @@ def try_report(run: Path, output: Path) -> Path | None:
     Returns:
         the page, or None where it could not be made.
     """
-    record = output / FAILED
     try:
-        file = write_report(run, output)
+        return write_report(run, output)
     except FAULTS as error:
+        record = output / FAILED
         write_text_atomic(record, traceback.format_exc())
         Console(stderr=True).print(
             f"The report could not be made ({error}); results are complete, see {record}. "
@@ -75,8 +76,6 @@ def try_report(run: Path, output: Path) -> Path | None:
             soft_wrap=True,
         )
         return None
-    record.unlink(missing_ok=True)
-    return file
 
 
 def report_parts(content: RunContent) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from delo_eval.report import render as render_module
 from delo_eval.report.charts import Chart, Line, drawn, number, ticks
 from delo_eval.report.colour import STEPS, contrast, palette, step_of, text_on
 from delo_eval.report.content import read_content
+from delo_eval.report.matrices import matrix
 from delo_eval.report.render import FAILED, SECTIONS, try_report, write_report
 from delo_eval.report.routing import entropy, pool_use
 from delo_eval.report.samples import choose, samples
@@ -134,6 +136,21 @@ def test_chosen_samples_are_the_same_every_time_and_mixed() -> None:
     picked = choose(rows)
     assert picked == choose(rows[::-1]) and len(picked) == 6
     assert len({(row["score"], row["presence"]["image"]) for row in picked}) == 4
+
+
+def test_standard_errors_stand_in_their_cells(hostile: Path) -> None:
+    content = read_content(hostile)
+    rows: list[list[float | None]] = [[2.34, None, None], [3.46, 4.56, None], [None] * 3]
+    known = {"run": {"matched": rows, "oracle": rows, "zero_shot": [None] * 3}}
+    content = replace(content, results={**content.results, "standard_errors": known})
+    table = matrix(content, "run", "matched")
+    assert table is not None
+    assert [[cell.note for cell in cells[:3]] for _, cells in table.rows] == [
+        ["± 2.3", "", ""],
+        ["± 3.5", "± 4.6", ""],
+        ["", "", ""],
+    ]
+    assert [cell.text for cell in table.rows[2][1]] == ["+0.0", "–", "–", "+0.0"]
 
 
 # ---- a fault of the page is told, and loses nothing
