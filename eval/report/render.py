@@ -4,6 +4,7 @@ import base64
 import hashlib
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -68,7 +69,8 @@ def try_report(run: Path, output: Path) -> Path | None:
         return write_report(run, output)
     except FAULTS as error:
         record = output / FAILED
-        write_text_atomic(record, traceback.format_exc())
+        with suppress(OSError):  # a disk without room for the page may have none for this either
+            write_text_atomic(record, traceback.format_exc())
         Console(stderr=True).print(
             f"The report could not be made ({error}); results are complete, see {record}. "
             f"`delo-eval report --run {run}` makes it again.",
