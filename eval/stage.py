@@ -18,7 +18,9 @@ from delo_eval.matrix import ZERO_SHOT
 from delo_eval.plots import PLOTS, draw
 from delo_eval.predictions import Row, merge_parts, prediction_file, prediction_row, write_part
 from delo_eval.questions import Cell, Questions, cells_of
+from delo_eval.report.render import try_report
 from delo_eval.results import Results, results_json, resume_results, write_results
+from delo_eval.routing_use import merge_use_parts, use_file, write_use_part
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.backbones.base import Backbone, find_backbone, resolve_device
 from delo_llava.checkpoint.store import RunStore
@@ -255,6 +257,8 @@ def _answer_cell(
                 progress(f"{cell.task.name}/{cell.pattern}", done, -(-len(asked) // ranks.world))
 
     write_part(prediction_file(run.output, stage, cell.pattern, cell.task.name), ranks.rank, rows())
+    used = use_file(run.output, stage, cell.pattern, cell.task.name)
+    write_use_part(used, ranks.rank, run.method.routing_use(ready.model))
 
 
 def _close_stage(
@@ -269,6 +273,7 @@ def _close_stage(
     for cell in cells:
         asked = questions.of(cell)
         rows = merge_parts(prediction_file(run.output, stage, cell.pattern, cell.task.name), asked, world)
+        merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
         scorer, references = scorer_of(cell.task, run.config), [Reference.of(q.record) for q in asked]
         fill_cell(results, run.method, stage, cell, rows, scorer, references)
         results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
@@ -281,6 +286,7 @@ def _close_stage(
     write_results(run.output, content)
     if stage == len(run.sequence.tasks) - 1:
         draw(content, run.output / PLOTS)
+    try_report(run.store.root, run.output)
     return content
 
 

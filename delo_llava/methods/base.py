@@ -149,6 +149,17 @@ class Method(ABC):
         tasks (one per row).
         """
 
+    def routing_use(self, model: nn.Module) -> dict[str, Any] | None:
+        """What was routed in `answering` since the last call, each of which starts the count anew; None for
+        methods that do not route, and when nothing was answered.
+
+        Returns:
+            `layers`: modality -> names of the adapted linears; `pools`: a list of `task` (whose pool),
+            `modality`, `present` (in the samples), `part` (A or B), `rows` (samples) and `counts` (for each
+            linear, how often each of its factors was chosen).
+        """
+        return None
+
 
 def answer_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed next-token cross-entropy over trained positions.
