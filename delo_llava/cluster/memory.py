@@ -160,8 +160,9 @@ class MemoryModel:
     def _prefill(self, rows: int) -> int:
         """Bytes of reading the prompts, without gradient; the cache is counted apart."""
         step = Step(rows, self.tokens, self.model.image_tokens, checkpointing=False, quantised=False)
+        model = meta_model(self.model.config, self.dtype)  # outside: its weights are counted apart
         with LiveBytes() as live:
-            forward_only(meta_model(self.model.config, self.dtype), step)
+            forward_only(model, step)
         return int(live.peak)
 
     def _tower(self, images: int) -> float:

@@ -139,6 +139,18 @@ def test_the_best_choice_is_the_fastest_that_fits() -> None:
     assert memory.evaluation("nf4", batch + 1, 6, 8).total > 2 * 2**30
 
 
+def test_evaluation_counts_weights_once() -> None:
+    """The bare forward needs far less than the weights, and grows with the rows by the KV cache and more."""
+    run = config("--eval.batch_size=1")
+    memory = MemoryModel(planned_model("mini-llava"), run, tokens=64)
+    one, two = (memory.evaluation("none", rows, 6, 8) for rows in (1, 2))
+    text = memory.model.config.get_text_config()
+    cache_bytes = 2 * text.num_hidden_layers * text.hidden_size * (64 + 8) * 2
+    assert one.activations < 0.5 * one.base
+    assert two.activations - one.activations > cache_bytes
+    assert one.adapters == 6 * 4 * memory.footprint.parameters
+
+
 def test_sharding_and_traffic_follow_the_stage() -> None:
     run = config()
     memory = MemoryModel(planned_model("mini-llava"), run, tokens=64)
