@@ -53,7 +53,7 @@ def best_choice(memory: MemoryModel, config: RunConfig, world: int, gib: float) 
     """The fastest combination that fits `gib` GiB a GPU; None when none does."""
     for setup in sorted(candidates(config, world), key=relative_time):
         parts = memory.training(setup)
-        if parts.total <= gib * 2**30:
+        if parts.needed <= gib * 2**30:
             return Choice(setup, parts, relative_time(setup))
     return None
 

@@ -54,7 +54,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Parts:
-    """Bytes on one GPU; `host` is what offloading puts into main memory instead."""
+    """Bytes on one GPU.
+
+    Attributes:
+        loading: the peak while the base is loaded: every rank first holds all of it, under ZeRO-3 too.
+        host: what offloading puts into main memory instead.
+    """
 
     base: float
     quant_state: float
@@ -65,12 +70,18 @@ class Parts:
     activations: float
     tower: float
     overhead: float
+    loading: float
     host: float = 0.0
 
     @property
     def total(self) -> float:
-        """All of it but `host`."""
-        return float(sum(value for name, value in vars(self).items() if name != "host"))
+        """All that is held at once while the job runs."""
+        return float(sum(value for name, value in vars(self).items() if name not in ("loading", "host")))
+
+    @property
+    def needed(self) -> float:
+        """What the GPU must have: for running, or for loading if that takes more."""
+        return max(self.total, self.loading)
 
 
 class MemoryModel:
@@ -113,6 +124,7 @@ class MemoryModel:
             activations=peak * (1 + FRAGMENTATION * self.cuda),
             tower=self._tower(setup.micro_batch),
             overhead=CONTEXT_BYTES * self.cuda,
+            loading=base + state + CONTEXT_BYTES * self.cuda,
             host=moments if offload else 0.0,
         )
 
@@ -133,7 +145,7 @@ class MemoryModel:
         return Parts(
             base=base, quant_state=state, adapters=adapters, gradients=0.0, optimizer=0.0, buffers=0.0,
             activations=peak * (1 + FRAGMENTATION * self.cuda), tower=self._tower(batch),
-            overhead=CONTEXT_BYTES * self.cuda,
+            overhead=CONTEXT_BYTES * self.cuda, loading=base + state + CONTEXT_BYTES * self.cuda,
         )  # fmt: skip
 
     def base_bytes(self, quant: str) -> tuple[float, float]:

@@ -86,8 +86,8 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
         "training": _bytes(train),
         "evaluation": _bytes(answer),
         "answer_batch": config.eval.batch_size,
-        "fits": [size for size in GPU_SIZES if train.total <= size * GIB],
-        "evaluation_fits": [size for size in GPU_SIZES if answer.total <= size * GIB],
+        "fits": [size for size in GPU_SIZES if train.needed <= size * GIB],
+        "evaluation_fits": [size for size in GPU_SIZES if answer.needed <= size * GIB],
         "largest_answer_batch": {
             str(size): largest_answer_batch(memory, config.quant, len(tasks), _new_tokens(config), size)
             for size in GPU_SIZES
@@ -106,11 +106,11 @@ def _best(memory: MemoryModel, config: RunConfig, world: int, size: int) -> dict
     choice = best_choice(memory, config, world, size)
     if choice is None:
         return None
-    return {"settings": choice.setup.label(), "bytes": choice.parts.total, "relative_time": choice.cost}
+    return {"settings": choice.setup.label(), "bytes": choice.parts.needed, "relative_time": choice.cost}
 
 
 def _bytes(parts: Parts) -> dict[str, float]:
-    return {**vars(parts), "total": parts.total}
+    return {**vars(parts), "total": parts.total, "needed": parts.needed}
 
 
 def _new_tokens(config: RunConfig) -> int:
@@ -190,7 +190,7 @@ def _memory_table(plan: dict[str, Any]) -> Table:
     for part in plan["training"]:
         train, answer = (plan[kind][part] / GIB for kind in ("training", "evaluation"))
         if train or answer:
-            end = part == "total"
+            end = part in ("total", "needed")
             table.add_row(_PART.get(part, part), f"{train:.2f}", f"{answer:.2f}", style="bold" if end else "")
     return table
 
@@ -204,12 +204,17 @@ _PART = {
     "activations": "activations and logits (KV cache in evaluation)",
     "tower": "vision tower",
     "overhead": "CUDA context",
+    "loading": "while loading: the whole base on every GPU",
+    "total": "together",
+    "needed": "needed (running or loading)",
     "host": "main memory (offloaded)",
 }
 
 
 def _fit_table(plan: dict[str, Any]) -> Table:
-    table = _table("what fits", "GPU", "as asked", "eval.batch_size", "best for training", "GiB", "time")
+    table = _table(
+        "what fits", "GPU", "as asked", "eval.batch_size", "best for training", "GiB", "relative time"
+    )
     for size, best in plan["best"].items():
         asked = "fits" if int(size) in plan["fits"] else "too small"
         answers = f"up to {plan['largest_answer_batch'][size]}"
@@ -240,5 +245,5 @@ def _work_table(plan: dict[str, Any]) -> Table:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=any(columns))
     for column in columns:
-        table.add_column(column)
+        table.add_column(column, overflow="fold")
     return table

@@ -125,13 +125,13 @@ def test_impossible_combinations_name_the_nearest_that_works(
 def test_the_best_choice_is_the_fastest_that_fits() -> None:
     run = config("--train.global_batch=16", "--missing.ratio=0")
     memory = MemoryModel(planned_model("mini-llava"), run, tokens=256)
-    everything = {setup: memory.training(setup).total for setup in candidates(run, 2)}
+    everything = {setup: memory.training(setup).needed for setup in candidates(run, 2)}
     for gib in (1.3, 1.5, 24):
         fitting = [setup for setup, size in everything.items() if size <= gib * 2**30]
         chosen = best_choice(memory, run, 2, gib)
         assert (chosen is None) == (not fitting)
         if chosen is not None:
-            assert chosen.parts.total == everything[chosen.setup] <= gib * 2**30
+            assert chosen.parts.needed == everything[chosen.setup] <= gib * 2**30
             assert relative_time(chosen.setup) == min(map(relative_time, fitting))
     assert best_choice(memory, run, 2, 0.5) is None
     batch = largest_answer_batch(memory, "nf4", 6, 8, 2)
@@ -159,6 +159,7 @@ def test_sharding_and_traffic_follow_the_stage() -> None:
     assert (one.gradients, two.gradients) == (4 * p, p)
     assert one.optimizer == two.optimizer == 12 * p / 4
     assert three.base == two.base / 4 and three.quant_state == two.quant_state
+    assert three.loading == two.base + two.quant_state + two.overhead, "every rank loads all of the base"
     offloaded = memory.training(Setup("nf4", "2_offload", False, 1, 4))
     assert (offloaded.optimizer, offloaded.host) == (0, two.optimizer)
     assert communication(memory, Setup("nf4", "2", False, 1, 1), 1) == 0
