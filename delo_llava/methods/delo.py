@@ -34,6 +34,7 @@ from delo_llava.experts import (
 from delo_llava.losses import align_loss_sum, consistency_loss_sum
 from delo_llava.methods.base import (
     Capabilities,
+    Footprint,
     Method,
     MethodConfig,
     Reduce,
@@ -176,6 +177,14 @@ class Delo(Method):
         # Kept for after_backward: a forward may run twice under checkpointing and must not count anything.
         self._seen = (plan.queries, plan.presence)
         return sums
+
+    def footprint(self, base: nn.Module) -> Footprint:
+        width, options = self.backbone.hidden_size(base), self.options
+        # Key sums of three views, and second moments where they are kept; the ridge map's own moments.
+        sums = 3 * width + 3 * width**2 * (options.matcher == "lda")
+        sums += 3 * width**2 * (options.cross_modal == "ridge")
+        parameters = trainable_parameters(options, base, self.backbone)
+        return Footprint(parameters, "gathered", 2 * options.rank, 8 * sums, every_task=True)
 
     def _consistency(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
         """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no
