@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from delo_llava import __version__
 from delo_llava.errors import DeloError, report_and_exit
-from delo_llava.registry import plugin_names, plugin_summary
+from delo_llava.registry import load_plugin, plugin_names, plugin_summary
 
 if TYPE_CHECKING:
     from delo_llava.config import RunConfig
@@ -25,6 +25,13 @@ are --METHOD.KEY=VALUE. --print_config writes the resolved configuration and sto
 
 keys and their defaults before recipe and file:
 """
+
+
+class _Scorer(Protocol):
+    """What the command line needs of a scorer: whether it has the mode that is asked for."""
+
+    def in_mode(self, scoring: str) -> object: ...
+
 
 #: Seconds that other ranks leave rank 0 to tell a fault that all of them see.
 TELL_FIRST = 3.0
@@ -67,7 +74,7 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     Words are `--config FILE` and overrides; `--local_rank`, which the launcher appends, is ignored.
 
     Raises:
-        DeloError: an unknown key, value or recipe, or data that is missing.
+        DeloError: an unknown key, value or recipe, data that is missing, or official scoring where none is.
     """
     from delo_llava.config import config_layers, core_config, with_methods
     from delo_llava.data.recipe import load_sequence, recipe_defaults
@@ -77,7 +84,9 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     layers = config_layers(Path(file) if file else None, words)
     defaults = recipe_defaults(str(layers.get("task_seq", _default_sequence())))
     config = core_config(layers, defaults)
-    load_sequence(config.task_seq, config.data.root)
+    sequence = load_sequence(config.task_seq, config.data.root)
+    for task in sequence.tasks:
+        cast(_Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
     return with_methods(config)
 
 

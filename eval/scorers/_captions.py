@@ -31,22 +31,42 @@ def metrics(
     Raises:
         DeloError: pycocoevalcap is not installed, or Java is wanted and missing.
     """
-    if java and shutil.which("java") is None:
-        raise DeloError(
-            "Java is missing: METEOR and PTB tokenisation, which the caption metrics need, are unavailable.",
-            fix="install a Java runtime (Debian: default-jre-headless), or use the scorer caption_plain, "
-            "which tokenises by itself and has no METEOR; its id is another and its numbers do not compare",
-        )
+    if java:
+        require_java()
     tokenise = _ptb if java else _plain
     said = tokenise([(text,) for text in predictions])
     wanted = tokenise(captions)
     bleu, _ = _part("bleu.bleu", "Bleu")(4).compute_score(wanted, said, verbose=0)
     found = {f"BLEU-{n}": float(value) for n, value in enumerate(bleu, start=1)}
     if java:
-        found["METEOR"] = float(_part("meteor.meteor", "Meteor")().compute_score(wanted, said)[0])
+        found["METEOR"] = _meteor(wanted, said)
     found["ROUGE-L"] = float(_part("rouge.rouge", "Rouge")().compute_score(wanted, said)[0])
     found["CIDEr"] = float(_part("cider.cider", "Cider")().compute_score(wanted, said)[0])
     return found
+
+
+def require_library() -> None:
+    """Refuse where the library is not installed.
+
+    Raises:
+        DeloError: says how to install it.
+    """
+    _part("rouge.rouge", "Rouge")
+
+
+def require_java() -> None:
+    """Refuse where the library or a Java runtime is missing.
+
+    Raises:
+        DeloError: names what is unavailable without Java, and the scorer that does without.
+    """
+    require_library()
+    if shutil.which("java") is None:
+        raise DeloError(
+            "Java is missing: METEOR and PTB tokenisation, which this caption scorer needs, are unavailable.",
+            fix="install a Java runtime (Debian: default-jre-headless), or use the scorer caption_plain, "
+            "which tokenises by itself and has no METEOR; its id is another and its numbers do not compare",
+        )
 
 
 def rouge_l(prediction: str, reference: Reference) -> float:
@@ -74,6 +94,16 @@ def _part(module: str, name: str) -> Any:
         raise DeloError(
             f"Caption metrics need pycocoevalcap: {error}", fix="pip install 'delo-llava[captions]'"
         ) from error
+
+
+def _meteor(wanted: Tokens, said: Tokens) -> float:
+    """METEOR 1.5; the library leaves its program's output open, which is closed here."""
+    meteor = _part("meteor.meteor", "Meteor")()
+    try:
+        return float(meteor.compute_score(wanted, said)[0])
+    finally:
+        meteor.meteor_p.stdout.close()
+        meteor.meteor_p.stderr.close()
 
 
 def _ptb(texts: Sequence[Sequence[str]]) -> Tokens:

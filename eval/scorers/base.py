@@ -53,6 +53,7 @@ class Scorer:
         details: (predictions, references) -> further named numbers of the whole task, as shares.
         unanswered: what a question without prediction counts where missing ones are allowed: the script of
             a compat rule may leave them out of the denominator.
+        ready: raises `DeloError` where the rule cannot be applied on this machine.
         by_position: the rule pairs the n-th prediction of a file with the n-th reference, whatever the ids.
     """
 
@@ -65,6 +66,7 @@ class Scorer:
     details: Callable[[Sequence[str], Sequence[Reference]], dict[str, float]] | None = None
     unanswered: Literal["wrong", "skipped"] = "wrong"
     by_position: bool = False
+    ready: Callable[[], None] | None = None
 
     def __call__(self, prediction: str, reference: Reference) -> float:
         """The score of one prediction in [0, 1]."""
@@ -95,11 +97,13 @@ class Scorer:
         return self.compat
 
     def check(self, references: Sequence[Reference]) -> None:
-        """Make sure that the references hold what the rule reads.
+        """Make sure that the rule can be applied: on this machine and to these references.
 
         Raises:
-            DeloError: a key of `needs` is lacking somewhere.
+            DeloError: a program is missing, or a key of `needs` is lacking somewhere.
         """
+        if self.ready is not None:
+            self.ready()
         for key in self.needs:
             lacking = [reference.id for reference in references if reference.extra.get(key) in (None, [], "")]
             if lacking:

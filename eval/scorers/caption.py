@@ -5,7 +5,14 @@ The record's own score is its ROUGE-L with plain tokens, since CIDEr and BLEU ar
 
 from collections.abc import Sequence
 
-from delo_eval.scorers._captions import all_metrics, captions_of, corpus_metric, metrics, rouge_l
+from delo_eval.scorers._captions import (
+    all_metrics,
+    captions_of,
+    corpus_metric,
+    metrics,
+    require_java,
+    rouge_l,
+)
 from delo_eval.scorers.base import Reference, Scorer
 
 
@@ -22,6 +29,7 @@ SCORER = Scorer(
     corpus=corpus_metric("CIDEr", java=True),
     details=all_metrics(java=True),
     needs=("captions",),
+    ready=require_java,
     compat=Scorer(
         "caption.mcitlib.v1",
         "mean of BLEU-1..4, METEOR, ROUGE-L and CIDEr, paired by line number",
@@ -29,6 +37,7 @@ SCORER = Scorer(
         corpus=mean_of_seven,
         details=all_metrics(java=True),
         needs=("captions",),
+        ready=require_java,
         by_position=True,
     ),
 )

@@ -1,6 +1,6 @@
 """Captions without Java: CIDEr with plain tokens; never comparable with `caption`."""
 
-from delo_eval.scorers._captions import all_metrics, corpus_metric, rouge_l
+from delo_eval.scorers._captions import all_metrics, corpus_metric, require_library, rouge_l
 from delo_eval.scorers.base import Scorer
 
 SCORER = Scorer(
@@ -10,4 +10,5 @@ SCORER = Scorer(
     corpus=corpus_metric("CIDEr", java=False),
     details=all_metrics(java=False),
     needs=("captions",),
+    ready=require_library,
 )

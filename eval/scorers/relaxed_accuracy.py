@@ -10,7 +10,7 @@ from delo_eval.scorers._text import exactly
 from delo_eval.scorers.base import Reference, Scorer
 
 TOLERANCE = 0.05
-_NUMBER = re.compile(r"[$€£]?\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)\s*(%?)")
+_NUMBER = re.compile(r"[$€£]?\s*(-?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?(?:[eE][-+]?\d+)?)\s*(%?)")
 
 
 def number(text: str) -> tuple[float, bool] | None:

@@ -14,10 +14,9 @@ OFFICIAL_LETTERS = "ABCDE"
 
 _WHOLE = re.compile(r"\(?([A-Za-z])\)?[.:]?")
 _LEADING = re.compile(r"\(?([A-Z])(?:\)|[.:](?=\s))")
-_ANNOUNCED = re.compile(
-    r"(?i:\b(?:answer|option|choice))(?:\s+is|:|\s)\s*(?:(?i:option)\s+)?\(?([A-Z])\b(?! [a-z])"
-)
-_CAPITAL = re.compile(r"\b([A-Z])\b(?! [a-z])")
+_ANNOUNCED = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is|:)?\s+(?:option\s+)?)\(?([A-Z])\b")
+_CAPITAL = re.compile(r"\b([A-Z])\b")
+_ARTICLE = re.compile(r"(?:^|[.!?]\s+)A (?!is\b|or\b|and\b)(?=[a-z])")
 _ONE_LETTER_WORD = re.compile(r"\b(\w)\b")
 
 
@@ -41,8 +40,8 @@ def chosen(prediction: str, reference: Reference) -> str | None:
     """The letter that a free answer chooses, None where it chooses none or several.
 
     In this order: the whole answer is a letter; it starts with one, as in "B. iron" or "(B) iron"; it says
-    "answer is B"; it is the text of exactly one choice; it has one distinct capital letter standing alone. A
-    capital followed by a lower-case word is an article or the start of a name and chooses nothing.
+    "answer is B"; it is the text of exactly one choice; one distinct option's letter stands alone in it as a
+    capital, where the article at the start of a sentence does not count.
     """
     text, choices = prediction.strip(), reference.extra.get("choices") or []
     if whole := _WHOLE.fullmatch(text):
@@ -54,7 +53,7 @@ def chosen(prediction: str, reference: Reference) -> str | None:
     if len(same) == 1:
         return chr(ord("A") + same[0])
     letters = [chr(ord("A") + i) for i in range(len(choices) or len(OFFICIAL_LETTERS))]
-    alone = {letter for letter in _CAPITAL.findall(text) if letter in letters}
+    alone = {letter for letter in _CAPITAL.findall(_ARTICLE.sub("", text)) if letter in letters}
     return alone.pop() if len(alone) == 1 else None
 
 
