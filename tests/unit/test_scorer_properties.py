@@ -27,29 +27,7 @@ from delo_eval.scorers.vqav2 import SCORER as VQAV2
 ALPHABET = ["a", "A", "the", "two", "none", "x", "yes", "dont", "im", "cat", "1", "0", " ", " ", ".", ",", "?", "-",
             "'", "'s", "/", "\n", "\t", "[", "]", "!", ":", "’"]  # fmt: skip
 
-MARKS = [
-    ";",
-    "/",
-    "[",
-    "]",
-    '"',
-    "{",
-    "}",
-    "(",
-    ")",
-    "=",
-    "+",
-    "\\",
-    "_",
-    "-",
-    ">",
-    "<",
-    "@",
-    "`",
-    ",",
-    "?",
-    "!",
-]
+MARKS = ";/[]{}()=+\\_-><@`,?!" + '"'
 COUNTED = "zero one two three four five six seven eight nine ten"
 
 
