@@ -18,8 +18,8 @@ Tokens = dict[int, list[str]]
 
 
 def captions_of(references: Sequence[Reference]) -> tuple[tuple[str, ...], ...]:
-    """The reference captions of every record."""
-    return tuple(tuple(strings_of(reference, "captions")) for reference in references)
+    """The reference captions of every record: `captions`, or a list of answers."""
+    return tuple(tuple(strings_of(reference, "captions", "answers")) for reference in references)
 
 
 @lru_cache(maxsize=4)
@@ -72,7 +72,7 @@ def require_java() -> None:
 def rouge_l(prediction: str, reference: Reference) -> float:
     """ROUGE-L of one caption with plain tokens: a record's own number; the others are over a corpus."""
     said = " ".join(words(prediction))
-    wanted = [" ".join(words(caption)) for caption in strings_of(reference, "captions")]
+    wanted = [" ".join(words(caption)) for caption in strings_of(reference, "captions", "answers")]
     return float(_part("rouge.rouge", "Rouge")().calc_score([said], wanted)) if said else 0.0
 
 

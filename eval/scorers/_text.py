@@ -27,10 +27,12 @@ def has_phrase(text: str, wanted: str) -> bool:
     return bool(inner) and f" {inner} " in f" {phrase(text)} "
 
 
-def strings_of(reference: Reference, key: str) -> list[str]:
-    """A list of texts in `extra`, whose items may be objects with an `answer` as the VQA files have them;
-    without the key, the one reference answer."""
-    given = reference.extra.get(key)
+def strings_of(reference: Reference, *keys: str) -> list[str]:
+    """The list of texts in `extra` under the first key that is there, else the one reference answer.
+
+    Items may be objects with an `answer`, as the VQA files have them.
+    """
+    given = next((found for key in keys if (found := reference.extra.get(key))), None)
     if not given:
         return [reference.answer]
     if isinstance(given, str):

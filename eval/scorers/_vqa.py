@@ -38,6 +38,7 @@ def _without_one_apostrophe(spellings: Sequence[str]) -> dict[str, str]:
 OFFICIAL_CONTRACTIONS = _without_one_apostrophe(CONTRACTED) | {"somebody'd": "somebodyd"}
 CONTRACTIONS = _without_one_apostrophe([word.lower() for word in [*CONTRACTED, "somebody'd"]])
 
+_MARKS = frozenset(PUNCTUATION)
 _PLAIN = re.compile(r"[a-z0-9 ]*")
 _PERIOD = re.compile(r"\.(?!\d)")
 _DIGIT_COMMA = re.compile(r"(?<=\d),(?=\d)")
@@ -98,13 +99,12 @@ def one_line(text: str) -> str:
 def official_punctuation(text: str) -> str:
     """A mark goes without trace where one of its kind touches a space, or a comma stands between digits
     anywhere in the text; otherwise each becomes a space. Then up to 32 periods go."""
-    if text.isalnum():
+    if _PLAIN.fullmatch(text):
         return text
     digit_comma, out = _DIGIT_COMMA.search(text) is not None, text
-    for mark in PUNCTUATION:
-        if mark in text:
-            touching = digit_comma or f"{mark} " in text or f" {mark}" in text
-            out = out.replace(mark, "" if touching else " ")
+    for mark in _MARKS.intersection(text):
+        touching = digit_comma or f"{mark} " in text or f" {mark}" in text
+        out = out.replace(mark, "" if touching else " ")
     return _PERIOD.sub("", out, count=int(re.UNICODE))
 
 

@@ -49,7 +49,7 @@ class Scorer:
         corpus: (predictions, references, in the order of the file) -> the task's score, for rules that are no
             mean over records (macro-F1, CIDEr, pairing by position); None means the mean of `function`.
         compat: the rule of the benchmark's official script, where there is one.
-        needs: keys of `Reference.extra` that every record must have.
+        needs: keys of `Reference.extra` that every record must have; "a|b" for one of two.
         details: (predictions, references) -> further named numbers of the whole task, as shares.
         unanswered: what a question without prediction counts where missing ones are allowed: the script of
             a compat rule may leave them out of the denominator.
@@ -105,10 +105,11 @@ class Scorer:
         if self.ready is not None:
             self.ready()
         for key in self.needs:
-            lacking = [reference.id for reference in references if reference.extra.get(key) in (None, [], "")]
+            either = key.split("|")
+            lacking = [each.id for each in references if not any(each.extra.get(one) for one in either)]
             if lacking:
                 raise DeloError(
-                    f"The scorer {self.id} needs `{key}` of every record, and "
+                    f"The scorer {self.id} needs `{'` or `'.join(either)}` of every record, and "
                     f"{len(lacking)} of {len(references)} have none.",
                     given=", ".join(lacking[:5]) + (" …" if len(lacking) > 5 else ""),
                     fix="use a file of references that has it, or another scorer",

@@ -9,6 +9,6 @@ SCORER = Scorer(
     rouge_l,
     corpus=corpus_metric("CIDEr", java=False),
     details=all_metrics(java=False),
-    needs=("captions",),
+    needs=("captions|answers",),
     ready=require_library,
 )

@@ -4,13 +4,14 @@ CoIN's eval_ImagetNet.py compares characters, pairs the n-th line of the answers
 finds an empty answer in every name, so that saying nothing is right.
 """
 
-from delo_eval.scorers._text import has_phrase
+from delo_eval.scorers._text import has_phrase, strings_of
 from delo_eval.scorers.base import Reference, Scorer
 
 
 def either_way(prediction: str, reference: Reference) -> float:
-    """1.0 where the words of one stand whole and in a row in the other."""
-    return float(has_phrase(prediction, reference.answer) or has_phrase(reference.answer, prediction))
+    """1.0 where the words of a name (any of `answers`, if given) stand in the prediction or the reverse."""
+    names = strings_of(reference, "answers")
+    return float(any(has_phrase(prediction, name) or has_phrase(name, prediction) for name in names))
 
 
 def official(prediction: str, reference: Reference) -> float:

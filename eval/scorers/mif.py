@@ -77,8 +77,8 @@ def official_obeys(prediction: str, reference: Reference) -> bool | None:
         case "phrase":
             return len(text.split()) <= 2 or text.lower() == reference.answer.lower()
         case "sentence":
-            listed = "captions" in reference.extra
-            answers = strings_of(reference, "captions") if listed else list(reference.answer)
+            listed = {"captions", "answers"} & reference.extra.keys()
+            answers = strings_of(reference, "captions", "answers") if listed else list(reference.answer)
             part = any(text.lower() in answer.lower() for answer in answers)
             return text.endswith(".") and (len(text.split()) > 4 or part)
     return None

@@ -24,9 +24,10 @@ from delo_eval.scorers.textvqa import SCORER as TEXTVQA
 from delo_eval.scorers.vizwiz import SCORER as VIZWIZ
 from delo_eval.scorers.vqav2 import SCORER as VQAV2
 
-ALPHABET = ["a", "A", "the", "two", "none", "x", "yes", "dont", "im", "cat", "1", "0", " ", " ", ".", ",", "?", "-",
-            "'", "'s", "/", "\n", "\t", "[", "]", "!", ":", "’"]  # fmt: skip
-
+ALPHABET = [
+    *["a", "A", "the", "two", "none", "x", "yes", "dont", "im", "cat", "1", "0", " ", " ", ".", ",", "?"],
+    *["'", "'s", "-", "/", "\n", "\t", "[", "]", "!", ":", "’"],
+]
 MARKS = ";/[]{}()=+\\_-><@`,?!" + '"'
 COUNTED = "zero one two three four five six seven eight nine ten"
 

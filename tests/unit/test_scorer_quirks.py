@@ -124,6 +124,7 @@ CASES = [
     Case("imagenet", "case", "Tabby cat", "tabby cat", 0, 1),
     Case("imagenet", "part of a word", "caterpillar", "cat", 1, 0),
     Case("imagenet", "one letter", "a", "tabby", 1, 0),
+    Case("imagenet", "several names", "a kitty", "cat", 0, 1, answers(("cat", 1), ("kitty", 1))),
     # Grounding
     Case("grounding", "perfect", "[0.10, 0.20, 0.60, 0.80]", "", 1, 1, box("[0.10, 0.20, 0.60, 0.80]")),
     Case(
