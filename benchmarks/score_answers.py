@@ -73,7 +73,8 @@ def caption(draw: random.Random) -> tuple[dict[str, Any], str]:
 MAKERS: dict[str, Maker] = {
     "gqa": exact, "ocrvqa": exact, "imagenet": exact, "contains": exact, "mllm_dcl_rs": exact,
     "relaxed_accuracy": exact, "textvqa": ten_answers, "vqav2": ten_answers, "vizwiz": ten_answers,
-    "anls": ten_answers, "grounding": box, "scienceqa": letter, "multilabel_f1": exact, "caption_plain": caption,
+    "anls": ten_answers, "grounding": box, "scienceqa": letter, "multilabel_f1": exact,
+    "caption_plain": caption,
 }  # fmt: skip
 
 

@@ -323,7 +323,8 @@ def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Question
     """
     for cell in {cell.task.name: cell for cell in cells}.values():
         scorer = scorer_of(cell.task, config)
-        scorer.check([Reference.of(q.record) for q in questions.of(cell)] if scorer.needs else [])
+        if scorer.needs or scorer.ready:
+            scorer.check([Reference.of(question.record) for question in questions.of(cell)])
 
 
 def run_facts(run: StoredRun) -> dict[str, Any]:

@@ -45,22 +45,29 @@ def metrics(
     return found
 
 
-def require_library() -> None:
-    """Refuse where the library is not installed.
+def require_captions(references: Sequence[Reference]) -> None:
+    """Refuse where the library is not installed, or a record has no list of captions.
 
     Raises:
-        DeloError: says how to install it.
+        DeloError: says how to install it, or which records.
     """
     _part("rouge.rouge", "Rouge")
+    lacking = [each.id for each in references if not each.extra.keys() & {"captions", "answers"}]
+    if lacking:
+        raise DeloError(
+            f"{len(lacking)} of {len(references)} records have no list of captions (`captions` or `answers`).",
+            given=", ".join(lacking[:5]),
+            fix="use a file of references that has them",
+        )
 
 
-def require_java() -> None:
-    """Refuse where the library or a Java runtime is missing.
+def require_java(references: Sequence[Reference] = ()) -> None:
+    """`require_captions`, and refuse where a Java runtime is missing.
 
     Raises:
         DeloError: names what is unavailable without Java, and the scorer that does without.
     """
-    require_library()
+    require_captions(references)
     if shutil.which("java") is None:
         raise DeloError(
             "Java is missing: METEOR and PTB tokenisation, which this caption scorer needs, are unavailable.",

@@ -49,11 +49,12 @@ class Scorer:
         corpus: (predictions, references, in the order of the file) -> the task's score, for rules that are no
             mean over records (macro-F1, CIDEr, pairing by position); None means the mean of `function`.
         compat: the rule of the benchmark's official script, where there is one.
-        needs: keys of `Reference.extra` that every record must have; "a|b" for one of two.
+        needs: keys of `Reference.extra` that every record must have.
         details: (predictions, references) -> further named numbers of the whole task, as shares.
         unanswered: what a question without prediction counts where missing ones are allowed: the script of
             a compat rule may leave them out of the denominator.
-        ready: raises `DeloError` where the rule cannot be applied on this machine.
+        ready: further conditions: raises `DeloError` where the rule cannot be applied to the references, or not
+            on this machine.
         by_position: the rule pairs the n-th prediction of a file with the n-th reference, whatever the ids.
     """
 
@@ -66,7 +67,7 @@ class Scorer:
     details: Callable[[Sequence[str], Sequence[Reference]], dict[str, float]] | None = None
     unanswered: Literal["wrong", "skipped"] = "wrong"
     by_position: bool = False
-    ready: Callable[[], None] | None = None
+    ready: Callable[[Sequence[Reference]], None] | None = None
 
     def __call__(self, prediction: str, reference: Reference) -> float:
         """The score of one prediction in [0, 1]."""
@@ -97,19 +98,18 @@ class Scorer:
         return self.compat
 
     def check(self, references: Sequence[Reference]) -> None:
-        """Make sure that the rule can be applied: on this machine and to these references.
+        """Make sure that the rule can be applied, on this machine and to these references.
 
         Raises:
             DeloError: a program is missing, or a key of `needs` is lacking somewhere.
         """
         if self.ready is not None:
-            self.ready()
+            self.ready(references)
         for key in self.needs:
-            either = key.split("|")
-            lacking = [each.id for each in references if not any(each.extra.get(one) for one in either)]
+            lacking = [reference.id for reference in references if not reference.extra.get(key)]
             if lacking:
                 raise DeloError(
-                    f"The scorer {self.id} needs `{'` or `'.join(either)}` of every record, and "
+                    f"The scorer {self.id} needs `{key}` of every record, and "
                     f"{len(lacking)} of {len(references)} have none.",
                     given=", ".join(lacking[:5]) + (" …" if len(lacking) > 5 else ""),
                     fix="use a file of references that has it, or another scorer",

@@ -28,7 +28,6 @@ SCORER = Scorer(
     rouge_l,
     corpus=corpus_metric("CIDEr", java=True),
     details=all_metrics(java=True),
-    needs=("captions|answers",),
     ready=require_java,
     compat=Scorer(
         "caption.mcitlib.v1",
@@ -36,7 +35,6 @@ SCORER = Scorer(
         rouge_l,
         corpus=mean_of_seven,
         details=all_metrics(java=True),
-        needs=("captions|answers",),
         ready=require_java,
         by_position=True,
     ),

@@ -1,6 +1,6 @@
 """Captions without Java: CIDEr with plain tokens; never comparable with `caption`."""
 
-from delo_eval.scorers._captions import all_metrics, corpus_metric, require_library, rouge_l
+from delo_eval.scorers._captions import all_metrics, corpus_metric, require_captions, rouge_l
 from delo_eval.scorers.base import Scorer
 
 SCORER = Scorer(
@@ -9,6 +9,5 @@ SCORER = Scorer(
     rouge_l,
     corpus=corpus_metric("CIDEr", java=False),
     details=all_metrics(java=False),
-    needs=("captions|answers",),
-    ready=require_library,
+    ready=require_captions,
 )

@@ -65,6 +65,12 @@ def test_without_java_it_is_named_what_is_unavailable_and_never_replaced(
     assert {SCORER.id, PLAIN.id} == {"caption.v1", "caption_plain.v1"}
 
 
+def test_records_without_captions_are_refused() -> None:
+    PLAIN.check([Reference("1", HORSE, extra={"answers": [HORSE, BOAT]})])
+    with pytest.raises(DeloError, match="1 of 2 records have no list of captions"):
+        PLAIN.check([*references([HORSE]), Reference("2", BOAT)])
+
+
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> None:
         raise ImportError(f"No module named {name}")
