@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 
 SCHEMA = "delo-llava/scores/1"
 
-#: Short names of groups of tasks -> recipes, the first that has the task counts.
+#: Short names of groups of tasks -> recipes; the first that has the task counts.
 GROUPS = {
     "coin": ("coin8", "coin6", "coin_long10"),
     "dcl": ("mllm_dcl",),
     "smolora": ("smolora_cvit",),
-    "cmml": ("food101_cmml", "mm_imdb_cmml"),
+    "food101": ("food101_cmml",),
+    "mm_imdb": ("mm_imdb_cmml",),
 }
 
 
@@ -54,19 +55,19 @@ def run(options: argparse.Namespace) -> int:
     from delo_eval.scoring import score_all
     from delo_llava.checkpoint.manifest import write_json_atomic, write_text_atomic
 
-    scorer, references = _subject(options)
+    subject, scorer, references = _subject(options)
     answers = read_answers(answer_files(options.answers))
     scored = score_all(scorer, options.scoring, answers, references, allow_missing=options.allow_missing)
-    say(_table(options.task or options.scorer, scored))
+    say(_table(subject, scored))
     if options.output:
-        write_json_atomic(options.output, {"schema": SCHEMA, "task": options.task, **scored.to_json()})
+        write_json_atomic(options.output, {"schema": SCHEMA, "subject": subject, **scored.to_json()})
     if options.records:
         write_text_atomic(options.records, "".join(_record_lines(scored)))
     return 0
 
 
-def _subject(options: argparse.Namespace) -> tuple["Scorer", list["Reference"]]:
-    """The scorer and the references that the words ask for."""
+def _subject(options: argparse.Namespace) -> tuple[str, "Scorer", list["Reference"]]:
+    """What is scored, by which scorer and against which references."""
     from delo_eval.references import read_references
     from delo_llava.registry import load_plugin
 
@@ -77,11 +78,12 @@ def _subject(options: argparse.Namespace) -> tuple["Scorer", list["Reference"]]:
         )
     recipe, name = _recipe_task(group, task) if group else ("", options.scorer)
     scorer = cast("Scorer", load_plugin("scorer", options.scorer or name))
+    subject = f"{recipe}/{task}" if recipe else task or options.scorer
     if options.references:
-        return scorer, read_references(options.references, task)
+        return subject, scorer, read_references(options.references, task)
     if not recipe:
         raise DeloError("A scorer alone has no questions.", fix="name them with --references FILE")
-    return scorer, _recipe_references(recipe, task, options)
+    return subject, scorer, _recipe_references(recipe, task, options)
 
 
 def _recipe_task(group: str, task: str) -> tuple[str, str]:
@@ -112,7 +114,11 @@ def _recipe_references(recipe: str, task: str, options: argparse.Namespace) -> l
     from delo_llava.data.readers import read_records
     from delo_llava.data.recipe import load_sequence
 
-    sequence = load_sequence(recipe, options.root)
+    try:
+        sequence = load_sequence(recipe, options.root)
+    except DeloError as error:
+        alone = "or name the file of the questions alone: --references FILE"
+        raise DeloError(error.message, given=error.given, fix=f"{error.fix}; {alone}") from error
     spec = next(spec for spec in sequence.tasks if spec.name == task)
     return [Reference.of(record) for record in read_records(spec, options.split)]
 

@@ -55,7 +55,7 @@ def require_captions(references: Sequence[Reference]) -> None:
     lacking = [each.id for each in references if not each.extra.keys() & {"captions", "answers"}]
     if lacking:
         raise DeloError(
-            f"{len(lacking)} of {len(references)} records have no list of captions (`captions` or `answers`).",
+            f"{len(lacking)} of {len(references)} records have no list of captions (`captions`, `answers`).",
             given=", ".join(lacking[:5]),
             fix="use a file of references that has them",
         )

@@ -53,8 +53,8 @@ class Scorer:
         details: (predictions, references) -> further named numbers of the whole task, as shares.
         unanswered: what a question without prediction counts where missing ones are allowed: the script of
             a compat rule may leave them out of the denominator.
-        ready: further conditions: raises `DeloError` where the rule cannot be applied to the references, or not
-            on this machine.
+        ready: further conditions: raises `DeloError` where the rule cannot be applied to the references,
+            or on this machine.
         by_position: the rule pairs the n-th prediction of a file with the n-th reference, whatever the ids.
     """
 
