@@ -26,13 +26,6 @@ are --METHOD.KEY=VALUE. --print_config writes the resolved configuration and sto
 keys and their defaults before recipe and file:
 """
 
-
-class _Scorer(Protocol):
-    """What the command line needs of a scorer: whether it has the mode that is asked for."""
-
-    def in_mode(self, scoring: str) -> object: ...
-
-
 #: Seconds that other ranks leave rank 0 to tell a fault that all of them see.
 TELL_FIRST = 3.0
 
@@ -42,6 +35,12 @@ class _Harness(Protocol):
 
     def main(self, argv: Sequence[str]) -> int | None: ...
     def evaluate_stage(self, run_dir: Path, stage: int) -> object: ...
+
+
+class _Scorer(Protocol):
+    """What the command line needs of a scorer: whether it has the mode that is asked for."""
+
+    def in_mode(self, scoring: str) -> object: ...
 
 
 # On some CPUs bitsandbytes warns that it has no ready-made kernel from a hub; we never fetch code at run

@@ -117,8 +117,9 @@ def _recipe_references(recipe: str, task: str, options: argparse.Namespace) -> l
     try:
         sequence = load_sequence(recipe, options.root)
     except DeloError as error:
-        alone = "or name the file of the questions alone: --references FILE"
-        raise DeloError(error.message, given=error.given, fix=f"{error.fix}; {alone}") from error
+        alone = "name the file of the questions alone: --references FILE"
+        fix = f"{error.fix}; or {alone}" if error.fix else alone
+        raise DeloError(error.message, given=error.given, fix=fix) from error
     spec = next(spec for spec in sequence.tasks if spec.name == task)
     return [Reference.of(record) for record in read_records(spec, options.split)]
 

@@ -1,5 +1,7 @@
 """TextVQA: agreement with ten human answers (M4C / EvalAI soft accuracy)."""
 
+from collections.abc import Sequence
+
 from delo_eval.scorers._text import strings_of
 from delo_eval.scorers._vqa import leave_one_out, official_m4c, soft_accuracy
 from delo_eval.scorers.base import Reference, Scorer
@@ -8,19 +10,26 @@ from delo_llava.errors import DeloError
 ANSWERS = 10
 
 
-def official(prediction: str, reference: Reference) -> float:
-    """M4C's accuracy: both sides through its normaliser, exactly ten answers.
+def require_ten(references: Sequence[Reference]) -> None:
+    """Refuse questions on which the script's assertion fails.
 
     Raises:
-        DeloError: another number of answers, where the script's assertion fails.
+        DeloError: some have another number of answers than ten.
     """
-    answers = strings_of(reference, "answers")
-    if len(answers) != ANSWERS:
+    others = [each.id for each in references if len(strings_of(each, "answers")) != ANSWERS]
+    if others:
         raise DeloError(
-            f"Question {reference.id}: the M4C evaluator takes exactly {ANSWERS} answers.", given=len(answers)
+            f"The M4C evaluator takes exactly {ANSWERS} answers; {len(others)} questions have others.",
+            given=", ".join(others[:5]),
+            fix="score natively",
         )
-    matches = [official_m4c(answer) for answer in answers].count(official_m4c(prediction))
-    return leave_one_out(matches, ANSWERS)
+
+
+def official(prediction: str, reference: Reference) -> float:
+    """M4C's accuracy: both sides through its normaliser, exactly ten answers (`require_ten`)."""
+    require_ten([reference])
+    given = [official_m4c(answer) for answer in strings_of(reference, "answers")]
+    return leave_one_out(given.count(official_m4c(prediction)), ANSWERS)
 
 
 SCORER = Scorer(
@@ -34,5 +43,6 @@ SCORER = Scorer(
         official,
         needs=("answers",),
         unanswered="skipped",
+        ready=require_ten,
     ),
 )
