@@ -161,6 +161,7 @@ def evaluate_stage(
         run.sequence, stage, run.patterns_of(stage), needs_task=run.method.capabilities.needs_task
     )
     questions = Questions(run.config)
+    check_scorable(run.config, cells, questions)
     with answerer(run, stage, ranks.device) as ready:
         for cell in cells:
             _answer_cell(run, stage, cell, ready, questions, ranks, progress)
@@ -318,6 +319,18 @@ def fill_cell(
 def scorer_of(task: TaskSpec, config: RunConfig) -> Scorer:
     """The scorer that the task's recipe names, in the mode the run asks for."""
     return cast(Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
+
+
+def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Questions) -> None:
+    """Refuse, before a model is loaded, what could not be scored once it has answered.
+
+    Raises:
+        DeloError: see `Scorer.in_mode` and `Scorer.check`.
+    """
+    for cell in {cell.task.name: cell for cell in cells}.values():
+        scorer = scorer_of(cell.task, config)
+        if scorer.needs or scorer.ready:
+            scorer.check([Reference.of(question.record) for question in questions.of(cell)])
 
 
 def run_facts(run: StoredRun) -> dict[str, Any]:

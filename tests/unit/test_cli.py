@@ -184,6 +184,15 @@ def test_print_config_writes_yaml_and_trains_nothing(
     assert (printed["train"]["lr"], printed["method"], printed["zero"]) == (0.5, "lora", "2")
 
 
+def test_official_scoring_of_a_task_without_an_official_script_is_refused_before_training(
+    sequence: Path, handed: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", *words(sequence, "--eval.scoring=compat")])
+    assert caught.value.code == 2 and not handed
+    assert "exact_match.v1 has no official script" in capsys.readouterr().err
+
+
 def test_eval_hands_its_words_to_the_harness(handed: list[Any]) -> None:
     assert cli.main(["eval", "--run", "runs/x", "--stage", "3"]) == 0
     assert handed == [["--run", "runs/x", "--stage", "3"]]
