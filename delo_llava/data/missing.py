@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,6 +85,24 @@ def hash_rank(seed: int, task: str, split: str, record_id: str) -> bytes:
     return hashlib.sha256("|".join((str(seed), task, split, record_id)).encode()).digest()
 
 
+@runtime_checkable
+class Columns(Protocol):
+    """Records of one (task, split) that tell their ids and what they have without being built one by one."""
+
+    task: str
+    split: Split
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Every record's id."""
+        ...
+
+    @property
+    def natural(self) -> Presence:
+        """Whether each has (image, context) in the data itself."""
+        ...
+
+
 def record_presence(spec: MissingSpec, records: Sequence[Record]) -> Presence:
     """What the model really gets: the simulated presence, and absent where the record lacks the field anyway.
 
@@ -92,6 +110,8 @@ def record_presence(spec: MissingSpec, records: Sequence[Record]) -> Presence:
     """
     if not records:
         return np.ones((0, 2), dtype=np.bool_)
+    if isinstance(records, Columns):
+        return presence(spec, records.task, records.split, list(records.ids)) & records.natural
     rows = [(r.task, r.split, r.id, r.image is not None, bool(r.context)) for r in records]
     kept = presence(spec, rows[0][0], rows[0][1], [row[2] for row in rows])
     return kept & np.array([row[3:] for row in rows], dtype=np.bool_)

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 
 from delo_llava.data import readers
@@ -17,7 +16,7 @@ from delo_llava.tasks import TaskSpec
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An Arrow cache of this test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -103,6 +102,8 @@ def test_sub_is_exact_nested_ordered_and_seeded(tmp_path: Path) -> None:
     assert small == sorted(small, key=int)
     assert read_records(spec, "train", sub=0.2, seed=2).ids != small
     assert len(read_records(spec, "train", sub=0.001)) == 1
+    again = read_records(spec, "train", sub=0.2, seed=1)
+    assert [record.id for record in again] == [again[i].id for i in range(len(again))] == small
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,8 @@ def test_sub_is_exact_nested_ordered_and_seeded(tmp_path: Path) -> None:
         (talk("Q", "", id="z"), r"entry 1 \(id z\): there is no answer"),
         (talk("Q", "  ", id="z"), "there is no answer"),
         ({"question_id": "z", "text": "Q"}, "there is no answer"),
-        ({"question_id": "z", "text": "Q", "answer": ["a"]}, "there is no answer"),
+        ({"question_id": "z", "text": "Q", "answer": []}, "there is no answer"),
+        ({"question_id": "z", "text": "Q", "answer": [1]}, "there is no answer"),
         ({"question_id": "z", "text": "Q", "answer": True}, "there is no answer"),
         ({"question_id": "z", "answer": "A"}, "instruction must be text"),
         (talk("<image>\n", "A", id="z", image="x.png"), "instruction is empty"),
@@ -143,9 +145,11 @@ def test_faults_name_file_and_entry(tmp_path: Path, entry: Any, told: str) -> No
     ("text", "told"),
     [
         ("[{", "not valid JSON"),
-        ("{}", "JSON array"),
+        ("{}", "should hold a JSON array"),
+        ("", "not valid JSON"),
+        ('[{"text": "Q", "answer": "A"}', "not valid JSON"),
         ("[]", "at least one entry"),
-        ('{"a": 1}\n{"a": 2}', "not valid"),
+        ('{"a": 1}\n{"a": 2}', "must be called .jsonl"),
     ],
 )
 def test_files_that_are_no_array_are_told(tmp_path: Path, text: str, told: str) -> None:
@@ -168,8 +172,9 @@ def test_a_split_the_task_lacks_is_told(tmp_path: Path) -> None:
 def test_rows_are_memory_mapped_and_a_changed_file_is_read_anew(tmp_path: Path, cache: Path) -> None:
     spec = task(tmp_path, [GOOD])
     first = read_records(spec, "train")
-    assert first._table.cache_files, "rows live in a file, not in memory"
-    assert Path(first._table.cache_files[0]["filename"]).is_relative_to(cache)
+    assert first.path.is_relative_to(cache)
+    assert first.dataset.cache_files[0]["filename"] == str(first.path), "rows live in a file, not in memory"
+    assert first.dataset[0]["instruction"] == "What?"
     spec.files["train"].write_text(json.dumps([talk("New?", "No", id="b")]))
     os.utime(spec.files["train"], ns=(1, 1))
     assert [r.instruction for r in read_records(spec, "train")] == ["New?"]
@@ -178,5 +183,5 @@ def test_rows_are_memory_mapped_and_a_changed_file_is_read_anew(tmp_path: Path, 
 def test_a_second_read_uses_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spec = task(tmp_path, [GOOD])
     read_records(spec, "train")
-    monkeypatch.setattr(readers, "_entries", lambda path: pytest.fail("the JSON file was read again"))
+    monkeypatch.setattr(readers, "_write", lambda *_: pytest.fail("the JSON file was read again"))
     assert read_records(spec, "train").ids == ["a"]

@@ -148,7 +148,7 @@ def test_shipped_recipes_are_sound(name: str) -> None:
     recipe = read_recipe(name)
     assert recipe.name == name
     assert recipe.title and recipe.source and recipe.licence
-    assert recipe_defaults(name) == recipe.defaults
+    assert recipe.defaults.items() <= recipe_defaults(name).items()
     assert recipe.builder or all(entry.obtain for entry in recipe.tasks)
 
 
