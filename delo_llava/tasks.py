@@ -94,6 +94,7 @@ class TaskSpec:
         sides: files joined to the records.
         classes: set where the files are in the CMML layout instead of CoIN's.
         absent: optional side files that are not there, each in a line.
+        answers_key: where `extra` holds all reference answers of an entry that has several.
     """
 
     name: str
@@ -105,6 +106,7 @@ class TaskSpec:
     sides: tuple[SideFile, ...] = ()
     classes: ClassTask | None = None
     absent: tuple[str, ...] = ()
+    answers_key: str = "answers"
 
 
 @dataclass(frozen=True)

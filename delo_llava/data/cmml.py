@@ -55,7 +55,7 @@ def cmml_rows(task: TaskSpec, split: Split, images: EmbeddedImages) -> Iterator[
         chosen = sorted(names[index] for index in labels)
         extra = {"labels": chosen, "label_ids": labels, "label_form": form}
         if item["split"] != "train":
-            extra["classes_seen"] = names[:known]
+            extra["classes"] = names[:known]
         yield {
             "id": f"{item['task_id']}-{item['split']}-{number}",
             "image": image_of(item, task.image_root, images, where),

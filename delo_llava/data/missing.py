@@ -69,9 +69,11 @@ def presence(spec: MissingSpec, task: str, split: Split, record_ids: Sequence[st
     if len(set(record_ids)) != len(record_ids):
         raise DeloError(f"Record ids of {task}/{split} are not unique, so no reproducible draw is possible.")
     drawn = int(Decimal(repr(spec.ratio)) * len(record_ids))
+    mask = np.ones((len(record_ids), 2), dtype=np.bool_)
+    if drawn == 0:
+        return mask
     ranked = sorted(range(len(record_ids)), key=lambda i: hash_rank(spec.seed, task, split, record_ids[i]))
     order = ranked[:drawn]
-    mask = np.ones((len(record_ids), 2), dtype=np.bool_)
     if spec.kind == "both":
         mask[order[1::2], 0] = False
         mask[order[0::2], 1] = False

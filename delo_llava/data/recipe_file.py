@@ -7,7 +7,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
-from delo_llava.schema import Section, checked, read_yaml
+from delo_llava.schema import Section, checked, merged, read_yaml
 from delo_llava.tasks import SPLITS, Split
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
@@ -97,6 +97,7 @@ class TaskEntry(Section):
         images: folders below `image_root` that must be there.
         sides: side files joined to the records.
         classes: set for files in the CMML layout.
+        answers_key: where `extra` holds the answers of entries whose `answer` is a list.
         train: settings of `train` that differ for this task.
         obtain: where the files come from, shown when they are missing.
     """
@@ -110,6 +111,7 @@ class TaskEntry(Section):
     max_new_tokens: int = Field(default=8, ge=1)
     sides: list[SideEntry] = []
     classes: ClassesEntry | None = None
+    answers_key: str = "answers"
     train: dict[str, Any] = {}
     obtain: str = ""
 
@@ -141,18 +143,49 @@ class Recipe(Section):
 def read_recipe(name_or_path: str) -> Recipe:
     """Read and check a recipe without looking for its data.
 
+    A recipe may say `like: <another>`: what it leaves out is the other's, and its tasks may be names of the
+    other's tasks, or changes to one (`{name: gqa, scorer: exact_match}`).
+
     Raises:
         DeloError: no such recipe, or a fault in the file.
     """
-    named = not name_or_path.endswith((".yaml", ".yml")) and "/" not in name_or_path
-    path = cast(Path, load_plugin("recipe", name_or_path)) if named else Path(name_or_path)
-    recipe = checked(Recipe, read_yaml(path), where=f"the recipe {path.name}")
+    path = _path(name_or_path)
+    recipe = checked(Recipe, _expanded(read_yaml(path), path), where=f"the recipe {path.name}")
     for entry in recipe.tasks:
         _check_entry(entry, recipe, path)
     names = [entry.name for entry in recipe.tasks]
     if len(set(names)) < len(names):
         raise DeloError(f"Task names in {path.name} are not unique.", given=", ".join(names))
     return recipe
+
+
+def _path(name_or_path: str) -> Path:
+    """The file of a shipped recipe, or the one that is named by its path."""
+    named = not name_or_path.endswith((".yaml", ".yml")) and "/" not in name_or_path
+    return cast(Path, load_plugin("recipe", name_or_path)) if named else Path(name_or_path)
+
+
+def _expanded(raw: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe's content with what `like` takes from another one filled in.
+
+    Raises:
+        DeloError: recipes that are like each other, or a task that the other one does not have.
+    """
+    if "like" not in raw:
+        return raw
+    if path.resolve() in seen:
+        raise DeloError(f"The recipe {path.name} is like itself.", given=f"like: {raw['like']}")
+    other = _path(str(raw["like"]))
+    base = _expanded(read_yaml(other), other, (*seen, path.resolve()))
+    known = {task["name"]: task for task in base["tasks"]}
+    tasks = []
+    for given in raw.get("tasks", list(known)):
+        name = given if isinstance(given, str) else given.get("name")
+        if isinstance(given, str) and name not in known:
+            raise DeloError(f"The recipe {other.name} has no task {name!r}.", given=name, allowed=known)
+        tasks.append(merged(known.get(name, {}), {} if isinstance(given, str) else given))
+    own = {key: value for key, value in raw.items() if key != "like"}
+    return merged(base, own) | {"tasks": tasks}
 
 
 def _check_entry(entry: TaskEntry, recipe: Recipe, path: Path) -> None:

@@ -28,7 +28,7 @@ def rows(task: TaskSpec, split: Split, images: EmbeddedImages) -> Iterator[Row]:
     Entries are conversations (`id`, `image`, `conversations`) or questions (`question_id`, `image`, `text`,
     `answer` or `answer_bbox`), both with an optional `context`. Every turn pair of a conversation is a row
     with the id `<id>#<turn>`; ids that repeat get `~2`, `~3` … in the order of the file. An answer that is a
-    list gives its first as the answer and all of them as `extra["answers"]`. Other keys go into `extra`.
+    list gives its first as the answer and all of them as `extra[answers_key]`. Other keys go into `extra`.
 
     Args:
         images: where pictures that are embedded in the file are written to.
@@ -46,15 +46,17 @@ def rows(task: TaskSpec, split: Split, images: EmbeddedImages) -> Iterator[Row]:
         where += f" (id {name})"
         image = image_of(entry, task.image_root, images, where)
         texts, known = joined.of(entry, number, image)
+        context = _context(entry, where)
+        extra = json.dumps(_others(entry, task.answers_key) | known, default=plain)
         turns = list(_turns(entry, where))
         for turn, (instruction, answer) in enumerate(turns):
             yield {
                 "id": name if len(turns) == 1 else f"{name}#{turn}",
                 "image": image,
-                "context": _context(entry, texts, instruction, where),
+                "context": _with(context, texts, instruction) if texts else context,
                 "instruction": instruction,
                 "answer": answer,
-                "extra": json.dumps(_others(entry) | known, default=plain),
+                "extra": extra,
                 "entry": number,
                 "part": None,
             }
@@ -95,20 +97,25 @@ def _unique(name: str, seen: set[str]) -> str:
     return unique
 
 
-def _context(entry: Mapping[str, Any], joined: list[str], instruction: str, where: str) -> str | None:
-    """The auxiliary text: the entry's own, then what side files add and the instruction does not say."""
+def _context(entry: Mapping[str, Any], where: str) -> str | None:
+    """The entry's own auxiliary text; an empty one is none."""
     given = entry.get("context")
     if given is not None and not isinstance(given, str):
         raise DeloError(f"{where}: `context` must be text.", given=repr(given)[:80])
-    texts = [(given or "").strip(), *(text for text in joined if text not in instruction)]
+    return (given or "").strip() or None
+
+
+def _with(context: str | None, joined: list[str], instruction: str) -> str | None:
+    """The entry's own context, then what side files add and the instruction does not say already."""
+    texts = [context, *(text for text in joined if text not in instruction)]
     return "\n".join(filter(None, texts)) or None
 
 
-def _others(entry: Mapping[str, Any]) -> dict[str, Any]:
+def _others(entry: Mapping[str, Any], answers_key: str) -> dict[str, Any]:
     """What goes into `extra` of the entry's own."""
     extra = {key: value for key, value in entry.items() if key not in FIELDS and value is not None}
     if isinstance(entry.get("answer"), list):
-        extra["answers"] = entry["answer"]
+        extra[answers_key] = entry["answer"]
     return extra
 
 
