@@ -279,9 +279,7 @@ def check_tasks(config: RunConfig, names: Sequence[str]) -> None:
     """
     for task in config.per_task:
         if task not in names:
-            raise DeloError(
-                f"`per_task` names no task of {config.task_seq}.", given=f"per_task.{task}", allowed=names
-            )
+            raise DeloError(f"`per_task` names no task of {config.task_seq}.", given=task, allowed=names)
 
 
 def _known(kind: str, name: str, extra: Sequence[str] = ()) -> None:

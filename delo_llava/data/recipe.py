@@ -107,7 +107,7 @@ def _template(recipe: Recipe, given: str | None) -> str | None:
     if given not in recipe.templates:
         raise DeloError(
             f"The recipe {recipe.name} has no template {given!r}.",
-            given=f"data.template={given}",
+            given=given,
             allowed=recipe.templates,
         )
     return given
