@@ -265,10 +265,11 @@ def _without_overruled(defaults: Mapping[str, Any], given: Mapping[str, Any]) ->
     """The recipe's defaults without what it sets for single tasks and the user sets for all (`train.…`)."""
     overruled = given.get("train", {})
     tasks = {
-        task: {key: value for key, value in section.items() if key not in overruled}
+        task: left
         for task, section in defaults.get("per_task", {}).items()
+        if (left := {key: value for key, value in section.items() if key not in overruled})
     }
-    return {**defaults, "per_task": tasks} if tasks else dict(defaults)
+    return {**defaults, "per_task": tasks}
 
 
 def check_tasks(config: RunConfig, names: Sequence[str]) -> None:
