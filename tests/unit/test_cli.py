@@ -61,7 +61,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "told"),
     [
         (["--task_seq=coin6", "--data.root=/nowhere"], "Instructions_Original/OCRVQA/train.json"),
-        (["--task_seq=coin5"], "did you mean coin6?"),
+        (["--task_seq=coin5"], "did you mean coin8?"),
         (["--quant=nf3"], "did you mean nf4?"),
         (["--train.leaning_rate=1"], "train.leaning_rate"),
         (["--method=dello"], "did you mean delo?"),

@@ -25,7 +25,7 @@ RECORDS = 12
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small mini6."""
-    return ensure_mini6(tmp_path_factory.mktemp("mini"), {"train": 16, "val": 1, "test": 6})
+    return ensure_mini6(tmp_path_factory.mktemp("mini"), {"train": 32, "val": 1, "test": 12})
 
 
 @pytest.fixture(autouse=True)
