@@ -108,6 +108,12 @@ class TaskSpec:
     absent: tuple[str, ...] = ()
     answers_key: str = "answers"
 
+    @property
+    def beside(self) -> dict[str, Path]:
+        """Every file besides the records' own that decides what they say, by name."""
+        names = {} if self.classes is None or self.classes.names is None else {"classes": self.classes.names}
+        return {side.name: side.path for side in self.sides} | names
+
 
 @dataclass(frozen=True)
 class TaskSequence:

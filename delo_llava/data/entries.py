@@ -5,6 +5,7 @@ No reader holds more than one entry (parquet: one batch) in memory, whatever the
 
 import json
 from collections.abc import Iterator
+from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -62,8 +63,6 @@ def plain(value: object) -> float:
     Raises:
         TypeError: anything else that JSON cannot hold.
     """
-    from decimal import Decimal
-
     if isinstance(value, Decimal):
         return float(value)
     raise TypeError(f"{type(value).__name__} is no JSON value")

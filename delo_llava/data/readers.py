@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice
@@ -35,9 +35,6 @@ ROWS_VERSION = 3
 CHUNK = 8192
 
 TEXTS = ("id", "image", "context", "instruction", "answer", "extra", "part")
-
-#: Called with the rows stored so far while a file is read for the first time.
-Progress = Callable[[int], None]
 
 
 class Records(Sequence[Record]):
@@ -163,20 +160,17 @@ class Ids(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def read_records(
-    task: TaskSpec, split: Split, sub: float = 1.0, seed: int = 0, *, progress: Progress | None = None
-) -> Records:
+def read_records(task: TaskSpec, split: Split, sub: float = 1.0, seed: int = 0) -> Records:
     """All records of a split, or a share of them, in the order of the file.
 
     Args:
         sub: share that is kept, in (0, 1]: drawn by record id, so a smaller share is part of a larger one.
         seed: seed of that draw.
-        progress: told how many rows are stored, at a first read.
 
     Raises:
         DeloError: a split the task does not have, or a fault in a file, told with file and entry.
     """
-    path = _stored(task, split, progress)
+    path = _stored(task, split)
     records = Records(task, split, path, _mapped(path))
     if task.classes is not None:
         records = records.select(_rows_of_part(records, part_of(task.classes, split)))
@@ -236,7 +230,7 @@ def _rows_of_part(records: Records, part: str) -> list[int]:
     return chosen
 
 
-def _stored(task: TaskSpec, split: Split, progress: Progress | None) -> Path:
+def _stored(task: TaskSpec, split: Split) -> Path:
     """The Arrow file with a split's rows, made once for these files (path, size, time of change) and joins.
 
     Of several processes that ask at once, one writes and the others wait.
@@ -253,7 +247,7 @@ def _stored(task: TaskSpec, split: Split, progress: Progress | None) -> Path:
             handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".rows-")
             os.close(handle)
             try:
-                _write(Path(draft), found, progress)
+                _write(Path(draft), found)
                 os.replace(draft, path)
             except BaseException:
                 Path(draft).unlink(missing_ok=True)
@@ -288,18 +282,15 @@ def _state(file: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _write(path: Path, found: Iterator[Row], progress: Progress | None) -> None:
+def _write(path: Path, found: Iterator[Row]) -> None:
     """Write rows as an Arrow stream, some thousands at a time."""
     import pyarrow as pa
 
     fields = {name: pa.string() for name in TEXTS} | {"entry": pa.int64()}
-    schema, count = pa.schema(fields), 0
+    schema = pa.schema(fields)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         while chunk := list(islice(found, CHUNK)):
             writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
-            count += len(chunk)
-            if progress is not None:
-                progress(count)
 
 
 def _mapped(path: Path) -> "pa.Table":

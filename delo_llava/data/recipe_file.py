@@ -199,7 +199,11 @@ def _check_entry(entry: TaskEntry, recipe: Recipe, path: Path) -> None:
     places = [*entry.image_root, *(name for names in entry.files.values() for name in names)]
     if not recipe.templates and (used := [place for place in places if "{template}" in place]):
         raise DeloError(f"{where} uses a template, but there are none.", given=used[0], fix="add `templates`")
+    taken = [*SPLITS, "classes"]
     for side in entry.sides:
+        if side.name in taken:
+            raise DeloError(f"{where}: names of side files differ, and are no split's.", given=side.name)
+        taken.append(side.name)
         if side.shape == "list" and not side.key:
             raise DeloError(f"{where}: the side file {side.name!r} needs a `key`.", fix="name a row's field")
         if side.context is None and not side.extra:

@@ -40,9 +40,9 @@ def open_run(store: RunStore, config: RunConfig, sequence: TaskSequence, model_p
         tasks=sequence.names,
         template=sequence.template,
         side_files={
-            task.name: {"joined": [side.name for side in task.sides], "absent": list(task.absent)}
+            task.name: {"joined": list(task.beside), "absent": list(task.absent)}
             for task in sequence.tasks
-            if task.sides or task.absent
+            if task.beside or task.absent
         },
         versions=versions(),
         seeds={"run": config.seed, "missing": config.missing.seed},
@@ -87,7 +87,7 @@ def data_hashes(store: RunStore, sequence: TaskSequence) -> dict[str, dict[str, 
     hashes = {
         task.name: {
             **{str(split): cache.hash(path) for split, path in task.files.items()},
-            **{side.name: cache.hash(side.path) for side in task.sides},
+            **{name: cache.hash(path) for name, path in task.beside.items()},
         }
         for task in sequence.tasks
     }

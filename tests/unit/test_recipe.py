@@ -286,6 +286,7 @@ def test_an_optional_side_file_is_joined_or_said_and_a_required_one_demanded(tmp
     ("side", "told"),
     [
         ({"key": []}, "needs a `key`"),
+        ({"name": "test"}, "are no split's"),
         ({"context": None}, "nothing is taken"),
         ({"shape": "row"}, "list, map, keys"),
         ({"file": "../x.json"}, "stay inside"),
