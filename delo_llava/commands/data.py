@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from delo_llava.commands import _fixture
 from delo_llava.commands.base import Command, say
 
 
@@ -13,11 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("recipe", help="a recipe's name or file")
     check.add_argument("--root", type=Path, help="data root (default: $DELO_LLAVA_DATA, else data/<name>)")
     check.set_defaults(data=_check)
-    fixture = commands.add_parser("fixture", help="write a small set in a recipe's exact layout, for trials")
-    fixture.add_argument("recipe", help="a shipped recipe's name")
-    fixture.add_argument("--output", type=Path, required=True, help="an empty or new folder: the data root")
-    fixture.add_argument("--records", type=int, default=48, help="training records of each task")
-    fixture.set_defaults(data=_fixture)
+    _fixture.arguments(commands.add_parser("fixture", help="write a small set in a recipe's exact layout"))
 
 
 def run(options: argparse.Namespace) -> int:
@@ -37,16 +34,6 @@ def _check(options: argparse.Namespace) -> int:
         faults += len(report.faults)
     say(f"{faults} faults\n" if faults else "all files, entries and images are there\n")
     return 1 if faults else 0
-
-
-def _fixture(options: argparse.Namespace) -> int:
-    """Write a fixture and say how it is used."""
-    from delo_llava.mini.fixtures import write_fixture
-
-    root = write_fixture(options.recipe, options.output, options.records)
-    say(f"{options.recipe}: a fixture of {options.records} training records a task in {root}\n")
-    say(f"use it with --task_seq {options.recipe} --data.root {root} --model mini-llava\n")
-    return 0
 
 
 COMMAND = Command(arguments, run)
