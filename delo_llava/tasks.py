@@ -94,7 +94,6 @@ class TaskSpec:
         sides: files joined to the records.
         classes: set where the files are in the CMML layout instead of CoIN's.
         absent: optional side files that are not there, each in a line.
-        answers_key: where `extra` holds all reference answers of an entry that has several.
     """
 
     name: str
@@ -106,7 +105,6 @@ class TaskSpec:
     sides: tuple[SideFile, ...] = ()
     classes: ClassTask | None = None
     absent: tuple[str, ...] = ()
-    answers_key: str = "answers"
 
     @property
     def beside(self) -> dict[str, Path]:

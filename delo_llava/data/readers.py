@@ -263,7 +263,6 @@ def _key(task: TaskSpec, split: Split) -> str:
     facts: dict[str, Any] = {
         "version": ROWS_VERSION,
         "root": str(task.image_root),
-        "answers_key": task.answers_key,
         "files": [(str(file), *_state(file)) for file in files],
         "sides": [asdict(side) for side in sides],
         # One stored file serves all tasks and splits of a CMML file.

@@ -167,7 +167,6 @@ def _task(entry: TaskEntry, place: _Place) -> TaskSpec:
         if classes is None
         else ClassTask(classes.number, classes.per_task, classes.instruction, place.file(classes.names)),
         absent=tuple(_absent_side(side, place) for side, path in sides if path is None),
-        answers_key=entry.answers_key,
     )
 
 

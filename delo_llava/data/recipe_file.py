@@ -97,7 +97,6 @@ class TaskEntry(Section):
         images: folders below `image_root` that must be there.
         sides: side files joined to the records.
         classes: set for files in the CMML layout.
-        answers_key: where `extra` holds the answers of entries whose `answer` is a list.
         train: settings of `train` that differ for this task.
         obtain: where the files come from, shown when they are missing.
     """
@@ -111,7 +110,6 @@ class TaskEntry(Section):
     max_new_tokens: int = Field(default=8, ge=1)
     sides: list[SideEntry] = []
     classes: ClassesEntry | None = None
-    answers_key: str = "answers"
     train: dict[str, Any] = {}
     obtain: str = ""
 

@@ -28,7 +28,7 @@ def rows(task: TaskSpec, split: Split, images: EmbeddedImages) -> Iterator[Row]:
     Entries are conversations (`id`, `image`, `conversations`) or questions (`question_id`, `image`, `text`,
     `answer` or `answer_bbox`), both with an optional `context`. Every turn pair of a conversation is a row
     with the id `<id>#<turn>`; ids that repeat get `~2`, `~3` … in the order of the file. An answer that is a
-    list gives its first as the answer and all of them as `extra[answers_key]`. Other keys go into `extra`.
+    list gives its first as the answer and all of them as `extra["answers"]`. Other keys go into `extra`.
 
     Args:
         images: where pictures that are embedded in the file are written to.
@@ -47,7 +47,7 @@ def rows(task: TaskSpec, split: Split, images: EmbeddedImages) -> Iterator[Row]:
         image = image_of(entry, task.image_root, images, where)
         texts, known = joined.of(entry, number, image)
         context = _context(entry, where)
-        extra = json.dumps(_others(entry, task.answers_key) | known, default=plain)
+        extra = json.dumps(_others(entry) | known, default=plain)
         turns = list(_turns(entry, where))
         for turn, (instruction, answer) in enumerate(turns):
             yield {
@@ -111,11 +111,11 @@ def _with(context: str | None, joined: list[str], instruction: str) -> str | Non
     return "\n".join(filter(None, texts)) or None
 
 
-def _others(entry: Mapping[str, Any], answers_key: str) -> dict[str, Any]:
+def _others(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into `extra` of the entry's own."""
     extra = {key: value for key, value in entry.items() if key not in FIELDS and value is not None}
     if isinstance(entry.get("answer"), list):
-        extra[answers_key] = entry["answer"]
+        extra["answers"] = entry["answer"]
     return extra
 
 

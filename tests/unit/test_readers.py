@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -209,12 +208,6 @@ def test_several_answers_and_boxes(tmp_path: Path) -> None:
     assert numbers.answer == "[0.1, 0.2, 0.3, 1.0]"
     assert numbers.extra["answer_bbox"] == [0.1, 0.2, 0.3, 1.0]
     assert point.answer == "1.5"
-
-
-def test_captions_may_get_a_key_of_their_own(tmp_path: Path) -> None:
-    spec = task(tmp_path, [{"question_id": 1, "text": "Q", "answer": ["a", "b"]}], "test")
-    [record] = read_records(replace(spec, answers_key="captions"), "test")
-    assert (record.answer, record.extra) == ("a", {"captions": ["a", "b"]})
 
 
 def test_json_lines(tmp_path: Path) -> None:
