@@ -106,7 +106,8 @@ def _names(path: Path, form: LabelForm, classes: ClassTask) -> list[str]:
         return _names_from_images(path)
     raise DeloError(
         f"The labels in {path} are {form} and need the names of their classes.",
-        fix="write a JSON list of the names, in the order of the class index, where the recipe expects it",
+        fix="write a JSON list of the names, in the order of the class index, where `classes.names` of the "
+        "recipe expects it",
     )
 
 
@@ -131,22 +132,23 @@ def _names_from_images(path: Path) -> list[str]:
             raise DeloError(
                 f"{path}, item {number}: class {item['label']} has several names.",
                 given=f"{found[item['label']]}, {name}",
-                fix="write the class names into a side file",
+                fix="write the names where `classes.names` of the recipe expects them",
             )
     names = [found.get(index, "") for index in range(max(found) + 1)]
     if "" in names or len(set(names)) < len(names):
         raise DeloError(
             f"The images in {path} do not tell one name for every class index.",
             given=", ".join(names),
-            fix="write the class names into a side file",
+            fix="write the names where `classes.names` of the recipe expects them",
         )
     return names
 
 
 def _class_of(image: str) -> str:
-    """`apple_pie/12.jpg` and `apple_pie_12.jpg` are of the class "apple pie"."""
+    """`apple_pie/12.jpg`, `apple_pie_12.jpg` and `train/apple_pie_12.jpg` are of the class "apple pie"."""
     path = PurePosixPath(image)
-    name = path.parent.name or re.sub(r"[_-]?\d+$", "", path.stem)
+    folder = path.parent.name
+    name = folder if folder not in ("", *SPLITS) else re.sub(r"[_-]?\d+$", "", path.stem)
     return name.replace("_", " ")
 
 

@@ -129,8 +129,9 @@ def _absent(recipe: Recipe, place: _Place) -> Iterator[tuple[TaskEntry, str, str
         for side in entry.sides:
             if side.required and place.file(side.file) is None:
                 yield entry, " or ".join(place.names(side.file)), side.obtain or entry.obtain
-        if entry.classes is not None and entry.classes.names and place.file(entry.classes.names) is None:
-            yield entry, " or ".join(entry.classes.names), entry.obtain
+        classes = entry.classes
+        if classes is not None and classes.names_required and place.file(classes.names) is None:
+            yield entry, " or ".join(classes.names), entry.obtain
         if place.image_root(entry) is None:
             for images in _absent_images(entry, place):
                 yield entry, images, entry.obtain

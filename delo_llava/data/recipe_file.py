@@ -77,13 +77,15 @@ class ClassesEntry(Section):
 
     Attributes:
         number: the task's `task_id`.
-        names: accepted names of the JSON file with the class names; empty: told by the images' folders.
+        names: accepted names of the JSON file with the class names; without it, images' folders tell them.
+        names_required: whether the data is incomplete without that file.
     """
 
     number: int = Field(ge=0)
     per_task: int = Field(ge=1)
     instruction: str = Field(min_length=1)
     names: Annotated[list[RelativePath], BeforeValidator(_as_list)] = []
+    names_required: bool = False
 
 
 class TaskEntry(Section):

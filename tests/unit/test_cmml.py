@@ -40,6 +40,7 @@ def test_single_labels_named_by_folders_and_by_file_names(tmp_path: Path) -> Non
     items = [
         item(0, 0, "apple_pie/apple_pie_7.jpg", text=["bake it", "eat it"]),
         item(0, 1, "miso_soup_12.jpg", "test"),
+        item(2, 1, "test/miso_soup_13.jpg", "val"),
         item(1, 2, "ramen/a.jpg", "test"),
         item(1, 0, "apple_pie/x.jpg", "test", text=""),
     ]
@@ -57,8 +58,8 @@ def test_single_labels_named_by_folders_and_by_file_names(tmp_path: Path) -> Non
     assert second.extra["classes"] == ["apple pie", "miso soup"]
     later = read_records(spec(tmp_path, items, 1), "test")
     assert [(record.id, record.answer, record.context) for record in later] == [
-        ("1-test-2", "ramen", "t"),
-        ("1-test-3", "apple pie", None),
+        ("1-test-3", "ramen", "t"),
+        ("1-test-4", "apple pie", None),
     ]
     assert later[0].extra["classes"] == ["apple pie", "miso soup", "ramen"]
     assert list(stream_records(spec(tmp_path, items, 1), "test")) == list(later)

@@ -325,6 +325,21 @@ def test_a_recipe_like_another_takes_and_changes_its_tasks(tmp_path: Path) -> No
         read_recipe(write(tmp_path, like=str(tmp_path / "mine.yaml")))
 
 
+def test_class_names_are_demanded_only_where_the_recipe_says_so(tmp_path: Path) -> None:
+    fill(tmp_path / "d", "all.json")
+    files = dict.fromkeys(("train", "test"), "all.json")
+    classes = {"number": 0, "per_task": 2, "instruction": "Which?", "names": "classes.json"}
+    optional = write(tmp_path, [TASK | {"files": files, "classes": classes}])
+    [task] = load_sequence(optional, tmp_path / "d").tasks
+    assert task.classes is not None and task.classes.names is None
+    demanded = write(tmp_path, [TASK | {"files": files, "classes": classes | {"names_required": True}}])
+    with pytest.raises(DeloError, match=r"one: classes\.json"):
+        load_sequence(demanded, tmp_path / "d")
+    fill(tmp_path / "d", "classes.json")
+    [task] = load_sequence(demanded, tmp_path / "d").tasks
+    assert task.beside == {"classes": tmp_path / "d/classes.json"}
+
+
 def test_settings_of_a_task_that_does_not_exist_are_told(tmp_path: Path) -> None:
     recipe = write(tmp_path)
     config = core_config({"task_seq": recipe, "per_task": {"won": {"epochs": 2}}})
