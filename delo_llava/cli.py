@@ -77,7 +77,7 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     Raises:
         DeloError: an unknown key, value or recipe, data that is missing, or official scoring where none is.
     """
-    from delo_llava.config import config_layers, core_config, with_methods
+    from delo_llava.config import check_tasks, config_layers, core_config, with_methods
     from delo_llava.data.recipe import load_sequence, recipe_defaults
 
     file, words = _take(words, "--config")
@@ -85,7 +85,8 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     layers = config_layers(Path(file) if file else None, words)
     defaults = recipe_defaults(str(layers.get("task_seq", _default_sequence())))
     config = core_config(layers, defaults)
-    sequence = load_sequence(config.task_seq, config.data.root)
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    check_tasks(config, sequence.names)
     for task in sequence.tasks:
         cast(_Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
     return with_methods(config)

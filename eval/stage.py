@@ -124,7 +124,7 @@ def open_run(run_dir: Path, request: Request = Request()) -> StoredRun:
         if wanted.split == stored.eval.split and wanted.limit == stored.eval.limit
         else run_dir / f"eval-{wanted.split}"
     )
-    sequence = load_sequence(config.task_seq, config.data.root)
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     return StoredRun(store, config, sequence, backbone, path, method, request.output or own, request.patterns)
 
 

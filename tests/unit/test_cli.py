@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import yaml
 from PIL import Image
+from recipes_support import require_scorers
 
 from delo_llava import __version__, cli
 from delo_llava.config import load_config
@@ -61,7 +61,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "told"),
     [
         (["--task_seq=coin6", "--data.root=/nowhere"], "Instructions_Original/OCRVQA/train.json"),
-        (["--task_seq=coin5"], "did you mean coin6?"),
+        (["--task_seq=coin5"], "did you mean coin8?"),
         (["--quant=nf3"], "did you mean nf4?"),
         (["--train.leaning_rate=1"], "train.leaning_rate"),
         (["--method=dello"], "did you mean delo?"),
@@ -70,6 +70,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_end_with_code_2_before_anything_heavy(words: list[str], told: str) -> None:
+    if "--task_seq=coin6" in words:
+        require_scorers("coin6")
     done, seconds = run("train", *words)
     assert done.returncode == 2
     assert told in done.stderr
@@ -102,7 +104,7 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe with one task of two records, complete with images."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
     turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}] * 2
     train = [{"id": "a", "image": "a.png", "conversations": turns, "context": "c"}]
