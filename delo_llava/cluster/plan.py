@@ -56,7 +56,8 @@ def make_plan(config: RunConfig, job: Job) -> dict[str, Any]:
     """
     if job.nodes < 1 or job.gpus < 1:
         raise DeloError("A job needs at least one node with one GPU.", given=f"{job.nodes} x {job.gpus}")
-    refuse_impossible(config, job.world)
+    for task in read_recipe(config.task_seq).tasks:
+        refuse_impossible(config.for_task(task.name), job.world)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # transformers' renamings, of no use to the reader
         return _plan(config, job)
@@ -67,11 +68,14 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
     tokens = job.tokens or config.data.max_length
     memory, setup = MemoryModel(model, config, tokens), setup_of(config, job.world)
     tasks = [entry.name for entry in read_recipe(config.task_seq).tasks]
-    accumulation = plan_accumulation(config.train.global_batch, config.train.micro_batch, job.world)
+    # One micro-batch for the whole sequence must divide the batches of all its tasks.
+    batch = math.gcd(*(config.for_task(task).train.global_batch for task in tasks))
+    shared = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
+    passes = {task: _passes(config.for_task(task), job.world) for task in tasks}
     train = memory.training(setup)
     answer = memory.evaluation(config.quant, config.eval.batch_size, len(tasks), _new_tokens(config))
     records, counted = _records(config, job, tasks)
-    steps = {task: _steps(config, count) for task, count in records.items()}
+    steps = {task: _steps(config.for_task(task), count) for task, count in records.items()}
     return {
         "model": config.model,
         "note": model.note,
@@ -82,7 +86,7 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
         "ranks": job.world,
         "tokens": tokens,
         "image_tokens": model.image_tokens,
-        "accumulation": accumulation,
+        "passes": passes,
         "training": _bytes(train),
         "evaluation": _bytes(answer),
         "answer_batch": config.eval.batch_size,
@@ -92,11 +96,11 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
             str(size): largest_answer_batch(memory, config.quant, len(tasks), _new_tokens(config), size)
             for size in GPU_SIZES
         },
-        "best": {str(size): _best(memory, config, job.world, size) for size in GPU_SIZES},
+        "best": {str(size): _best(memory, shared, job.world, size) for size in GPU_SIZES},
         "records": records,
         "records_from": counted,
         "steps": steps,
-        "bytes_per_step": communication(memory, setup, accumulation),
+        "bytes_per_step": communication(memory, setup, max(passes.values())),
         "disk": disk(memory, len(tasks), checkpoints=3),
         "time": _time(config, job, records),
     }
@@ -117,12 +121,16 @@ def _new_tokens(config: RunConfig) -> int:
     return max(entry.max_new_tokens for entry in read_recipe(config.task_seq).tasks)
 
 
+def _passes(config: RunConfig, world: int) -> int:
+    return plan_accumulation(config.train.global_batch, config.train.micro_batch, world)
+
+
 def _records(config: RunConfig, job: Job, tasks: list[str]) -> tuple[dict[str, int], str]:
     """Training records of each task, and where the numbers come from; none is assumed."""
     if job.records is not None:
         return _given_records(job.records, tasks), "given"
     try:
-        sequence = load_sequence(config.task_seq, config.data.root)
+        sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     except DeloError:
         return {}, "unknown: the data is not here; give --records"
     from delo_llava.data.readers import read_records
@@ -164,7 +172,8 @@ def _time(config: RunConfig, job: Job, records: dict[str, int]) -> dict[str, Any
         source = f"{measured:.2f} samples/s on {ranks} rank(s) in {job.from_run}, scaled to {job.world}"
     else:
         return {"source": "unknown: give --samples_per_second or --from_run"}
-    samples = sum(_steps(config, count) for count in records.values()) * config.train.global_batch
+    chosen = {task: config.for_task(task) for task in records}
+    samples = sum(_steps(own, records[task]) * own.train.global_batch for task, own in chosen.items())
     return {"source": source, "samples_per_second": rate, "hours": samples / rate / 3600 if records else None}
 
 
@@ -232,8 +241,11 @@ def _work_table(plan: dict[str, Any]) -> Table:
     table.add_row("steps of each task", steps or plan["records_from"])
     if steps:
         table.add_row("records", plan["records_from"])
-    table.add_row("passes for a step and rank", str(plan["accumulation"]))
-    table.add_row("traffic of a GPU for a step", f"{plan['bytes_per_step'] / 2**20:.0f} MiB")
+    passes = plan["passes"]
+    differ = len(set(passes.values())) > 1
+    counts = ", ".join(f"{t} {n}" for t, n in passes.items()) if differ else str(next(iter(passes.values())))
+    table.add_row("passes for a step and rank", counts)
+    table.add_row("traffic of a GPU for a step, at most", f"{plan['bytes_per_step'] / 2**20:.0f} MiB")
     for what, size in plan["disk"].items():
         table.add_row(f"disk: {what}", f"{size / GIB:.2f} GiB")
     time = plan["time"]

@@ -90,7 +90,7 @@ def _checked_output(options: argparse.Namespace) -> Path:
         DeloError: a wrong key or value, or batches that the ranks cannot share.
     """
     from delo_llava.config import config_layers, core_config
-    from delo_llava.data.recipe import recipe_defaults
+    from delo_llava.data.recipe import read_recipe, recipe_defaults
     from delo_llava.data.sampler import plan_accumulation
 
     given = ["--output", str(options.output)] if options.output else []
@@ -99,7 +99,9 @@ def _checked_output(options: argparse.Namespace) -> Path:
         layers = config_layers(None, words)
         config = core_config(layers, recipe_defaults(str(layers.get("task_seq", "mini6"))))
         world = options.nodes * (options.gpus or options.ranks)
-        plan_accumulation(config.train.global_batch, config.train.micro_batch, world)
+        for task in read_recipe(config.task_seq).tasks:
+            train = config.for_task(task.name).train
+            plan_accumulation(train.global_batch, train.micro_batch, world)
     return config.run_dir if not options.methods else options.output or Path("runs")
 
 

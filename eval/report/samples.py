@@ -100,7 +100,8 @@ def _source(content: RunContent) -> _Source:
     config = content.config
     sequence, backbone = None, None
     try:
-        sequence = load_sequence(config.get("task_seq", ""), (config.get("data") or {}).get("root"))
+        data = config.get("data") or {}
+        sequence = load_sequence(config.get("task_seq", ""), data.get("root"), data.get("template"))
         backbone = find_backbone(config.get("model", ""))[0]
     except DeloError:
         pass
