@@ -10,7 +10,7 @@ from time import localtime, strftime
 from delo_llava.checkpoint.manifest import sha256_file
 from delo_llava.data.readers import read_records
 from delo_llava.data_tools.decode import judge_all
-from delo_llava.data_tools.faults import Fault
+from delo_llava.data_tools.faults import REFUSED, Fault
 from delo_llava.data_tools.forms import reference_faults
 from delo_llava.data_tools.ledger import Ledger
 from delo_llava.data_tools.links import Links
@@ -37,7 +37,7 @@ class Part:
         trained: tokens that would be trained, over all records.
         cut: records whose `context` or `instruction` does not fit `data.max_length`.
         sha256: of the annotation file.
-        faults: found while reading the file, images left out.
+        refused: the file has faults for which the reader refuses it.
     """
 
     task: TaskSpec
@@ -51,7 +51,7 @@ class Part:
     images: int = 0
     trained: int = 0
     cut: dict[str, int] = field(default_factory=dict)
-    faults: int = 0
+    refused: bool = False
 
     @property
     def file(self) -> str:
@@ -102,7 +102,7 @@ class Check:
 
     def _tell(self, part: Part, code: str, entry: int | None, record: str | None, message: str) -> None:
         self.ledger.add(Fault(code, part.task.name, part.split, part.file, entry, record, message))
-        part.faults += 1
+        part.refused = part.refused or code in REFUSED
 
     # The files.
 
@@ -118,13 +118,11 @@ class Check:
                     advance()
             except BrokenFile as error:
                 self._tell(part, "file_unreadable", None, None, str(error))
-        found = part.faults
         if before is not None:
             told = strftime("has changed since the check of %Y-%m-%d %H:%M", localtime(before))
             self._tell(part, "annotations_changed", None, None, told)
         for number, name, told in links.outside():
             self._tell(part, "link_outside", number, name, told)
-        part.faults = found
         self.ledger.forget_uses()
         self.ledger.save()
         return part
@@ -203,11 +201,12 @@ class Check:
     def _as_read(self, part: Part) -> Iterator[tuple[int, Record]]:
         """(entry, record) as the reader has them; where it refuses the file, those that are whole."""
         whole = self._whole(part)
+        if part.refused:
+            return whole
         try:
             records = read_records(part.task, part.split)
         except DeloError as error:
-            if part.faults == 0:
-                self._tell(part, "file_unreadable", None, None, f"the reader refuses it: {error.message}")
+            self._tell(part, "file_unreadable", None, None, f"the reader refuses it: {error.message}")
             return whole
         if len(records) != part.records:
             told = f"the reader makes {len(records)} records of it, the check {part.records}"

@@ -3,11 +3,13 @@
 import hashlib
 import io
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from delo_llava.data.images import BadImage, ImageTooLarge, decode
@@ -86,7 +88,7 @@ def judge_all(paths: Sequence[str], workers: int) -> Iterator[list[Verdict]]:
     if workers <= 1 or len(paths) < WORTH_WORKERS:
         yield from (_judge_chunk(chunk) for chunk in chunks)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent) as pool:
         waiting: set[Future[list[Verdict]]] = set()
         try:
             for chunk in chunks:
@@ -103,6 +105,18 @@ def judge_all(paths: Sequence[str], workers: int) -> Iterator[list[Verdict]]:
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Leave when the check was killed: a worker would wait for work for ever."""
+    parent = parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_after, args=(parent,), daemon=True).start()
+
+
+def _end_after(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def _judge_chunk(paths: Sequence[str]) -> list[Verdict]:

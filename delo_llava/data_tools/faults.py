@@ -17,13 +17,25 @@ FAULTS: dict[str, str] = {
     "record_repeated": "an earlier record of the file has the same image, context, instruction and answer",
     "overlap_path": "a test or validation record shows an image file that training shows",
     "overlap_content": "a test or validation record shows an image that training shows under another name",
-    "label_empty": "no token of a training record would be trained but special ones",
+    "label_empty": "nothing of a training record's answer would be trained but special tokens",
     "placeholder_in_text": "the text holds the model's image placeholder",
     "prompt_refused": "the collator cannot make a prompt of a record for another reason",
     "too_long": "image, answer and template alone exceed data.max_length",
+    "label_form": "a label of the CMML layout is no class, list of classes or 0/1 vector",
     "answer_form": "the reference has not the form that the task's scorer needs",
     "extra_missing": "a key that the task's scorer needs is absent",
 }
+
+#: Those that keep the reader from reading the file at all.
+REFUSED = (
+    "file_unreadable",
+    "entry_malformed",
+    "instruction_empty",
+    "answer_empty",
+    "placeholder_without_image",
+    "image_outside",
+    "label_form",
+)
 
 #: Code -> what it means. These are told, and the check passes.
 NOTES: dict[str, str] = {

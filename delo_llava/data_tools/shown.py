@@ -88,7 +88,7 @@ def choose(records: Records, count: int, start: int, ids: Sequence[str]) -> list
         return chosen
     places = {name: place for place, name in enumerate(records.ids)}
     if unknown := [name for name in ids if name not in places]:
-        raise DeloError("There is no such record.", given=unknown[0], allowed=records.ids[:5] + ["…"])
+        raise DeloError("There is no such record.", given=unknown[0], allowed=[*records.ids[:5], "…"])
     return [places[name] for name in ids]
 
 

@@ -29,7 +29,6 @@ class Trial:
         self.prompts, self._size, self._tell = prompts, size, tell
         self.trained = 0
         self._before = prompts.cut
-        self._special = set(prompts.tokenizer.all_special_ids)
         self._waiting: list[tuple[int, Record, tuple[int, int] | None]] = []
 
     @property
@@ -68,11 +67,13 @@ class Trial:
             self._judge(entry, record, row)
 
     def _judge(self, entry: int, record: Record, row: Row) -> None:
-        """Count trained tokens; the end token alone teaches nothing."""
-        trained = {token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained}
-        self.trained += sum(row.trained)
-        if record.split == "train" and trained <= self._special:
-            told = f"the answer {record.answer!r} becomes no tokens but special ones"
+        """Count trained tokens; the end token and blanks alone teach nothing."""
+        trained = [token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained]
+        self.trained += len(trained)
+        if record.split != "train":
+            return
+        if not self.prompts.tokenizer.decode(trained, skip_special_tokens=True).strip():
+            told = f"nothing of the answer {record.answer!r} is left but special tokens"
             self._tell("label_empty", entry, record.id, told)
 
     def _code(self, record: Record, error: DeloError) -> str:

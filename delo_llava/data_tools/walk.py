@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from delo_llava.data.images import BadImage, decode
-from delo_llava.tasks import Record, Split, TaskSpec
+from delo_llava.tasks import SPLITS, Record, Split, TaskSpec
 
 #: What stands for the image in a conversation.
 IMAGE_PLACEHOLDER = "<image>"
@@ -56,12 +56,15 @@ def walk(task: TaskSpec, split: Split) -> Iterator[Entry]:
     Raises:
         BrokenFile: the file cannot be read on; the entries before the break have been yielded.
     """
+    classes = getattr(task, "classes", None)  # set where one file holds all tasks and splits (CMML)
     for number, raw in enumerate(raw_entries(task.files[split])):
-        if isinstance(raw, dict):
-            yield _entry(number, raw, task, split)
-        else:
-            told = f"is no object: {raw}" if isinstance(raw, BadLine) else f"is no object: {_short(raw)}"
+        if not isinstance(raw, dict):
+            told = f"is no object: {raw if isinstance(raw, BadLine) else _short(raw)}"
             yield Entry(number, str(number), faults=[("entry_malformed", told)])
+        elif classes is None:
+            yield _entry(number, raw, task, split)
+        elif (item := _item(number, raw, task, split, classes.number)) is not None:
+            yield item
 
 
 class BadLine(str):
@@ -150,6 +153,41 @@ def _entry(number: int, raw: dict[str, Any], task: TaskSpec, split: Split) -> En
     return entry
 
 
+def _item(number: int, raw: dict[str, Any], task: TaskSpec, split: Split, task_id: int) -> Entry | None:
+    """An item of the CMML layout; None where it is another task's or split's.
+
+    An item that does not say whose it is is told once, with the first task's training data.
+    """
+    part = (raw.get("task_id"), raw.get("split"))
+    entry = Entry(number, f"{part[0]}-{part[1]}-{number}")
+    if isinstance(part[0], bool) or not isinstance(part[0], int) or part[1] not in SPLITS:
+        told = f"`task_id` and `split` do not say whose it is: {_short(part)}"
+        entry.faults.append(("entry_malformed", told))
+        return entry if (task_id, split) == (0, "train") else None
+    if part != (task_id, split):
+        return None
+    entry.image = _image(raw.get("image"), task.image_root, entry)
+    text = raw.get("text")
+    if isinstance(text, list) and all(isinstance(one, str) for one in text):
+        text = ". ".join(text)
+    if text is not None and not isinstance(text, str):
+        entry.faults.append(("entry_malformed", f"`text` must be text or a list of texts: {_short(text)}"))
+    labels = raw.get("label")
+    if not _is_label(labels):
+        entry.faults.append(("label_form", f"no class, list of classes or 0/1 vector: {_short(labels)}"))
+    if not entry.faults:
+        shown = (text or "").strip() or None
+        entry.records.append(Record(entry.id, task.name, split, entry.image, shown, "", str(labels), {}))
+    return entry
+
+
+def _is_label(label: object) -> bool:
+    """A class index or name, or a list of either; which form a file has is decided by its reader."""
+    parts = label if isinstance(label, list) else [label]
+    indices = all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in parts)
+    return bool(parts) and (indices or all(isinstance(one, str) and one.strip() for one in parts))
+
+
 def _image(given: object, root: Path, entry: Entry) -> Path | None:
     """The absolute path, as written: links are followed when the file is looked at."""
     if isinstance(given, dict) and given.get("bytes"):
@@ -166,8 +204,8 @@ def _image(given: object, root: Path, entry: Entry) -> Path | None:
         entry.faults.append(("entry_malformed", f"`image` must be one path: {_short(given)}"))
         return None
     path = Path(os.path.normpath(root / given))
-    if not path.is_relative_to(root) or "\0" in given:
-        entry.faults.append(("image_outside", f"{given} is not below {root}"))
+    if path == root or not path.is_relative_to(root) or "\0" in given:
+        entry.faults.append(("image_outside", f"{given!r} names no file below {root}"))
         return None
     return path
 
