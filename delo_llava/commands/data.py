@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from delo_llava.commands import _prepare
 from delo_llava.commands.base import Command, say
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="command")
     _check_arguments(commands.add_parser("check", help="look for everything that would go wrong in training"))
     _show_arguments(commands.add_parser("show", help="show records as a run would see them"))
+    _prepare.arguments(commands.add_parser("prepare", help="make data of official downloads on this disk"))
 
 
 def run(options: argparse.Namespace) -> int:

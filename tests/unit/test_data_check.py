@@ -199,7 +199,7 @@ def test_items_of_the_cmml_layout(tmp_path: Path) -> None:
     other = [{**good, "task_id": 1}, {**good, "split": "test"}]
     file = tmp_path / "cmml.json"
     file.write_text(json.dumps([good, *other, *lost, *fine, *bad]))
-    files: dict[Any, Path] = {split: file for split in ("train", "val", "test")}
+    files: dict[Any, Path] = dict.fromkeys(("train", "val", "test"), file)
     first = Spec("task1", "naming", files, tmp_path, classes=SimpleNamespace(number=0))
     found = list(walk.walk(first, "train"))
     assert [entry.number for entry in found] == [0, 3, 4, *range(5, 16)]
