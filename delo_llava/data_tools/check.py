@@ -9,13 +9,14 @@ from time import localtime, strftime
 
 from delo_llava.checkpoint.manifest import sha256_file
 from delo_llava.data.readers import read_records
-from delo_llava.data_tools.decode import judge_all
+from delo_llava.data_tools.decode import judge, judge_all
 from delo_llava.data_tools.faults import REFUSED, Fault
 from delo_llava.data_tools.forms import reference_faults
 from delo_llava.data_tools.ledger import Ledger
 from delo_llava.data_tools.links import Links
 from delo_llava.data_tools.progress import progress
 from delo_llava.data_tools.prompts import Prompts
+from delo_llava.data_tools.sides import absent, unmatched
 from delo_llava.data_tools.trial import Trial
 from delo_llava.data_tools.walk import BrokenFile, Entry, walk
 from delo_llava.errors import DeloError
@@ -38,6 +39,8 @@ class Part:
         cut: records whose `context` or `instruction` does not fit `data.max_length`.
         sha256: of the annotation file.
         refused: the file has faults for which the reader refuses it.
+        turns_repeated, first_repeated: turns that say the same as an earlier one of their conversation, and
+            the (entry, record) of the first.
     """
 
     task: TaskSpec
@@ -52,6 +55,8 @@ class Part:
     trained: int = 0
     cut: dict[str, int] = field(default_factory=dict)
     refused: bool = False
+    turns_repeated: int = 0
+    first_repeated: tuple[int, str] | None = None
 
     @property
     def file(self) -> str:
@@ -123,6 +128,13 @@ class Check:
             self._tell(part, "annotations_changed", None, None, told)
         for number, name, told in links.outside():
             self._tell(part, "link_outside", number, name, told)
+        for told in unmatched(task, split):
+            self._tell(part, "side_unmatched", None, None, told)
+        for told in absent(task) if split == "train" else ():
+            self._tell(part, "side_absent", None, None, told)
+        if part.first_repeated:
+            told = f"{part.turns_repeated} turns ask and answer what an earlier turn of theirs does"
+            self._tell(part, "turn_repeated", *part.first_repeated, told)
         self.ledger.forget_uses()
         self.ledger.save()
         return part
@@ -141,10 +153,12 @@ class Check:
             where = (part.task.name, part.split, part.file, entry.number, entry.id)
             self.ledger.refer(str(entry.image), *where)
         for record in entry.records:
-            part.without_image += record.image is None
-            part.without_context += record.context is None
             content = _digest(record.image, record.context, record.instruction, record.answer)
-            if first := self.ledger.first_use("record", content, entry.number, record.id):
+            first = self.ledger.first_use("record", content, entry.number, record.id)
+            if first and first[0] == entry.number:
+                part.turns_repeated += 1
+                part.first_repeated = part.first_repeated or (entry.number, record.id)
+            elif first:
                 told = f"says the same as entry {first[0]} (id {first[1]})"
                 self._tell(part, "record_repeated", entry.number, record.id, told)
 
@@ -185,10 +199,12 @@ class Check:
         form = reference_faults(part.task.scorer) if part.split != "train" else None
         trial = None
         if self.prompts is not None:
-            trial = Trial(self.prompts, self.ledger.size, lambda *told: self._tell(part, *told))
+            trial = Trial(self.prompts, self._size, lambda *told: self._tell(part, *told))
         records = self._as_read(part)
         with progress(f"trying {part.name}", part.records) as advance:
             for number, record in records:
+                part.without_image += record.image is None
+                part.without_context += record.context is None
                 for code, message in form(record) if form else ():
                     self._tell(part, code, number, record.id, message)
                 if trial is not None:
@@ -197,6 +213,18 @@ class Check:
         if trial is not None:
             trial.finish()
             part.trained, part.cut = trial.trained, trial.cut
+
+    def _size(self, path: str) -> tuple[int, int] | None:
+        """Width and height of an image, None where it cannot be used.
+
+        Pictures embedded in a data file get their path from the reader: they are judged here.
+        """
+        size = self.ledger.size(path)
+        if size is None:
+            verdict = judge(path)
+            self.ledger.judged([verdict])
+            size = (verdict.width, verdict.height)
+        return size if size[0] else None
 
     def _as_read(self, part: Part) -> Iterator[tuple[int, Record]]:
         """(entry, record) as the reader has them; where it refuses the file, those that are whole."""

@@ -14,7 +14,7 @@ FAULTS: dict[str, str] = {
     "image_undecodable": "an image cannot be decoded to its last row",
     "image_too_large": "an image has more pixels or bytes than are accepted (decompression bomb)",
     "id_repeated": "an id was used before in the same file",
-    "record_repeated": "an earlier record of the file has the same image, context, instruction and answer",
+    "record_repeated": "a record of an earlier entry has the same image, context, instruction and answer",
     "overlap_path": "a test or validation record shows an image file that training shows",
     "overlap_content": "a test or validation record shows an image that training shows under another name",
     "label_empty": "nothing of a training record's answer would be trained but special tokens",
@@ -40,10 +40,11 @@ REFUSED = (
 #: Code -> what it means. These are told, and the check passes.
 NOTES: dict[str, str] = {
     "link_outside": "an image is reached through a symbolic link that leaves the image folder",
+    "turn_repeated": "turns of a conversation say what an earlier turn of the same one says",
     "annotations_changed": "an annotation file is not the one that was checked before",
     "shared_across_tasks": "images tested in one task are trained on in another",
-    "side_unmatched": "entries of a side file match no record, or records find nothing in it",
-    "no_tokens_checked": "prompts were not tokenised",
+    "side_absent": "an optional side file is not there",
+    "side_unmatched": "entries that find no row in a side file of their task",
     "accepted": "faults of a kind that --allow names",
 }
 

@@ -32,7 +32,7 @@ def reference_faults(scorer: str) -> Callable[[Record], list[tuple[str, str]]]:
         scorer: its key, as the recipe names it.
     """
     needs = cast(_Scorer, load_plugin("scorer", scorer)).needs
-    form = next((check for words, check in FORMS if any(word in scorer for word in words)), None)
+    form = FORMS.get(scorer)
 
     def faults(record: Record) -> list[tuple[str, str]]:
         absent = [key for key in needs if record.extra.get(key) is None]
@@ -82,9 +82,11 @@ def _text(answer: object) -> str:
     return str(answer.get("answer", "")) if isinstance(answer, dict) else str(answer)
 
 
-#: Words in a scorer's key -> the form of its references.
-FORMS: list[tuple[tuple[str, ...], Callable[[Record], str | None]]] = [
-    (("grounding", "iou", "box"), _box),
-    (("scienceqa", "letter"), _letter),
-    (("m4c", "textvqa", "vqa_soft", "soft_accuracy"), _people),
-]
+#: Scorer -> the form of its references.
+FORMS: dict[str, Callable[[Record], str | None]] = {
+    "grounding": _box,
+    "scienceqa": _letter,
+    "textvqa": _people,
+    "vizwiz": _people,
+    "vqav2": _people,
+}

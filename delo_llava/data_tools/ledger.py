@@ -177,8 +177,8 @@ class Ledger:
         )
 
     def size(self, path: str) -> tuple[int, int] | None:
-        """Width and height of an image, or None when it cannot be decoded."""
-        query = "SELECT width, height FROM image WHERE path = ? AND code = ''"
+        """Width and height of an image; zero where it cannot be decoded, None where it was never judged."""
+        query = "SELECT width, height FROM image WHERE path = ?"
         found: tuple[int, int] | None = self._db.execute(query, (path,)).fetchone()
         return found
 

@@ -220,6 +220,27 @@ def test_bad_lines_of_jsonl_are_told_one_by_one(tmp_path: Path) -> None:
     assert isinstance(two, walk.BadLine)
 
 
+def test_a_conversation_that_repeats_itself_is_a_note(data: Sequence) -> None:
+    for place in (8, 9):
+        data.train[place]["conversations"] += data.train[place]["conversations"][2:]
+    data.write()
+    assert cli.main(data.words("--no-tokens")) == 0
+    [note] = [line for line in data.report() if line["kind"] == "note"]
+    assert (note["code"], note["record"], note["message"][:2]) == ("turn_repeated", "m8#2", "2 ")
+
+
+def test_entries_without_a_row_in_a_side_file_are_counted(data: Sequence) -> None:
+    pytest.importorskip("delo_llava.data.sides")
+    recipe = json.loads(data.recipe.read_text())
+    side = {"name": "hints", "file": "hints.json", "shape": "map", "by": "id", "context": "."}
+    recipe["tasks"][0]["sides"] = [{**side, "splits": ["train"]}]
+    data.recipe.write_text(json.dumps(recipe))
+    (data.folder / "hints.json").write_text(json.dumps({"a1": "think", "m8": "look"}))
+    assert cli.main(data.words("--no-tokens")) == 0
+    [note] = [line for line in data.report() if line["kind"] == "note"]
+    assert (note["code"], note["message"][:26]) == ("side_unmatched", "10 of 12 entries have no r")
+
+
 def test_links_out_of_the_folder_pass_and_are_told_once(data: Sequence, tmp_path: Path) -> None:
     away = tmp_path / "away"
     for number in (0, 1, 2):
