@@ -43,6 +43,9 @@ def food101(raw: Path, made: Preparation, seed: int, val: float) -> bool:
         DeloError: a folder or a file that is missing, or too few classes.
     """
     texts = {split: _titles(raw, split, made) for split in ("train", "test")}
+    for split in texts:
+        names = sorted(str(path.relative_to(raw)) for path in (raw / "images" / split).glob("*/*"))
+        made.sources[f"{raw}/images/{split}/*/*"] = hashlib.sha256("\n".join(names).encode()).hexdigest()
     if made.is_done():
         return False
     classes = _food_classes(raw, seed)
@@ -158,6 +161,7 @@ def _films(folder: Path, made: Preparation) -> dict[str, tuple[list[str], list[s
         except (ValueError, KeyError, TypeError) as error:
             raise DeloError(f"A film cannot be read: it lacks {error}.", given=file) from error
         image = next((name for s in SUFFIXES if (folder / (name := f"{file.stem}{s}")).is_file()), None)
+        digest.update(str(image).encode())
         if image is not None:
             found[file.stem] = (genres, [plot] if isinstance(plot, str) else list(plot), image)
     if not found:

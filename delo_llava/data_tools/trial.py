@@ -1,6 +1,6 @@
 """Trying records as training would: every prompt is tokenised, and what would be trained is counted."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from delo_llava.data.collate import Row
 from delo_llava.data_tools.prompts import Prompts
@@ -13,6 +13,9 @@ BATCH = 64
 #: Tells a fault of an entry: (code, entry, record, message).
 Tell = Callable[[str, int, str, str], None]
 
+#: (entry, record, size of its image).
+Waiting = tuple[int, Record, tuple[int, int] | None]
+
 
 class Trial:
     """Tokenises the records of one (task, split).
@@ -23,18 +26,14 @@ class Trial:
 
     Attributes:
         trained: tokens that would be trained.
+        cut: records whose `context` or `instruction` was cut.
     """
 
     def __init__(self, prompts: Prompts, size: Callable[[str], tuple[int, int] | None], tell: Tell) -> None:
         self.prompts, self._size, self._tell = prompts, size, tell
         self.trained = 0
-        self._before = prompts.cut
-        self._waiting: list[tuple[int, Record, tuple[int, int] | None]] = []
-
-    @property
-    def cut(self) -> dict[str, int]:
-        """Records whose `context` or `instruction` was cut."""
-        return {name: count - self._before[name] for name, count in self.prompts.cut.items()}
+        self.cut = dict.fromkeys(prompts.cut, 0)
+        self._waiting: list[Waiting] = []
 
     def add(self, entry: int, record: Record) -> None:
         """Try one more record; one whose image cannot be used is left out."""
@@ -48,7 +47,7 @@ class Trial:
         """Try what still waits."""
         waiting, self._waiting = self._waiting, []
         try:
-            rows = self.prompts.rows([r for _, r, _ in waiting], [s for *_, s in waiting]) if waiting else []
+            rows = self._rows(waiting)
         except DeloError:
             for one in waiting:
                 self._single(*one)
@@ -56,10 +55,19 @@ class Trial:
         for (entry, record, _), row in zip(waiting, rows, strict=True):
             self._judge(entry, record, row)
 
+    def _rows(self, waiting: Sequence[Waiting]) -> list[Row]:
+        """Tokenise; what is cut counts only where nothing is refused, as the rest is tried again."""
+        if not waiting:
+            return []
+        before = self.prompts.cut
+        rows = self.prompts.rows([record for _, record, _ in waiting], [size for *_, size in waiting])
+        self.cut = {name: self.cut[name] + n - before[name] for name, n in self.prompts.cut.items()}
+        return rows
+
     def _single(self, entry: int, record: Record, size: tuple[int, int] | None) -> None:
         """One record of a batch that was refused."""
         try:
-            [row] = self.prompts.rows([record], [size])
+            [row] = self._rows([(entry, record, size)])
         except DeloError as error:
             told = error.message if error.given is None else f"{error.message} ({error.given})"
             self._tell(self._code(record, error), entry, record.id, told)

@@ -10,10 +10,12 @@ from typing import Any
 
 import datasets
 import pytest
+import tiny_models
 from data_support import Sequence, bomb, picture, talk
+from PIL import Image
 
 from delo_llava import cli
-from delo_llava.data_tools import decode, walk
+from delo_llava.data_tools import decode, forms, walk
 from delo_llava.data_tools.faults import FAULTS, NOTES
 from delo_llava.data_tools.forms import reference_faults
 from delo_llava.tasks import Record, TaskSpec
@@ -327,6 +329,33 @@ def test_cut_records_are_counted(data: Sequence) -> None:
     data.write()
     assert cli.main(data.words("--data.max_length", "64")) == 0
     assert data.report()[0]["parts"][0]["cut"] == {"context": 1, "instruction": 0}
+    data.train[9]["conversations"][1]["value"] = "so " * 100
+    data.write()
+    assert cli.main(data.words("--data.max_length", "64")) == 1
+    assert data.report()[0]["parts"][0]["cut"]["context"] == 1
+
+
+def test_an_image_that_the_model_refuses_is_told(data: Sequence) -> None:
+    """Qwen2-VL takes no image two hundred times as high as wide."""
+    Image.new("RGB", (2, 600), "red").save(data.images / "2.png")
+    model = str(tiny_models.session("qwen2_vl"))
+    assert cli.main(data.words("--model", model)) == 1
+    [fault] = [line for line in data.report() if line["kind"] == "fault"]
+    assert (fault["code"], fault["record"], fault["entry"]) == ("prompt_refused", "a2", 2)
+    assert "2x600" in fault["message"]
+
+
+def test_test_references_are_looked_at_by_their_scorer(
+    data: Sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(forms.FORMS, "exact_match", forms.FORMS["grounding"])
+    for entry in data.test:
+        entry["answer"] = "[0.1, 0.1, 0.5, 0.5]"
+    data.test[4]["answer"] = "[0.1, 0.1]"
+    data.write()
+    assert cli.main(data.words("--no-tokens")) == 1
+    [fault] = [line for line in data.report() if line["kind"] == "fault"]
+    assert (fault["code"], fault["split"], fault["record"]) == ("answer_form", "test", "q16")
 
 
 def test_another_check_at_the_same_time_is_refused(data: Sequence) -> None:
@@ -377,8 +406,6 @@ def reference(answer: str, instruction: str = "Q?", **extra: Any) -> Record:
 def test_references_have_the_form_of_their_scorer(
     scorer: str, record: Record, told: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from delo_llava.data_tools import forms
-
     monkeypatch.setattr(forms, "load_plugin", lambda kind, name: type("S", (), {"needs": ("answers",)}))
     found = reference_faults(scorer)(record)
     absent = [("extra_missing", f"{scorer} needs `answers`, which is absent")]
@@ -388,3 +415,12 @@ def test_references_have_the_form_of_their_scorer(
     forms_found = [message for code, message in found if code == "answer_form"]
     assert len(forms_found) == (told is not None)
     assert told is None or told in forms_found[0]
+
+
+def test_the_docs_list_every_code_and_every_planted_defect() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data_tools.md").read_text(encoding="utf-8")
+    for code, meaning in {**FAULTS, **NOTES}.items():
+        assert f"| `{code}` | {meaning} |" in text
+    for name, (_, code, *_) in DEFECTS.items():
+        [row] = [line for line in text.splitlines() if line.startswith(f"| `{code}` ")]
+        assert name in row

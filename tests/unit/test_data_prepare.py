@@ -63,9 +63,12 @@ def test_food101_is_drawn_reproducibly(
     assert all(names[item["label"]] in item["text"] for item in items if item["text"])
     assert all((tmp_path / "a/UPMC-Food101-CMML/images" / item["image"]).is_file() for item in items)
     manifest = load(tmp_path / "a" / "prepared.json")
-    assert (manifest["complete"], len(manifest["sources"]), len(manifest["files"])) == (True, 2, 1)
+    assert (manifest["complete"], len(manifest["sources"]), len(manifest["files"])) == (True, 4, 1)
     assert manifest["counts"]["items"] == 52
     assert manifest["counts"]["without_text"] == sum(not item["text"] for item in items)
+    picture(food / "images" / "train" / "ramen" / "ramen_99.jpg", 999)
+    with pytest.raises(SystemExit, match="2"):
+        prepare("food101_cmml", food, tmp_path / "a")
 
 
 @pytest.fixture
