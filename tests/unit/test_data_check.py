@@ -255,6 +255,17 @@ def test_links_out_of_the_folder_pass_and_are_told_once(data: Sequence, tmp_path
     assert note["message"].startswith(f"3 images in {data.images} lie in {away}")
 
 
+def test_a_linked_folder_is_one_note_however_many_folders_it_has(data: Sequence, tmp_path: Path) -> None:
+    for number in (0, 1):
+        picture(tmp_path / "away" / f"sub{number}" / "x.png", 200 + number)
+        data.train[number]["image"] = f"disk/sub{number}/x.png"
+    (data.images / "disk").symlink_to(tmp_path / "away")
+    data.write()
+    assert cli.main(data.words("--no-tokens")) == 0
+    [note] = [line for line in data.report() if line["kind"] == "note"]
+    assert note["message"].startswith(f"2 images in {data.images / 'disk'} lie in {tmp_path / 'away'}, ")
+
+
 def test_the_image_folder_itself_may_be_a_link(data: Sequence, tmp_path: Path) -> None:
     data.images.rename(tmp_path / "disk")
     data.images.symlink_to(tmp_path / "disk")
