@@ -222,6 +222,16 @@ def test_bad_lines_of_jsonl_are_told_one_by_one(tmp_path: Path) -> None:
     assert isinstance(two, walk.BadLine)
 
 
+def test_accepted_faults_are_notes_that_still_name_their_record(data: Sequence) -> None:
+    copied(data)
+    gone(data)
+    data.write()
+    assert cli.main(data.words("--allow", "record_repeated", "--allow=image_missing")) == 0
+    notes = [line for line in data.report() if line["kind"] == "note"]
+    assert [(note["code"], note["record"]) for note in notes] == [("accepted", "a2"), ("accepted", "again")]
+    assert notes[1]["message"].startswith("record_repeated: says the same as entry 4")
+
+
 def test_a_conversation_that_repeats_itself_is_a_note(data: Sequence) -> None:
     for place in (8, 9):
         data.train[place]["conversations"] += data.train[place]["conversations"][2:]
