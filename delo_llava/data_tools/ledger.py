@@ -102,9 +102,16 @@ class Ledger:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.save()
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is None:
+            self.save()
         self._db.close()
+        if isinstance(error, sqlite3.OperationalError):
+            raise DeloError(
+                f"The memory of the check cannot be written: {error}.",
+                given=self.path,
+                fix="make room there and in the folder for temporary files; the same command goes on",
+            ) from error
 
     def save(self, every: float = 0.0) -> None:
         """Write to the disk, unless that was less than `every` seconds ago."""

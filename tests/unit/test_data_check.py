@@ -2,6 +2,7 @@
 
 import json
 import os
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from delo_llava import cli
 from delo_llava.data_tools import decode, forms, walk
 from delo_llava.data_tools.faults import FAULTS, NOTES
 from delo_llava.data_tools.forms import reference_faults
+from delo_llava.data_tools.ledger import Ledger
 from delo_llava.tasks import Record, TaskSpec
 
 
@@ -380,11 +382,18 @@ def test_test_references_are_looked_at_by_their_scorer(
 
 
 def test_another_check_at_the_same_time_is_refused(data: Sequence) -> None:
-    from delo_llava.data_tools.ledger import Ledger
-
     with Ledger(data.folder / "state.sqlite"), pytest.raises(SystemExit, match="2"):
         cli.main(data.words())
     (data.folder / "state.sqlite").write_text("no database, but long enough to look like one" * 10)
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(data.words())
+
+
+def test_a_full_disk_is_told_with_a_remedy(data: Sequence, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr(Ledger, "refer", full)
     with pytest.raises(SystemExit, match="2"):
         cli.main(data.words())
 
