@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from delo_llava import __version__
 from delo_llava.errors import DeloError, report_and_exit
-from delo_llava.registry import plugin_names, plugin_summary
+from delo_llava.registry import load_plugin, plugin_names, plugin_summary
 from delo_llava.training import signals
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ class _Harness(Protocol):
 
     def main(self, argv: Sequence[str]) -> int | None: ...
     def evaluate_stage(self, run_dir: Path, stage: int) -> object: ...
+
+
+class _Scorer(Protocol):
+    """What the command line needs of a scorer: whether it has the mode that is asked for."""
+
+    def in_mode(self, scoring: str) -> object: ...
 
 
 # On some CPUs bitsandbytes warns that it has no ready-made kernel from a hub; we never fetch code at run
@@ -69,9 +75,9 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     Words are `--config FILE` and overrides; `--local_rank`, which the launcher appends, is ignored.
 
     Raises:
-        DeloError: an unknown key, value or recipe, or data that is missing.
+        DeloError: an unknown key, value or recipe, data that is missing, or official scoring where none is.
     """
-    from delo_llava.config import config_layers, core_config, with_methods
+    from delo_llava.config import check_tasks, config_layers, core_config, with_methods
     from delo_llava.data.recipe import load_sequence, recipe_defaults
 
     file, words = _take(words, "--config")
@@ -79,7 +85,10 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     layers = config_layers(Path(file) if file else None, words)
     defaults = recipe_defaults(str(layers.get("task_seq", _default_sequence())))
     config = core_config(layers, defaults)
-    load_sequence(config.task_seq, config.data.root)
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    check_tasks(config, sequence.names)
+    for task in sequence.tasks:
+        cast(_Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
     return with_methods(config)
 
 

@@ -54,7 +54,7 @@ class StageTrainer:
         self, config: RunConfig, store: RunStore, ranks: Ranks, backbone: Backbone, path: str, method: Method
     ) -> None:
         self.run_config, self.store, self.ranks = config, store, ranks
-        #: The run's, but for a micro-batch that was halved in the stage that is being trained.
+        #: The run's, with what differs for the task that is being trained: `per_task`, a halved micro-batch.
         self.config = config
         self.backbone, self.path, self.method = backbone, path, method
         self.processor = backbone.load_processor(path)
@@ -68,10 +68,11 @@ class StageTrainer:
                 command goes on.
         """
         while True:
+            self.config = self.run_config.for_task(task.name)
             smaller = self.ranks.same(self.store.stage(stage.task).get("micro_batch"))
             if smaller is not None:
-                train = self.run_config.train.model_copy(update={"micro_batch": smaller})
-                self.config = self.run_config.model_copy(update={"train": train})
+                train = self.config.train.model_copy(update={"micro_batch": smaller})
+                self.config = self.config.model_copy(update={"train": train})
             planned = self.store.read_run().get("planned_bytes")
             try:
                 with memory_told(self.config.train, self.ranks.device, planned):

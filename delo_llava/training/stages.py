@@ -49,8 +49,9 @@ def run_sequence(config: RunConfig, evaluate: Evaluate | None = None) -> Path:
         DeloError: whatever is wrong with configuration, data, base, an earlier adapter or a step.
         Preempted: on every rank, if any of them was asked to leave by a signal; what was done is saved.
     """
-    sequence = load_sequence(config.task_seq, config.data.root)
-    world = check_plan(config)
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    for name in sequence.names:
+        world = check_plan(config.for_task(name))
     from delo_llava.backbones.base import find_backbone
     from delo_llava.training.record import open_run
 
@@ -232,7 +233,7 @@ class _Sequence:
 
         from delo_llava.data.readers import read_records
 
-        train = self.config.train
+        train = self.config.for_task(self.sequence.names[index]).train
         records = read_records(self.sequence.tasks[index], "train", self.config.data.sub, self.config.seed)
         steps = math.ceil(train.epochs * len(records) / train.global_batch)
         return min(steps, train.max_steps or steps)
@@ -249,6 +250,9 @@ class _Sequence:
             f"{self.ranks.world} rank(s), {engine}, {self.ranks.device}, {config.quant}, "
             f"missing {config.missing.ratio:.0%} {config.missing.kind} -> {self.store.root}"
         )
+        for task in self.sequence.tasks:
+            for absent in task.absent:
+                progress.say(f"{task.name}: no {absent}")
         if done:
             progress.say(f"already finished: {', '.join(done)}")
 

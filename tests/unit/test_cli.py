@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import yaml
 from PIL import Image
+from recipes_support import require_scorers
 
 from delo_llava import __version__, cli
 from delo_llava.config import load_config
@@ -61,7 +61,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "told"),
     [
         (["--task_seq=coin6", "--data.root=/nowhere"], "Instructions_Original/OCRVQA/train.json"),
-        (["--task_seq=coin5"], "did you mean coin6?"),
+        (["--task_seq=coin5"], "did you mean coin8?"),
         (["--quant=nf3"], "did you mean nf4?"),
         (["--train.leaning_rate=1"], "train.leaning_rate"),
         (["--method=dello"], "did you mean delo?"),
@@ -70,6 +70,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_end_with_code_2_before_anything_heavy(words: list[str], told: str) -> None:
+    if "--task_seq=coin6" in words:
+        require_scorers("coin6")
     done, seconds = run("train", *words)
     assert done.returncode == 2
     assert told in done.stderr
@@ -102,7 +104,7 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe with one task of two records, complete with images."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
     turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}] * 2
     train = [{"id": "a", "image": "a.png", "conversations": turns, "context": "c"}]
@@ -117,13 +119,18 @@ def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def check(sequence: Path, *more: str) -> int:
+    """`data check` with its memory in the test's folder."""
+    state = sequence / "state.sqlite"
+    words = ["data", "check", str(sequence / "mine.yaml"), "--root", str(sequence), "--state", str(state)]
+    return cli.main([*words, *more])
+
+
 def test_data_check_passes(sequence: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data", "check", str(sequence / "mine.yaml"), "--root", str(sequence)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "one/train: 2 records in 1 entries; 0 without image, 0 without context; 0 repeated ids",
-        "one/test: 1 records in 1 entries; 1 without image, 1 without context; 0 repeated ids",
-        "all files, entries and images are there",
-    ]
+    assert check(sequence) == 0
+    text = capsys.readouterr().out
+    assert "turn_repeated: " in text
+    assert text.endswith(f"0 faults; report: {sequence / 'state.jsonl'}\n")
 
 
 def test_data_check_tells_missing_images_and_bad_entries(
@@ -131,11 +138,16 @@ def test_data_check_tells_missing_images_and_bad_entries(
 ) -> None:
     (sequence / "images" / "a.png").unlink()
     (sequence / "test.json").write_text(json.dumps([{"question_id": "b", "text": "Q"}]))
-    assert cli.main(["data", "check", str(sequence / "mine.yaml"), "--root", str(sequence)]) == 1
+    assert check(sequence, "--no-tokens") == 1
     text = capsys.readouterr().out
-    assert "1 of 1 images are not there" in text
-    assert "there is no answer" in text
-    assert text.endswith("2 faults\n")
+    assert "image_missing: " in text
+    assert "answer_empty: " in text
+    assert "2 faults; report: " in text
+
+
+def test_data_check_refuses_unknown_kinds_of_faults(sequence: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        check(sequence, "--allow=overlap")
 
 
 def test_data_check_of_absent_files_ends_with_code_2(sequence: Path) -> None:
@@ -182,6 +194,15 @@ def test_print_config_writes_yaml_and_trains_nothing(
     assert not handed
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["train"]["lr"], printed["method"], printed["zero"]) == (0.5, "lora", "2")
+
+
+def test_official_scoring_of_a_task_without_an_official_script_is_refused_before_training(
+    sequence: Path, handed: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", *words(sequence, "--eval.scoring=compat")])
+    assert caught.value.code == 2 and not handed
+    assert "exact_match.v1 has no official script" in capsys.readouterr().err
 
 
 def test_eval_hands_its_words_to_the_harness(handed: list[Any]) -> None:
