@@ -171,13 +171,14 @@ class DeepSpeedEngine:
         self.module, self._deepspeed, self._scale = module, deepspeed, ranks.world * accumulation
         self._ranks = ranks
         self.schedules = "scheduler" in settings
+        # Taken before DeepSpeed sees the groups: ZeRO-3 empties them.
+        self._trained = [p for group in groups for p in group["params"]]
         ours: dict[str, Any] = {"optimizer": build_optimizer(groups, config.train)}
         if "optimizer" in settings:
             ours = {"model_parameters": groups}
         self._engine, *_ = deepspeed.initialize(
             model=module, config=settings, dist_init_required=False, **ours
         )
-        self._trained = [p for group in groups for p in group["params"]]
         self._check(settings["zero_optimization"]["stage"], ranks.world)
 
     @property

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import tiny_models
 import training_support as support
-from safetensors.torch import load_file
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
