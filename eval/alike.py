@@ -1,6 +1,6 @@
 """What two runs must share before their numbers stand in one table, and the names of what they do not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +9,15 @@ Results = Mapping[str, Any]
 #: Dotted name of a condition of a run -> its value, as JSON.
 Protocol = dict[str, Any]
 
+MISSING_SEED = "missing.seed"
+
 
 @dataclass(frozen=True)
 class Difference:
     """One condition that is not the same everywhere.
 
     Attributes:
-        field: its dotted name: `scorer_ids.gqa`, `missing`, `data_hashes.gqa.test`, ...
+        field: its dotted name: `scorer_ids.gqa`, `missing.ratio`, `data_hashes.gqa.test`, ...
         values: name of each run (or row) -> what it has; `None` where it says nothing.
     """
 
@@ -23,7 +25,8 @@ class Difference:
     values: Mapping[str, Any]
 
     def __str__(self) -> str:
-        return f"{self.field}: " + ", ".join(f"{name} has {_short(value)}" for name, value in self.values.items())
+        told = (f"{name} has {_short(value)}" for name, value in self.values.items())
+        return f"{self.field}: {', '.join(told)}"
 
 
 def protocol(results: Results) -> Protocol:
@@ -42,10 +45,10 @@ def protocol(results: Results) -> Protocol:
         "limit": results["limit"],
         "scoring": results.get("scoring", "native"),
         "start_weights": weights.get("sha256") or weights.get("name"),
-        "missing": missing,
-        **_flat("metric_ids", results["metric_ids"]),
-        **_flat("scorer_ids", results["scorer_ids"]),
-        **_flat("data_hashes", results["data_hashes"] or {}),
+        **flat("missing", missing),
+        **flat("metric_ids", results["metric_ids"]),
+        **flat("scorer_ids", results["scorer_ids"]),
+        **flat("data_hashes", results["data_hashes"] or {}),
     }
 
 
@@ -66,8 +69,7 @@ def differences(protocols: Mapping[str, Protocol]) -> list[Difference]:
 
 def without_missing_seed(found: Protocol) -> Protocol:
     """The protocol as runs over several seeds share it: each seed may draw its own missing records."""
-    missing = {key: value for key, value in found["missing"].items() if key != "seed"}
-    return {**found, "missing": missing}
+    return {key: value for key, value in found.items() if key != MISSING_SEED}
 
 
 def judged_mode(results: Results) -> str:
@@ -75,18 +77,13 @@ def judged_mode(results: Results) -> str:
     return "matched" if "matched" in results["modes"] else "oracle"
 
 
-def named(names: Sequence[str]) -> str:
-    """Names as an enumeration."""
-    return ", ".join(names)
-
-
-def _flat(prefix: str, tree: Mapping[str, Any]) -> Protocol:
+def flat(prefix: str, tree: Mapping[str, Any]) -> Protocol:
     """A nested mapping with dotted names."""
-    flat: Protocol = {}
+    found: Protocol = {}
     for key, value in tree.items():
-        name = f"{prefix}.{key}"
-        flat.update(_flat(name, value) if isinstance(value, Mapping) else {name: value})
-    return flat
+        name = f"{prefix}.{key}" if prefix else key
+        found.update(flat(name, value) if isinstance(value, Mapping) else {name: value})
+    return found
 
 
 def _short(value: object) -> str:

@@ -123,4 +123,3 @@ class Comparison:
         for row in content["rows"]:
             row["folders"] = [str(folder) for folder in row["folders"]]
         return {"schema": "delo-llava/compare/1", **content}
-

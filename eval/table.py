@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 
 #: Metrics shown below the matrix, in this order; the rest is in results.json.
@@ -14,6 +15,15 @@ CHOICE = {
     "task_choice_accuracy": "task choice",
     "task_choice_accuracy_without_instruction": "task choice without instruction",
 }
+
+
+def show(*parts: RenderableType) -> None:
+    """Write tables and lines to standard output; numbers are never cut to a narrow terminal or pipe."""
+    console = Console()
+    tables = (part for part in parts if isinstance(part, Table))
+    widths = [Measurement.get(console, console.options.update(max_width=10_000), t).maximum for t in tables]
+    console.width = max(console.width, *widths, 0)
+    console.print(*parts, sep="\n")
 
 
 def stage_table(results: Mapping[str, Any], stage: int) -> Table:

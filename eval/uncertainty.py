@@ -15,8 +15,6 @@ from delo_llava.errors import DeloError
 
 Array = NDArray[np.float64]
 
-#: Resamples behind a standard error of a score that is no mean over records; each scores the task anew.
-CELL_RESAMPLES = 100
 #: Resamples of a comparison of two runs.
 RESAMPLES = 10_000
 #: Most numbers held at once while resampling.
@@ -62,7 +60,7 @@ def standard_error(scores: Sequence[float]) -> float | None:
 
 
 def bootstrap_error(
-    score: Callable[[Sequence[int]], float], records: int, *, resamples: int = CELL_RESAMPLES, seed: int = 0
+    score: Callable[[Sequence[int]], float], records: int, *, resamples: int, seed: int = 0
 ) -> float | None:
     """Standard error, in percent points, of a score that is computed over all records at once.
 
@@ -157,6 +155,4 @@ def _contrast(drawn: Array, observed: float, records: int) -> Contrast:
     low, high = np.quantile(drawn, [0.025, 0.975])
     tail = min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))
     p_value = min(1.0, 2 * (tail + 1) / (len(drawn) + 1))
-    return Contrast(
-        observed, float(drawn.std(ddof=1)), float(low), float(high), p_value, records, len(drawn)
-    )
+    return Contrast(observed, float(drawn.std(ddof=1)), float(low), float(high), p_value, records, len(drawn))

@@ -45,6 +45,7 @@ class Scorer:
             mean over records (macro-F1, CIDEr, pairing by position); None means the mean of `function`.
         compat: the rule of the benchmark's official script, where there is one.
         needs: keys of `Reference.extra` that every record must have.
+        resamples: how often `corpus` is called for a cell's standard error; 0 gives none, for slow rules.
     """
 
     id: str
@@ -53,6 +54,7 @@ class Scorer:
     corpus: Callable[[Sequence[str], Sequence[Reference]], float] | None = None
     compat: "Scorer | None" = None
     needs: tuple[str, ...] = ()
+    resamples: int = 100
 
     def __call__(self, prediction: str, reference: Reference) -> float:
         """The score of one prediction in [0, 1]."""
