@@ -76,7 +76,7 @@ def _scores(run: Run, task: str) -> tuple[list[str], list[float]]:
     cell = run.last(run.results["matrix"][run.mode])[task]
     if not values or abs(100 * statistics.fmean(values) - cell) > _ROUNDING:
         raise DeloError(
-            f"the predictions of {run.name} do not average to its score: they are not those that were scored, "
-            f"or {run.results['scorer_ids'][task]} is no mean over records"
+            f"the predictions of {run.name} do not average to its score: they are not those that were "
+            f"scored, or {run.results['scorer_ids'][task]} is no mean over records"
         )
     return [identifier for identifier, _ in pairs], values
