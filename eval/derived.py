@@ -52,13 +52,13 @@ def cell_score(
     """
     if scorer.corpus is None:
         return 100 * sum(map(float, scores)) / len(scores), standard_error(scores)
-    drawn = partial(_score_drawn, scorer, predictions, references)
+    drawn = partial(score_drawn, scorer, predictions, references)
     return 100 * scorer.total(predictions, references), bootstrap_error(
         drawn, len(predictions), resamples=scorer.resamples
     )
 
 
-def _score_drawn(
+def score_drawn(
     scorer: Scorer, predictions: Sequence[str], references: Sequence[Reference], drawn: Sequence[int]
 ) -> float:
     """The rule applied to drawn records; one drawn again gets an id of its own, as rules may go by id."""

@@ -100,10 +100,8 @@ def markdown(comparison: Comparison) -> str:
 def latex(comparison: Comparison) -> str:
     """The sheets as LaTeX tables (package booktabs), best numbers bold, the legend below each caption."""
     head = "% \\usepackage{booktabs}\n"
-    if comparison.forced:
-        head += "% NOT COMPARABLE: these rows differ, see the list below the table.\n"
     tables = "\n".join(_latex_table(sheet) for sheet in sheets(comparison))
-    notes = "\n".join(f"\\item {_tex(line)}" for line in legend(comparison))
+    notes = "\n".join(f"\\item {{}}{_tex(line)}" for line in legend(comparison))
     return f"{head}{tables}\n{{\\footnotesize\\begin{{itemize}}\n{notes}\n\\end{{itemize}}}}\n"
 
 
@@ -126,11 +124,12 @@ def value_text(value: Value | None) -> str:
     """`72.2 ± 1.3` over seeds, `72.2 (0.9)` of one run with its standard error."""
     if value is None:
         return "–"
-    if value.mean > 1000:
-        return f"{value.mean:,.0f}"
+    mean = round(value.mean, 2) + 0.0  # no −0.00
+    if mean > 1000:
+        return f"{mean:,.0f}"
     if value.std is not None:
-        return f"{value.mean:.2f} ± {value.std:.2f}"
-    return f"{value.mean:.2f}" if value.error is None else f"{value.mean:.2f} ({value.error:.2f})"
+        return f"{mean:.2f} ± {value.std:.2f}"
+    return f"{mean:.2f}" if value.error is None else f"{mean:.2f} ({value.error:.2f})"
 
 
 def _leaderboard(comparison: Comparison) -> Sheet:
@@ -161,7 +160,8 @@ def _leaderboard(comparison: Comparison) -> Sheet:
         )
         for i, row in enumerate(rows)
     )
-    return Sheet("Leaderboard", (*words, *columns), tuple(cells), len(words), frozenset(best))
+    title = "Leaderboard" + (" (NOT COMPARABLE, shown by force)" if comparison.forced else "")
+    return Sheet(title, (*words, *columns), tuple(cells), len(words), frozenset(best))
 
 
 def _best(

@@ -1,19 +1,25 @@
-"""Scores of two rows on the very same records, for the paired bootstrap."""
+"""Two rows on the very same records, for the paired bootstrap."""
 
 import statistics
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
 from delo_eval.comparison import Paired
+from delo_eval.derived import score_drawn
 from delo_eval.matrix import RUN_PATTERN
-from delo_eval.predictions import prediction_file, read_rows
+from delo_eval.predictions import Row, prediction_file, read_rows
 from delo_eval.rows import Run
-from delo_eval.uncertainty import Array, Contrast, paired_bootstrap
+from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.uncertainty import Array, Contrast, Outcomes, paired_bootstrap
 from delo_llava.errors import DeloError
+from delo_llava.registry import load_plugin, plugin_names
 
-#: A mean of stored scores may differ from the stored cell by rounding only (percent).
+#: A score computed from stored predictions may differ from the stored cell by rounding only (percent).
 _ROUNDING = 1e-6
+#: Most resamples where a task is scored anew, as a whole, for each.
+CORPUS_RESAMPLES = 1000
 
 
 def pair(
@@ -21,62 +27,99 @@ def pair(
 ) -> Paired:
     """Contrast two rows, given as name and runs, on each task and on the mean of all.
 
-    A task without predictions, with other records or with a score that is no mean over records has no
-    contrast; then the mean has none either, and the reason says why.
+    A task without predictions, of other records, or with a rule that cannot be applied to predictions alone
+    has no contrast; then the mean has none either, and the reason says why.
     """
-    sides: dict[str, tuple[Array, Array]] = {}
+    runs = (*first[1], *second[1])
+    known: dict[str, Outcomes] = {}
     reasons: list[str] = []
     for task in tasks:
         try:
-            sides[task] = _aligned(first[1], second[1], task)
+            known[task], anew = _outcomes(runs, task)
+            resamples = min(resamples, CORPUS_RESAMPLES) if anew else resamples
         except DeloError as error:
             reasons.append(f"{task}: {error.message}")
-    seeds = [[run.results["seed"] for run in runs] for _, runs in (first, second)]
-    contrasts: list[Contrast] = (
-        paired_bootstrap(
-            [a for a, _ in sides.values()],
-            [b for _, b in sides.values()],
-            same_seeds=seeds[0] == seeds[1],
-            resamples=resamples,
+    seeds = [[run.results["seed"] for run in side] for _, side in (first, second)]
+    contrasts: list[Contrast] = []
+    if known:
+        contrasts = paired_bootstrap(
+            list(known.values()), len(first[1]), same_seeds=seeds[0] == seeds[1], resamples=resamples
         )
-        if sides
-        else []
-    )
-    by_task = dict(zip(sides, contrasts, strict=False))
+    by_task = dict(zip(known, contrasts, strict=False))
     return Paired(
         first[0],
         second[0],
         {task: by_task.get(task) for task in tasks},
-        contrasts[-1] if sides and not reasons else None,
+        contrasts[-1] if known and not reasons else None,
         "; ".join(reasons),
     )
 
 
-def _aligned(first: Sequence[Run], second: Sequence[Run], task: str) -> tuple[Array, Array]:
-    """S₁×N and S₂×N scores of the same N records.
+def _outcomes(runs: Sequence[Run], task: str) -> tuple[Outcomes, bool]:
+    """What the runs made of the task's records, and whether a resample scores the task as a whole.
 
     Raises:
-        DeloError: predictions are missing, damaged or older than the results, or of other records.
+        DeloError: predictions are missing, damaged, of other records, or not those that were scored.
     """
-    read = [_scores(run, task) for run in (*first, *second)]
-    ids = read[0][0]
-    for (other, _), run in zip(read, (*first, *second), strict=True):
-        if other != ids:
-            raise DeloError(f"{run.name} and {first[0].name} were not asked the same records")
-    scores = np.array([values for _, values in read], dtype=np.float64)
-    return scores[: len(first)], scores[len(first) :]
+    rows = [_rows(run, task) for run in runs]
+    ids = [row["record_id"] for row in rows[0]]
+    for run, own in zip(runs, rows, strict=True):
+        if [row["record_id"] for row in own] != ids:
+            raise DeloError(f"{run.name} and {runs[0].name} were not asked the same records")
+    keys = ["score" if run.mode == "matched" else "oracle_score" for run in runs]
+    scores = np.array(
+        [[row[key] for row in own] for own, key in zip(rows, keys, strict=True)], dtype=np.float64
+    )
+    cells = [run.last(run.results["matrix"][run.mode])[task] for run in runs]
+    off = [
+        abs(100 * statistics.fmean(own) - cell) > _ROUNDING for own, cell in zip(scores, cells, strict=True)
+    ]
+    if not any(off):
+        return Outcomes.of_means(scores), False
+    return _whole(runs, task, rows, cells), True
 
 
-def _scores(run: Run, task: str) -> tuple[list[str], list[float]]:
-    """Record ids, sorted, and their scores after the last finished stage."""
+def _whole(runs: Sequence[Run], task: str, rows: Sequence[Sequence[Row]], cells: Sequence[float]) -> Outcomes:
+    """Outcomes under a rule that is no mean over records, applied to the stored answers and references.
+
+    Raises:
+        DeloError: the rule needs more than that, is too slow, or gives other scores than were stored.
+    """
+    identifier = str(runs[0].results["scorer_ids"][task])
+    scorer = scorer_with_id(identifier)
+    if scorer is None or scorer.corpus is None:
+        raise DeloError("the stored scores are not the mean of the predictions' scores")
+    if scorer.needs or not scorer.resamples:
+        raise DeloError(f"{identifier} cannot be applied again to stored predictions")
+    references = [Reference(str(row["record_id"]), row["answer"]) for row in rows[0]]
+    said = [
+        [row["prediction" if run.mode == "matched" else "oracle_prediction"] for row in own]
+        for run, own in zip(runs, rows, strict=True)
+    ]
+    observed = np.array([scorer.total(texts, references) for texts in said])
+    if np.abs(100 * observed - cells).max() > _ROUNDING:
+        raise DeloError(f"{identifier} gives other scores than were stored")
+
+    def draw(resamples: int, random: np.random.Generator) -> Array:
+        drawn = (random.integers(len(references), size=len(references)).tolist() for _ in range(resamples))
+        return np.array([[score_drawn(scorer, texts, references, d) for texts in said] for d in drawn])
+
+    return Outcomes(observed, len(references), draw)
+
+
+def scorer_with_id(identifier: str) -> Scorer | None:
+    """The installed scorer, native or compat, with this id and version; None when there is none."""
+    for name in plugin_names("scorer"):
+        native = cast(Scorer, load_plugin("scorer", name))
+        for scorer in (native, native.compat):
+            if scorer is not None and scorer.id == identifier:
+                return scorer
+    return None
+
+
+def _rows(run: Run, task: str) -> list[Row]:
+    """The run's rows after its last finished stage, by record id."""
     rows = read_rows(prediction_file(run.folder, run.stages - 1, RUN_PATTERN, task))
-    key = "score" if run.mode == "matched" else "oracle_score"
-    pairs = sorted(((row["record_id"], row[key]) for row in rows), key=lambda pair: str(pair[0]))
-    values = [value for _, value in pairs]
-    cell = run.last(run.results["matrix"][run.mode])[task]
-    if not values or abs(100 * statistics.fmean(values) - cell) > _ROUNDING:
-        raise DeloError(
-            f"the predictions of {run.name} do not average to its score: they are not those that were "
-            f"scored, or {run.results['scorer_ids'][task]} is no mean over records"
-        )
-    return [identifier for identifier, _ in pairs], values
+    if not rows:
+        raise DeloError(f"{run.name} has no predictions")
+    return sorted(rows, key=lambda row: str(row["record_id"]))

@@ -74,7 +74,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
         **matrix.to_json(),
         "modes": [mode for mode in MODES if matrix.ran(mode)],
         "metrics": summarise(matrix),
-        "oracle_gap": oracle_gap(matrix),
+        "oracle_gap": oracle_gap(matrix) if results.choices else None,
         "metric_ids": {name: metric.id for name, metric in metrics().items()},
         "scorer_ids": facts["scorer_ids"],
         "task_choice_accuracy": latest.get("accuracy"),

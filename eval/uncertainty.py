@@ -1,17 +1,15 @@
 """Standard errors and the paired bootstrap: how far a number would move with other records and other seeds.
 
-Scores of one task are an S×N array: S runs (seeds) of one or two methods, the same N records in the same
-order, each in [0, 1]. Everything is seeded, so a repeated call gives the same numbers.
+Everything is seeded, so a repeated call gives the same numbers.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
-
-from delo_llava.errors import DeloError
 
 Array = NDArray[np.float64]
 
@@ -105,46 +103,56 @@ def seed_weights(runs: int, resamples: int, random: np.random.Generator) -> Arra
     return random.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """What S runs made of one task's records.
+
+    Attributes:
+        observed: S scores, as shares.
+        records: N.
+        draw: (resamples, generator) -> resamples×S scores over drawn records, the same for all runs.
+    """
+
+    observed: Array
+    records: int
+    draw: Callable[[int, np.random.Generator], Array]
+
+    @classmethod
+    def of_means(cls, scores: Array) -> "Outcomes":
+        """Of S×N scores whose mean is the task's score."""
+        return cls(scores.mean(axis=1), scores.shape[1], partial(resampled_means, scores))
+
+
 def paired_bootstrap(
-    first: Sequence[Array],
-    second: Sequence[Array],
+    tasks: Sequence[Outcomes],
+    runs: int,
     *,
     same_seeds: bool = True,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> list[Contrast]:
-    """Second minus first on the same records, for each task and for their mean (AP).
+    """Second minus first method on the same records, for each task and for their mean (AP).
 
     Records are drawn anew within each task, for both methods alike (paired). With several runs of a method
     its seeds are drawn anew too, once for all tasks; a few seeds say little about all seeds, and the interval
     is then rather too narrow.
 
     Args:
-        first: by task S₁×N_task scores in [0, 1].
-        second: by task S₂×N_task scores of the same records in the same order.
-        same_seeds: runs of both sides stand in pairs of the same seed, so seeds are drawn in pairs.
+        tasks: outcomes of the runs of the first method, followed by those of the second; at least one task.
+        runs: how many of them are the first method's.
+        same_seeds: runs of both methods stand in pairs of the same seed, so seeds are drawn in pairs.
 
     Returns:
         a contrast for each task and, last, the one of their mean.
-
-    Raises:
-        DeloError: other numbers of tasks or records.
     """
-    shapes = [(a.shape[1], b.shape[1]) for a, b in zip(first, second, strict=False)]
-    if not shapes or len(first) != len(second) or any(a != b for a, b in shapes):
-        raise DeloError("A paired bootstrap needs the same tasks and records on both sides.", given=shapes)
     random = np.random.default_rng(seed)
-    runs, others = len(first[0]), len(second[0])
-    weights = seed_weights(runs, resamples, random)
-    opposite = weights if same_seeds and runs == others else seed_weights(others, resamples, random)
-    drawn, observed = [], []
-    for a, b in zip(first, second, strict=True):
-        means = resampled_means(np.concatenate([a, b]), resamples, random)
-        drawn.append(
-            100 * ((opposite * means[:, runs:]).sum(axis=1) - (weights * means[:, :runs]).sum(axis=1))
-        )
-        observed.append(100 * float(b.mean() - a.mean()))
-    counts = [a.shape[1] for a in first]
+    others = len(tasks[0].observed) - runs
+    first = seed_weights(runs, resamples, random)
+    second = first if same_seeds and runs == others else seed_weights(others, resamples, random)
+    signed = np.concatenate([-first, second], axis=1)
+    drawn = [100 * (signed * task.draw(resamples, random)).sum(axis=1) for task in tasks]
+    observed = [100 * float(task.observed[runs:].mean() - task.observed[:runs].mean()) for task in tasks]
+    counts = [task.records for task in tasks]
     contrasts = [_contrast(d, o, n) for d, o, n in zip(drawn, observed, counts, strict=True)]
     return [*contrasts, _contrast(np.mean(drawn, axis=0), float(np.mean(observed)), sum(counts))]
 

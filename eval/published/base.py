@@ -98,10 +98,11 @@ class PublishedTable(Section):
     def _consistent(self) -> "PublishedTable":
         """Rows are as long as the table is wide, and print nothing that the table does not explain."""
         for row in self.rows:
-            if any(
-                cells is not None and len(cells) != len(self.tasks) for cells in (row.immediate, row.final)
-            ):
+            given = [cells for cells in (row.immediate, row.final) if cells is not None]
+            if any(len(cells) != len(self.tasks) for cells in given):
                 raise ValueError(f"{row.method}: {len(self.tasks)} cells are needed")
+            if len({cells[-1] for cells in given}) > 1:
+                raise ValueError(f"{row.method}: the last task's two scores are one cell and differ")
             if unknown := set(row.aggregates) - set(self.aggregates):
                 raise ValueError(f"{row.method}: no metric is named for {sorted(unknown)}")
         return self
