@@ -70,12 +70,12 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
         "world": facts["world"],
         "split": config.eval.split,
         "limit": config.eval.limit,
-        "scoring": config.eval.scoring,
         **matrix.to_json(),
         "modes": [mode for mode in MODES if matrix.ran(mode)],
         "metrics": summarise(matrix),
         "oracle_gap": oracle_gap(matrix) if results.choices else None,
         "metric_ids": {name: metric.id for name, metric in metrics().items()},
+        "scoring": config.eval.scoring,
         "scorer_ids": facts["scorer_ids"],
         "task_choice_accuracy": latest.get("accuracy"),
         "task_choice_accuracy_without_instruction": latest.get("accuracy_without_instruction"),
@@ -127,14 +127,15 @@ def resume_results(folder: Path, config: RunConfig, tasks: tuple[str, ...]) -> R
     """What earlier evaluations left in `folder`, or an empty start.
 
     Raises:
-        DeloError: the file there is of another method, sequence, split or limit, whose cells would not
-            compare.
+        DeloError: the file there is of another method, sequence, split, limit or scoring, whose cells would
+            not compare.
     """
     content = read_results(folder)
     if content is None:
         return Results(AccuracyMatrix(tasks))
+    content = {"scoring": "native"} | content  # files from before there were two modes
     expected = {
-        "method": config.method, "tasks": list(tasks), "seed": config.seed,
+        "scoring": config.eval.scoring, "method": config.method, "tasks": list(tasks), "seed": config.seed,
         "split": config.eval.split, "limit": config.eval.limit,
     }  # fmt: skip
     for key, value in expected.items():
