@@ -11,6 +11,13 @@ Protocol = dict[str, Any]
 
 MISSING_SEED = "missing.seed"
 
+#: Ids that older results have for a formula that has not changed since.
+RENAMED = {
+    "forgetting.v1": "forgetting.diag_Tm1.v1",
+    "forgetting_max.v1": "forgetting_max.trained_Tm1.v1",
+    "fwt.v1": "fwt.polaris_Tm1.v1",
+}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -46,7 +53,7 @@ def protocol(results: Results) -> Protocol:
         "scoring": results.get("scoring", "native"),
         "start_weights": weights.get("sha256") or weights.get("name"),
         **flat("missing", missing),
-        **flat("metric_ids", results["metric_ids"]),
+        **flat("metric_ids", {name: RENAMED.get(i, i) for name, i in results["metric_ids"].items()}),
         **flat("scorer_ids", results["scorer_ids"]),
         **flat("data_hashes", results["data_hashes"] or {}),
     }

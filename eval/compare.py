@@ -12,6 +12,9 @@ from delo_eval.rows import labels, load_runs, row_of, row_protocol, seed_groups
 from delo_eval.uncertainty import RESAMPLES
 from delo_llava.errors import DeloError
 
+#: Fewest resamples whose 95 % interval says anything.
+FEWEST = 100
+
 
 def compare(
     folders: Sequence[Path],
@@ -30,8 +33,10 @@ def compare(
         resamples: of the paired bootstrap.
 
     Raises:
-        DeloError: no results in a folder, or rows that must not be compared (unless forced).
+        DeloError: no results in a folder, too few resamples, or rows that differ (unless forced).
     """
+    if resamples < FEWEST:
+        raise DeloError("Too few resamples for an interval.", given=resamples, allowed=f"at least {FEWEST}")
     groups = seed_groups(load_runs(folders))
     names = labels(groups)
     by_name = dict(zip(names, groups, strict=True))

@@ -1,8 +1,9 @@
 """A comparison as a leaderboard: in the terminal, in Markdown and in LaTeX, with its differences marked."""
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -47,14 +48,15 @@ class Sheet:
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
-    """The leaderboard, the gap between told and chosen tasks, and the paired differences, where there are."""
+    """The leaderboard's tables, the gap between told and chosen tasks, and paired differences."""
     gaps = [row for row in comparison.rows if row.oracle_gap]
-    found = [_leaderboard(comparison)]
+    found = [sheet for sheet in _boards(comparison) if len(sheet.heads) > sheet.words]
     if gaps:
         found.append(_gaps(comparison.tasks, gaps))
     if comparison.paired:
         found.append(_paired(comparison.tasks, comparison.paired))
-    return found
+    mark = " (NOT COMPARABLE, shown by force)" if comparison.forced else ""
+    return [replace(sheet, title=sheet.title + mark) for sheet in found]
 
 
 def legend(comparison: Comparison) -> list[str]:
@@ -75,8 +77,8 @@ def legend(comparison: Comparison) -> list[str]:
     lines += [
         f"{p.second} against {p.first}: not computed for {p.reason}" for p in comparison.paired if p.reason
     ]
-    shown = [name for name in HEADLINE if name in comparison.metric_ids]
-    lines.append("Metrics: " + ", ".join(comparison.metric_ids[name] for name in shown))
+    ids = comparison.metric_ids
+    lines.append("Metrics: " + ", ".join(ids[name] for name in _shown_metrics(comparison) if name in ids))
     lines.append("Scorers: " + ", ".join(f"{task} {i}" for task, i in comparison.scorer_ids.items()))
     return lines
 
@@ -98,8 +100,8 @@ def markdown(comparison: Comparison) -> str:
 
 
 def latex(comparison: Comparison) -> str:
-    """The sheets as LaTeX tables (package booktabs), best numbers bold, the legend below each caption."""
-    head = "% \\usepackage{booktabs}\n"
+    """The sheets as LaTeX tables (packages booktabs, graphicx), never wider than a line; the legend below."""
+    head = "% \\usepackage{booktabs,graphicx}\n"
     tables = "\n".join(_latex_table(sheet) for sheet in sheets(comparison))
     notes = "\n".join(f"\\item {{}}{_tex(line)}" for line in legend(comparison))
     return f"{head}{tables}\n{{\\footnotesize\\begin{{itemize}}\n{notes}\n\\end{{itemize}}}}\n"
@@ -125,43 +127,55 @@ def value_text(value: Value | None) -> str:
     if value is None:
         return "–"
     mean = round(value.mean, 2) + 0.0  # no −0.00
-    if mean > 1000:
+    if mean >= 1000:
         return f"{mean:,.0f}"
     if value.std is not None:
         return f"{mean:.2f} ± {value.std:.2f}"
     return f"{mean:.2f}" if value.error is None else f"{mean:.2f} ({value.error:.2f})"
 
 
-def _leaderboard(comparison: Comparison) -> Sheet:
-    rows = comparison.rows
-    columns: dict[str, list[Value | None]] = {}
-    better: dict[str, bool] = {}
-    known = metrics()
-    for name in dict.fromkeys((*HEADLINE, *known)):
-        if name != "last" and any(name in row.metrics for row in rows):
-            columns[name] = [row.metrics.get(name) for row in rows]
-            better[name] = known[name].higher_is_better
-    for task in comparison.tasks:
-        columns[task] = [row.scores.get(task) for row in rows]
-        better[task] = True
-    for pattern in dict.fromkeys(pattern for row in rows for pattern in row.patterns):
-        columns[f"ap, pattern {pattern}"] = [row.patterns.get(pattern) for row in rows]
-    for key, title in EXTRAS.items():
-        if any(key in row.extras for row in rows):
-            columns[title] = [row.extras.get(key) for row in rows]
-    words = ("method", "seeds", "mode")
-    best = set() if comparison.forced else _best(columns, better, len(words))
+def _boards(comparison: Comparison) -> list[Sheet]:
+    """Metrics, scores by task, and what else is known of rows: three tables, each as wide as a page."""
+    rows, known = comparison.rows, metrics()
+    shown = [name for name in _shown_metrics(comparison) if any(name in row.metrics for row in rows)]
+    patterns = dict.fromkeys(pattern for row in rows for pattern in row.patterns)
+    board = {name: [row.metrics.get(name) for row in rows] for name in shown}
+    scores = {task: [row.scores.get(task) for row in rows] for task in comparison.tasks}
+    beside = {
+        **{f"ap, pattern {pattern}": [row.patterns.get(pattern) for row in rows] for pattern in patterns},
+        **{title: [row.extras.get(key) for row in rows] for key, title in EXTRAS.items()},
+    }
+    better = {name: known[name].higher_is_better for name in shown}
+    return [
+        _board("Leaderboard", comparison, board, better, ("seeds", "mode")),
+        _board("Scores after the last stage", comparison, scores, dict.fromkeys(scores, True)),
+        _board("Other missing patterns, instructions, task choice, size", comparison, beside, {}),
+    ]
+
+
+def _board(
+    title: str,
+    comparison: Comparison,
+    columns: Mapping[str, Sequence[Value | None]],
+    better: Mapping[str, bool],
+    words: tuple[str, ...] = (),
+) -> Sheet:
+    """A line per row; columns that no row fills are left out, and nothing is best among rows that differ."""
+    filled = {name: column for name, column in columns.items() if any(column)}
+    heads = ("method", *words)
+    about = {"seeds": lambda row: str(len(row.seeds) or "–"), "mode": lambda row: row.mode}
     cells = (
-        (
-            _name(row),
-            str(len(row.seeds) or "–"),
-            row.mode,
-            *(value_text(column[i]) for column in columns.values()),
-        )
-        for i, row in enumerate(rows)
+        (_name(row), *(about[word](row) for word in words), *(value_text(c[i]) for c in filled.values()))
+        for i, row in enumerate(comparison.rows)
     )
-    title = "Leaderboard" + (" (NOT COMPARABLE, shown by force)" if comparison.forced else "")
-    return Sheet(title, (*words, *columns), tuple(cells), len(words), frozenset(best))
+    best = set() if comparison.forced else _best(filled, better, len(heads))
+    return Sheet(title, (*heads, *filled), tuple(cells), len(heads), frozenset(best))
+
+
+def _shown_metrics(comparison: Comparison) -> list[str]:
+    """Metrics with a column: the headline ones first; `last` is `ap` under another name."""
+    names = dict.fromkeys((*HEADLINE, *metrics()))
+    return [name for name in names if name != "last" and name in {*comparison.metric_ids, *metrics()}]
 
 
 def _best(
@@ -231,10 +245,8 @@ def _markdown_rows(sheet: Sheet) -> Iterable[str]:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown leaves alone."""
-    for sign in "\\|*_<`":
-        text = text.replace(sign, f"\\{sign}")
-    return text
+    """Text on one line that Markdown leaves alone."""
+    return re.sub(r"([\\|*_<`\[\]&$~])", r"\\\1", " ".join(text.split()))
 
 
 def _latex_table(sheet: Sheet) -> str:
@@ -250,13 +262,14 @@ def _latex_table(sheet: Sheet) -> str:
         [
             "\\begin{table}\\centering\\footnotesize",
             f"\\caption{{{_tex(sheet.title)}}}",
+            "\\resizebox{\\ifdim\\width>\\linewidth\\linewidth\\else\\width\\fi}{!}{%",
             f"\\begin{{tabular}}{{{align}}}",
             "\\toprule",
             " & ".join(map(_tex, sheet.heads)) + " \\\\",
             "\\midrule",
             *lines,
             "\\bottomrule",
-            "\\end{tabular}",
+            "\\end{tabular}}",
             "\\end{table}",
         ]
     )
@@ -266,9 +279,11 @@ _TEX = {
     "\\": "\\textbackslash{}", "&": "\\&", "%": "\\%", "$": "\\$", "#": "\\#", "_": "\\_", "{": "\\{",
     "}": "\\}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}", "±": "$\\pm$", "−": "$-$", "–": "--",
     "…": "\\dots{}", "<": "$<$", ">": "$>$", "·": "$\\cdot$", "φ": "$\\phi$",
+    "|": "\\textbar{}", "[": "{[}", "]": "{]}", "→": "$\\to$",
 }  # fmt: skip
 
 
 def _tex(text: str) -> str:
-    """Text with everything escaped that LaTeX would read."""
+    """Text on one line with everything escaped that LaTeX would read."""
+    text = re.sub(r"(?<![\w-])-(?=\d)", "−", " ".join(text.split()))  # a minus sign is no hyphen
     return "".join(_TEX.get(sign, sign) for sign in text)

@@ -32,13 +32,13 @@ def pair(
     """
     runs = (*first[1], *second[1])
     known: dict[str, Outcomes] = {}
-    reasons: list[str] = []
+    reasons: dict[str, list[str]] = {}
     for task in tasks:
         try:
             known[task], anew = _outcomes(runs, task)
             resamples = min(resamples, CORPUS_RESAMPLES) if anew else resamples
         except DeloError as error:
-            reasons.append(f"{task}: {error.message}")
+            reasons.setdefault(error.message, []).append(task)
     seeds = [[run.results["seed"] for run in side] for _, side in (first, second)]
     contrasts: list[Contrast] = []
     if known:
@@ -51,7 +51,7 @@ def pair(
         second[0],
         {task: by_task.get(task) for task in tasks},
         contrasts[-1] if known and not reasons else None,
-        "; ".join(reasons),
+        "; ".join(f"{', '.join(those)}: {why}" for why, those in reasons.items()),
     )
 
 

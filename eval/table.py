@@ -10,7 +10,17 @@ from rich.table import Table
 Cells = list[float | None]
 
 #: Metrics shown below the matrix, in this order; the rest is in results.json.
-HEADLINE = ("ap", "maa", "mft", "forgetting", "forgetting_max", "bwt_T", "bwt_Tm1", "fwt")
+HEADLINE = (
+    "ap",
+    "maa",
+    "mft",
+    "forgetting",
+    "forgetting_max",
+    "forgetting_max_all",
+    "bwt_T",
+    "bwt_Tm1",
+    "fwt",
+)
 
 #: Shares of rightly chosen tasks, shown below the metrics.
 CHOICE = {

@@ -1,4 +1,4 @@
-"""Put runs side by side: a leaderboard in the terminal, Markdown and LaTeX, with paired differences."""
+"""Put runs side by side: a leaderboard in the terminal, Markdown, LaTeX and HTML, with paired differences."""
 
 import argparse
 import importlib
@@ -6,7 +6,8 @@ from pathlib import Path
 
 from delo_llava.commands.base import Command, say
 
-FORMATS = ("md", "latex", "json")
+FORMATS = ("md", "latex", "json", "html")
+_ALIASES = {"markdown": "md", "tex": "latex"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="add the rows of a published table (`delo-eval published list`)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, help="folder for leaderboard.md, leaderboard.tex and compare.json"
+        "--output", type=Path, help="folder for leaderboard.md, leaderboard.tex, compare.json, compare.html"
     )
     parser.add_argument(
         "--format", default=",".join(FORMATS), help="which of them, comma-separated (default: %(default)s)"
@@ -36,7 +37,7 @@ def run(options: argparse.Namespace) -> int:
     """Compare, show and write.
 
     Raises:
-        DeloError: runs that must not be compared, an unknown format, or no results.
+        DeloError: runs that must not be compared, an unknown format, too few resamples, or no results.
     """
     formats = checked_formats(options.format)
     board = importlib.import_module("delo_eval.leaderboard")
@@ -45,24 +46,27 @@ def run(options: argparse.Namespace) -> int:
     )
     importlib.import_module("delo_eval.table").show(*board.terminal(found))
     if options.output is not None:
-        for file in board.write(found, options.output, formats):
-            say(f"{file}\n")
+        files = board.write(found, options.output, [name for name in formats if name != "html"])
+        if "html" in formats:
+            page = importlib.import_module("delo_eval.report.compare")
+            files.append(page.render_comparison(found, options.output))
+        say("".join(f"{file}\n" for file in files))
     return 0
 
 
 def checked_formats(given: str) -> list[str]:
-    """The formats that a comma-separated word names.
+    """The formats that a comma-separated word names, each once.
 
     Raises:
         DeloError: an unknown one.
     """
     from delo_llava.errors import DeloError
 
-    names = given.split(",")
+    names = [_ALIASES.get(name, name) for name in map(str.strip, given.split(","))]
     for name in names:
         if name not in FORMATS:
             raise DeloError("There is no such format.", given=name, allowed=FORMATS)
-    return names
+    return list(dict.fromkeys(names))
 
 
 COMMAND = Command(arguments, run)
