@@ -24,8 +24,8 @@ EXTRAS = {
     "parameters_per_task": "parameters per task",
 }
 
-#: Columns from which on a table is turned in the terminal.
-WIDE = 9
+#: Characters from which on a table is turned in the terminal.
+WIDE = 120
 
 #: Format -> file that `write` makes.
 FILES = {"md": "leaderboard.md", "latex": "leaderboard.tex", "json": "compare.json"}
@@ -219,7 +219,8 @@ def _name(row: Row) -> str:
 
 def _rich(sheet: Sheet) -> Table:
     """A sheet for the terminal; a wide one is turned, with its columns as lines."""
-    turned = len(sheet.heads) > WIDE
+    columns = zip(sheet.heads, *sheet.rows, strict=True)
+    turned = sum(max(map(len, column)) + 3 for column in columns) > WIDE
     lines = [[Text(head) for head in sheet.heads]]
     for i, row in enumerate(sheet.rows):
         cells = (Text(cell, style="bold" if (i, j) in sheet.best else "") for j, cell in enumerate(row))

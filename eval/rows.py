@@ -210,7 +210,7 @@ def _extras(run: Run) -> dict[str, float]:
         [
             *((key, results[key]) for key in choice),
             ("parameters_per_task", statistics.fmean(counts) if counts else None),
-            ("mif", statistics.fmean(obeyed.values()) if len(obeyed) == run.stages else None),
+            ("mif", statistics.fmean(obeyed.values()) if obeyed else None),
         ]
     )
 

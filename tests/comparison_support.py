@@ -11,7 +11,7 @@ from delo_eval.derived import cell_score
 from delo_eval.matrix import AccuracyMatrix
 from delo_eval.predictions import prediction_file
 from delo_eval.results import Results, results_json, write_results
-from delo_eval.scorers.base import Reference
+from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.scorers.exact_match import SCORER
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.config import RunConfig, dump_config
@@ -20,7 +20,6 @@ TASKS = ("science", "ocr")
 RECORDS = 40
 
 FACTS: dict[str, Any] = {
-    "scorer_ids": dict.fromkeys(TASKS, "exact_match.v1"),
     "world": 1,
     "start_weights": {"name": "mini-llava", "sha256": "a" * 64},
     "data_hashes": {task: {"train": "b" * 64, "test": "c" * 64} for task in TASKS},
@@ -50,6 +49,7 @@ def write_run(
     facts: dict[str, Any] | None = None,
     oracle: dict[str, np.ndarray] | None = None,
     stages: int = 2,
+    scorer: Scorer = SCORER,
     **changes: Any,
 ) -> Path:
     """A run of two tasks whose last stage has these outcomes; after the first stage its task scored 100.
@@ -59,6 +59,7 @@ def write_run(
         facts: laid over `FACTS`.
         oracle: outcomes with the true task told.
         stages: evaluated ones.
+        scorer: of both tasks.
         changes: keys of results.json to replace.
     """
     config = config or RunConfig(method="lora")
@@ -67,22 +68,29 @@ def write_run(
         for task in TASKS[: stage + 1]:
             scores = final[task] if stage else np.ones(len(final[task]))
             told = (oracle or final)[task] if stage else scores
-            _write_cell(folder, matrix, stage, task, scores, told)
-    content = results_json(Results(matrix), config, {**FACTS, **(facts or {})})
+            _write_cell(folder, matrix, stage, task, scores, told, scorer)
+    ids = {"scorer_ids": dict.fromkeys(TASKS, scorer.id)}
+    content = results_json(Results(matrix), config, {**FACTS, **ids, **(facts or {})})
     write_results(folder, {**content, **changes})
     write_text_atomic(folder / "config.yaml", dump_config(config))
     return folder
 
 
 def _write_cell(
-    folder: Path, matrix: AccuracyMatrix, stage: int, task: str, scores: np.ndarray, told: np.ndarray
+    folder: Path,
+    matrix: AccuracyMatrix,
+    stage: int,
+    task: str,
+    scores: np.ndarray,
+    told: np.ndarray,
+    scorer: Scorer,
 ) -> None:
     """One cell of the matrix and its prediction file, last record first."""
     references = [Reference(f"{task}-{i}", "yes") for i in range(len(scores))]
     said = {"matched": scores, "oracle": told}
     for mode, values in said.items():
         words = ["yes" if value else "no" for value in values]
-        value, error = cell_score(words, values.tolist(), SCORER, references)
+        value, error = cell_score(words, values.tolist(), scorer, references)
         matrix.set(mode, stage, task, value, count=len(scores))  # type: ignore[arg-type]
         matrix.note("standard_errors", mode, stage, task, error)  # type: ignore[arg-type]
     lines = [

@@ -13,6 +13,7 @@ from delo_eval.compare import compare
 from delo_eval.diff import diff_runs
 from delo_eval.leaderboard import latex, legend, markdown, sheets
 from delo_eval.rows import load_runs
+from delo_eval.scorers.multilabel_f1 import SCORER as MACRO_F1
 from delo_llava.cli import main
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
@@ -135,6 +136,19 @@ def test_predictions_that_are_not_those_scored_give_no_contrast_and_say_so(tmp_p
     assert pair.reason.startswith("ocr: ") and "same records" in pair.reason
     file.unlink()
     assert "missing" in compare([first, second], resamples=100).paired[0].reason
+
+
+def test_a_rule_over_all_records_is_applied_anew_to_every_resample(tmp_path: Path) -> None:
+    """Macro-F1 of one class at recall r is 2r/(1+r), which is no mean over records."""
+    first = write_run(tmp_path / "a", LOW, config=config(), scorer=MACRO_F1)
+    second = write_run(tmp_path / "b", HIGH, config=config("delo"), scorer=MACRO_F1)
+    found = compare([first, second], resamples=300)
+    assert found.row("delo").scores["science"].mean == pytest.approx(100 * 1.5 / 1.75)
+    (pair,) = found.paired
+    task = pair.tasks["science"]
+    assert task is not None and pair.ap is not None and not pair.reason
+    assert task.difference == pytest.approx(100 * (1.5 / 1.75 - 1 / 1.5)) and task.resamples == 300
+    assert task.low < task.difference < task.high and task.p_value < 0.05
 
 
 def test_gap_between_told_and_chosen_tasks(tmp_path: Path) -> None:
