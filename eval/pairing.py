@@ -89,9 +89,10 @@ def _whole(runs: Sequence[Run], task: str, rows: Sequence[Sequence[Row]], cells:
     scorer = scorer_with_id(identifier)
     if scorer is None or scorer.corpus is None:
         raise DeloError("the stored scores are not the mean of the predictions' scores")
-    if scorer.needs or not scorer.resamples:
-        raise DeloError(f"{identifier} cannot be applied again to stored predictions")
+    if not scorer.resamples:
+        raise DeloError(f"{identifier} is too slow to be applied to every resample")
     references = [Reference(str(row["record_id"]), row["answer"]) for row in rows[0]]
+    scorer.check(references)
     said = [
         [row["prediction" if run.mode == "matched" else "oracle_prediction"] for row in own]
         for run, own in zip(runs, rows, strict=True)

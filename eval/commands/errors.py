@@ -8,7 +8,7 @@ from delo_llava.commands.base import Command, say
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Which predictions."""
-    parser.add_argument("run", type=Path, help="folder with predictions/ and results.json")
+    parser.add_argument("--run", required=True, type=Path, help="folder with predictions/ and results.json")
     parser.add_argument("--stage", type=int, help="index from 0 (default: the last finished one)")
     parser.add_argument("--pattern", default="run", help="missing pattern (default: %(default)s)")
     parser.add_argument("--mode", choices=("matched", "oracle"), help="default: as the method is judged")

@@ -29,11 +29,11 @@ def _rows(table: PublishedTable) -> Table:
     shown = Table(title=Text(table.title), title_justify="left")
     shown.add_column("")
     for head in (*table.tasks, *table.aggregates):
-        shown.add_column(head, justify="right")
+        shown.add_column(Text(head), justify="right")
     for row in table.rows:
         if row.immediate is not None:
-            shown.add_row(f"{row.method}, right after its training", *map(_cell, row.immediate))
-        shown.add_row(row.method, *_final(table, row))
+            shown.add_row(Text(f"{row.method}, right after its training"), *map(_cell, row.immediate))
+        shown.add_row(Text(row.method), *_final(table, row))
     return shown
 
 

@@ -151,6 +151,24 @@ def test_a_rule_over_all_records_is_applied_anew_to_every_resample(tmp_path: Pat
     assert task.low < task.difference < task.high and task.p_value < 0.05
 
 
+@pytest.mark.parametrize(
+    ("identifier", "reason"),
+    [("exact_match.v1", "not the mean"), ("caption_plain.v1", "captions"), ("caption.v1", "too slow"),
+     ("multilabel_f1.v1", "other scores than were stored"), ("gone.v9", "not the mean")],
+)  # fmt: skip
+def test_scores_that_do_not_follow_from_predictions_are_not_contrasted(
+    tmp_path: Path, identifier: str, reason: str
+) -> None:
+    facts = {"scorer_ids": {"science": "exact_match.v1", "ocr": identifier}}
+    first = write_run(tmp_path / "a", LOW, config=config(), facts=facts)
+    cells = [[100.0, None], [75.0, 12.3]]
+    second = write_run(
+        tmp_path / "b", HIGH, config=config("delo"), facts=facts, matrix={"matched": cells, "oracle": cells}
+    )
+    (pair,) = compare([first, second], resamples=100).paired
+    assert pair.tasks["ocr"] is None and pair.ap is None and reason in pair.reason
+
+
 def test_gap_between_told_and_chosen_tasks(tmp_path: Path) -> None:
     choice = {"0": {"run": {"accuracy": 50.0}}}
     told = outcomes((1.0, 0.75), seed=5)

@@ -82,16 +82,16 @@ def test_numbers_and_plain_words() -> None:
 
 def test_command_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "x", outcomes((0.75, 0.5)))
-    assert main(["errors", str(run)]) == 0
+    assert main(["errors", "--run", str(run)]) == 0
     shown = capsys.readouterr().out
     assert "science: yes → no ×10" in shown and "ocr: yes → no ×20" in shown
     content = json.loads((run / "errors.json").read_text())
     assert content["stage"] == 1 and content["mode"] == "matched"
     assert [task["wrong"] for task in content["tasks"]] == [10, 20]
-    assert main(["errors", str(run), "--stage", "0", "--output", str(tmp_path / "e.json")]) == 0
+    assert main(["errors", "--run", str(run), "--stage", "0", "--output", str(tmp_path / "e.json")]) == 0
     assert json.loads((tmp_path / "e.json").read_text())["tasks"][0]["wrong"] == 0
     with pytest.raises(SystemExit):
-        main(["errors", str(run), "--stage", "2"])
+        main(["errors", "--run", str(run), "--stage", "2"])
 
 
 def test_predictions_that_are_missing_or_not_of_this_mode_are_told(tmp_path: Path) -> None:
