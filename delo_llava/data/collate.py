@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from delo_llava.data.images import BadImage, EncodedImage, ImageCache, dummy_image, image_error, load_image
+from delo_llava.data.images import (
+    EncodedImage,
+    ImageCache,
+    UnusableImage,
+    dummy_image,
+    image_error,
+    load_image,
+)
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -198,7 +205,7 @@ class Collator:
         for record, has in items:
             try:
                 self._image(record, has[0] and record.image is not None)
-            except BadImage as error:
+            except UnusableImage as error:
                 self.bad_images[f"{record.task}/{record.id}"] = error.message
                 lost.append((record, has))
         return [item for item in items if item not in lost], lost

@@ -20,8 +20,8 @@ MAX_PIXELS = 64 * 1024 * 1024
 DUMMY_SIZE = (336, 336)
 
 
-class BadImage(DeloError):
-    """An image that cannot be used."""
+class UnusableImage(DeloError):
+    """A record's image cannot be used."""
 
 
 class EncodedImage(NamedTuple):
@@ -72,9 +72,9 @@ def decode(source: Path | IO[bytes]) -> Image.Image:
         raise BadImage(str(error)) from error
 
 
-def image_error(path: Path | None, record: Record, reason: str) -> BadImage:
+def image_error(path: Path | None, record: Record, reason: str) -> UnusableImage:
     """The error for an image that cannot be used."""
-    return BadImage(
+    return UnusableImage(
         f"The image of record {record.id!r} ({record.task}/{record.split}) cannot be used: {reason}",
         given=path,
         fix="replace the file, remove the record, or train without such records: --data.on_bad_image=skip",

@@ -1,4 +1,4 @@
-"""Asked to leave inside a stage, then the same command: every method under every engine ends in the same bits;
+"""Asked to leave inside a stage, then the same command: every method and engine ends in the same bits;
 another number of ranks goes on to the same numbers."""
 
 import json
