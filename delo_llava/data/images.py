@@ -20,6 +20,10 @@ MAX_PIXELS = 64 * 1024 * 1024
 DUMMY_SIZE = (336, 336)
 
 
+class UnusableImage(DeloError):
+    """A record's image cannot be used."""
+
+
 class EncodedImage(NamedTuple):
     """One image as the model takes it: inputs (batched along dimension 0) and how many tokens it becomes."""
 
@@ -68,12 +72,12 @@ def decode(source: Path | IO[bytes]) -> Image.Image:
         raise BadImage(str(error)) from error
 
 
-def image_error(path: Path | None, record: Record, reason: str) -> DeloError:
+def image_error(path: Path | None, record: Record, reason: str) -> UnusableImage:
     """The error for an image that cannot be used."""
-    return DeloError(
+    return UnusableImage(
         f"The image of record {record.id!r} ({record.task}/{record.split}) cannot be used: {reason}",
         given=path,
-        fix="replace the file, or remove the record",
+        fix="replace the file, remove the record, or train without such records: --data.on_bad_image=skip",
     )
 
 
