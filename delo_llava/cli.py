@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from delo_llava import __version__
 from delo_llava.errors import DeloError, report_and_exit
 from delo_llava.registry import plugin_names, plugin_summary
+from delo_llava.training import signals
 
 if TYPE_CHECKING:
     from delo_llava.config import RunConfig
@@ -58,6 +59,7 @@ def main_train(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         _say(TRAIN_USAGE + _key_table())
         return 0
+    signals.install()
     return told(_train, words)
 
 
@@ -82,9 +84,17 @@ def resolve(words: Sequence[str]) -> "RunConfig":
 
 
 def told(command: Callable[..., int], *arguments: object) -> int:
-    """Run a command; a `DeloError` is printed and ends it, told by rank 0 alone if all ranks see it."""
+    """Run a command; a `DeloError` is printed and ends it, told by rank 0 alone if all ranks see it.
+
+    Returns:
+        its exit code; 75 if a signal asked it to leave and the same command will go on.
+    """
     try:
         return command(*arguments)
+    except signals.Preempted as asked:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{asked}\n")
+        return signals.EXIT_CODE
     except DeloError as error:
         if int(os.environ.get("RANK", "0")) > 0:
             # Rank 0's exit ends this rank too: only a fault of this rank alone gets past.
@@ -115,6 +125,7 @@ def _train(words: Sequence[str]) -> int:
 
 def _eval(words: Sequence[str]) -> int:
     """Hand over to the harness, which has a command line of its own."""
+    signals.install()
     return _harness().main(words) or 0
 
 

@@ -35,6 +35,7 @@ def open_run(store: RunStore, config: RunConfig, sequence: TaskSequence, model_p
     store.write_config(dump_config(config))
     store.update_run(
         **facts,
+        stopped=None,
         schema="delo-llava/run/1",
         method=config.method,
         tasks=sequence.names,
