@@ -39,12 +39,15 @@ class DataConfig(Section):
         sub: share of every training set that is used, drawn by the run's seed.
         max_length: longest prompt with answer, in tokens; context is cut first.
         group_by_length: build batches of similar length.
+        on_bad_image: an image that cannot be used ends the run (`error`), or its record is left out and
+            counted (`skip`); in an evaluation such a record counts as wrong.
     """
 
     root: Path | None = None
     sub: float = Field(default=1.0, gt=0.0, le=1.0)
     max_length: int = Field(default=2048, ge=16)
     group_by_length: bool = True
+    on_bad_image: Literal["error", "skip"] = "error"
 
 
 class TrainConfig(Section):
@@ -84,6 +87,8 @@ class EvalConfig(Section):
         patterns: missing patterns evaluated after every stage; `run` is the run's own specification.
         last_patterns: patterns evaluated after the last stage on top of them.
         oracle: also evaluate with the true task given, for methods that choose one.
+        cache: reuse answers that an earlier evaluation gave under the same model, settings and data; without
+            it, an interrupted evaluation starts anew.
         scoring: `native` is the right rule of each task, `compat` what its benchmark's official script does.
     """
 
@@ -95,6 +100,7 @@ class EvalConfig(Section):
     patterns: Patterns = ["run"]
     last_patterns: Patterns = ["complete", "image", "text"]
     oracle: bool = True
+    cache: bool = True
 
 
 class RunConfig(Section):

@@ -20,6 +20,11 @@ RUN_PATTERN = "run"
 Cells = list[float | None]
 
 
+def stage_name(stage: int) -> str:
+    """How folders call a stage: its index from 0, or `zero_shot`."""
+    return "zero_shot" if stage == ZERO_SHOT else str(stage)
+
+
 @dataclass
 class AccuracyMatrix:
     """All scores of a run.

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from delo_eval.matrix import ZERO_SHOT
+from delo_eval.matrix import ZERO_SHOT, stage_name
 from delo_eval.plots import PLOTS, draw
 from delo_eval.stage import Request, StoredRun, evaluate_stage, launched_ranks, open_run
 from delo_eval.table import final_table, stage_table
@@ -27,7 +27,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     given = arguments
-    request = Request(given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output)
+    request = Request(
+        given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output,
+        False if given.no_cache else None,
+    )  # fmt: skip
     run = open_run(arguments.run, request)
     with launched_ranks(run.config) as ranks:
         _evaluate(run, stages_named(arguments.stage, run), request, ranks)
@@ -68,6 +71,13 @@ def _evaluate(run: StoredRun, stages: Sequence[int], request: Request, ranks: Ra
     if content is not None:
         draw(content, run.output / PLOTS)
         console.print(final_table(content))
+        told = content["seconds"]["answers"]
+        console.print(
+            "answers, stored / new: "
+            + ", ".join(
+                f"{name}: {told[name]['stored']} / {told[name]['new']}" for name in map(stage_name, stages)
+            )
+        )
         console.print(f"results: {run.output / 'results.json'}", soft_wrap=True)
 
 
@@ -109,6 +119,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", type=Path, help="folder for predictions, plots and results.json; default: the run's own"
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="answer everything again; by default known answers are reused"
     )
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS

@@ -4,19 +4,22 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import distributed
 
+from delo_eval.answer_keys import AnswerKeys, FileHashes, model_facts
+from delo_eval.answers import CellAnswers, Entry, told_writing
 from delo_eval.derived import choice_statistics
-from delo_eval.generate import Answerer
-from delo_eval.matrix import ZERO_SHOT
+from delo_eval.generate import Answerer, Question, batches
+from delo_eval.matrix import ZERO_SHOT, stage_name
 from delo_eval.plots import PLOTS, draw
-from delo_eval.predictions import Row, merge_parts, prediction_file, prediction_row, write_part
+from delo_eval.predictions import Row, prediction_file, prediction_row, write_rows
 from delo_eval.questions import Cell, Questions, cells_of
 from delo_eval.results import Results, results_json, resume_results, write_results
 from delo_eval.scorers.base import Reference, Scorer
@@ -45,6 +48,7 @@ class Request:
         limit: records per task.
         batch_size: of decoding; changes speed, not results.
         output: folder of predictions and results; the run's own, or `<run>/eval-<split>` for another split.
+        cache: whether answers of earlier evaluations are used.
     """
 
     split: str | None = None
@@ -52,6 +56,7 @@ class Request:
     limit: int | None = None
     batch_size: int | None = None
     output: Path | None = None
+    cache: bool | None = None
 
 
 @dataclass
@@ -110,6 +115,7 @@ def open_run(run_dir: Path, request: Request = Request()) -> StoredRun:
         )
     stored = load_config(store.config)
     changes = {"split": request.split, "limit": request.limit, "batch_size": request.batch_size}
+    changes["cache"] = request.cache
     wanted = stored.eval.model_copy(
         update={key: value for key, value in changes.items() if value is not None}
     )
@@ -159,13 +165,57 @@ def evaluate_stage(
         run.sequence, stage, run.patterns_of(stage), needs_task=run.method.capabilities.needs_task
     )
     questions = Questions(run.config)
-    with answerer(run, stage, ranks.device) as ready:
+    stored = StoredAnswers.open(run, stage, ranks)
+    if not run.config.eval.cache:
+        ranks.run_first(lambda: stored.forget(cells))
+    with ExitStack() as stack:
+        load = cache(lambda: stack.enter_context(answerer(run, stage, ranks.device)))
         for cell in cells:
-            _answer_cell(run, stage, cell, ready, questions, ranks, progress)
-    ranks.barrier()
-    content = _close_stage(run, stage, cells, questions, ranks.world, began) if ranks.first else None
+            _answer_cell(run, cell, load, questions, stored, ranks, progress)
+    stored.hashes.save()
+    ranks.leave_if_asked(f"evaluating stage {stage_name(stage)}")
+    stored.new = int(ranks.sum(torch.tensor(stored.new)))
+    content = _close_stage(run, stage, cells, questions, stored, began) if ranks.first else None
     ranks.barrier()
     return content
+
+
+@dataclass
+class StoredAnswers:
+    """The answers to one stage's questions that are on disk, for all its cells.
+
+    Attributes:
+        new: answers that this process gave.
+    """
+
+    output: Path
+    stage: int
+    keys: AnswerKeys
+    hashes: FileHashes
+    new: int = 0
+
+    @classmethod
+    def open(cls, run: StoredRun, stage: int, ranks: Ranks) -> "StoredAnswers":
+        """What the run answered after `stage`; every adapter is proven unchanged.
+
+        Raises:
+            DeloError: see `StoredRun.adapters`.
+        """
+        hashes = FileHashes(run.output, ranks.rank)
+        facts = model_facts(
+            run.config, run.method, run.backbone, run.model_path, run.adapters(stage), ranks.device.type,
+            hashes,
+        )  # fmt: skip
+        return cls(run.output, stage, AnswerKeys(facts, hashes), hashes)
+
+    def of(self, cell: Cell) -> CellAnswers:
+        """The file of one cell."""
+        return CellAnswers(self.output, self.stage, cell.pattern, cell.task.name)
+
+    def forget(self, cells: Sequence[Cell]) -> None:
+        """Drop what is stored of `cells`."""
+        for cell in cells:
+            self.of(cell).forget()
 
 
 def current_ranks(config: RunConfig) -> Ranks:
@@ -218,6 +268,7 @@ def answerer(run: StoredRun, stage: int, device: torch.device) -> Iterator[Answe
         trained=tuple(adapters),
         beams=config.eval.num_beams,
         oracle=config.eval.oracle,
+        skip_bad_images=config.data.on_bad_image == "skip",
     )
     del base
     try:
@@ -231,57 +282,110 @@ def answerer(run: StoredRun, stage: int, device: torch.device) -> Iterator[Answe
 
 def _answer_cell(
     run: StoredRun,
-    stage: int,
     cell: Cell,
-    ready: Answerer,
+    load: Callable[[], Answerer],
     questions: Questions,
+    stored: StoredAnswers,
     ranks: Ranks,
     progress: Progress | None,
 ) -> None:
-    """Answer this rank's share of one cell into its part file."""
-    asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
+    """Answer what is not answered yet of this rank's share of one cell; the model is loaded if there is any.
 
-    def rows() -> Iterator[Sequence[Row]]:
-        done = 0
-        for batch in ready.answers(
-            asked, batch_size=run.config.eval.batch_size, max_new_tokens=cell.task.max_new_tokens,
-            rank=ranks.rank, world=ranks.world,
-        ):  # fmt: skip
-            yield [
-                prediction_row(question, answer, scorer, stage, cell.pattern) for question, answer in batch
+    A batch of which any answer is lacking is decoded as a whole, since in low precision the last bits depend
+    on what is decoded together; of its answers only those that were lacking are taken.
+    """
+    file, tokens = stored.of(cell), cell.task.max_new_tokens
+    known, name = file.read(), f"{cell.task.name}/{cell.pattern}"
+    share = batches(questions.of(cell), run.config.eval.batch_size)[ranks.rank :: ranks.world]
+    keyed = [[(stored.keys.of(question, tokens), question) for question in batch] for batch in share]
+    left = [batch for batch in keyed if any(key not in known for key, _ in batch)]
+    total = sum(map(len, keyed))
+    done = total - sum(map(len, left))
+    if progress is not None:
+        progress(name, done, total)
+    if not left or ranks.leave_soon():
+        return
+    with file.writer(ranks.rank) as part:
+        for batch in left:
+            answers = load().answer([question for _, question in batch], tokens)
+            lacking = [
+                (key, question.record.id, answer)
+                for (key, question), answer in zip(batch, answers, strict=True)
+                if key not in known
             ]
+            part.append(lacking)
+            stored.new += len(lacking)
             done += len(batch)
             if progress is not None:
-                progress(f"{cell.task.name}/{cell.pattern}", done, -(-len(asked) // ranks.world))
-
-    write_part(prediction_file(run.output, stage, cell.pattern, cell.task.name), ranks.rank, rows())
+                progress(name, done, total)
+            if ranks.leave_soon():
+                return
 
 
 def _close_stage(
-    run: StoredRun, stage: int, cells: Sequence[Cell], questions: Questions, world: int, began: float
+    run: StoredRun,
+    stage: int,
+    cells: Sequence[Cell],
+    questions: Questions,
+    stored: StoredAnswers,
+    began: float,
 ) -> dict[str, Any]:
-    """Merge the parts, fill the matrix, write results.json and return its content."""
+    """Score the answers, write the predictions, fill the matrix and write results.json; returns its content."""
+    stored.hashes.take_parts()
     results = resume_results(run.output, run.config, tuple(run.sequence.names))
     patterns = list(dict.fromkeys(cell.pattern for cell in cells))
     results.forget(stage, patterns)
     trained = run.sequence.names[: stage + 1]
     chosen: dict[str, list[Row]] = {pattern: [] for pattern in patterns}
+    count = 0
     for cell in cells:
-        asked = questions.of(cell)
-        rows = merge_parts(prediction_file(run.output, stage, cell.pattern, cell.task.name), asked, world)
-        scorer, references = scorer_of(cell.task, run.config), [Reference.of(q.record) for q in asked]
-        fill_cell(results, run.method, stage, cell, rows, scorer, references)
+        asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
+        answers = _gather(stored, cell, asked)
+        rows = [
+            prediction_row(q, answer, scorer, stage, cell.pattern)
+            for q, (_, _, answer) in zip(asked, answers, strict=True)
+        ]
+        with told_writing(run.output):
+            write_rows(prediction_file(run.output, stage, cell.pattern, cell.task.name), rows)
+        fill_cell(results, run.method, stage, cell, rows, scorer, [Reference.of(q.record) for q in asked])
+        count += len(rows)
+        unseen = [row["record_id"] for row in rows if "image_fault" in row]
+        results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
         results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
         if cell.task.name in trained:
             chosen[cell.pattern] += rows
     for pattern, rows in chosen.items():
         results.note_choice(stage, pattern, choice_statistics(rows, run.sequence.names))
+    results.answers[stage_name(stage)] = {"stored": count - stored.new, "new": stored.new}
     results.eval_seconds[stage] = round(time.monotonic() - began, 3)
     content = results_json(results, run.config, run_facts(run))
-    write_results(run.output, content)
-    if stage == len(run.sequence.tasks) - 1:
-        draw(content, run.output / PLOTS)
+    with told_writing(run.output):
+        write_results(run.output, content)
+        if stage == len(run.sequence.tasks) - 1:
+            draw(content, run.output / PLOTS)
+    stored.hashes.save()
     return content
+
+
+def _gather(stored: StoredAnswers, cell: Cell, asked: Sequence[Question]) -> list[Entry]:
+    """The answers of all ranks to one cell's questions, in their order, joined into one file.
+
+    Raises:
+        DeloError: a question has none.
+    """
+    file = stored.of(cell)
+    known = file.read()
+    keys = [stored.keys.of(question, cell.task.max_new_tokens) for question in asked]
+    lacking = [q.record.id for key, q in zip(keys, asked, strict=True) if key not in known]
+    if lacking:
+        raise DeloError(
+            f"{len(lacking)} of {len(asked)} questions of {cell.task.name}/{cell.pattern} have no answer, "
+            f"such as {lacking[:5]}.",
+            given=file.file,
+            fix="evaluate this stage again; the answers that are there stay",
+        )
+    file.join(stored.keys.context, keys, known)
+    return [known[key] for key in keys]
 
 
 def fill_cell(

@@ -18,6 +18,10 @@ MAX_PIXELS = 64 * 1024 * 1024
 DUMMY_SIZE = (336, 336)
 
 
+class BadImage(DeloError):
+    """An image that cannot be used; told apart from other mistakes, as such records may be skipped."""
+
+
 class EncodedImage(NamedTuple):
     """One image as the model takes it: inputs (batched along dimension 0) and how many tokens it becomes."""
 
@@ -29,7 +33,7 @@ def load_image(path: Path, record: Record) -> Image.Image:
     """The picture in `path` as RGB.
 
     Raises:
-        DeloError: no such file, no image, damaged, or more than `MAX_PIXELS`; names file and record.
+        BadImage: no such file, no image, damaged, or more than `MAX_PIXELS`; names file and record.
     """
     try:
         with Image.open(path) as picture:
@@ -45,9 +49,9 @@ def load_image(path: Path, record: Record) -> Image.Image:
         raise image_error(path, record, str(error)) from error
 
 
-def image_error(path: Path | None, record: Record, reason: str) -> DeloError:
+def image_error(path: Path | None, record: Record, reason: str) -> BadImage:
     """The error for an image that cannot be used."""
-    return DeloError(
+    return BadImage(
         f"The image of record {record.id!r} ({record.task}/{record.split}) cannot be used: {reason}",
         given=path,
         fix="replace the file, or remove the record",

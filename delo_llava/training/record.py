@@ -17,7 +17,7 @@ from delo_llava.tasks import TaskSequence
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
 #: Settings that may change between two launches of one run, since no number depends on them.
-FREE = ("output", "train.log_every", "train.tensorboard", "eval.batch_size")
+FREE = ("output", "train.log_every", "train.tensorboard", "eval.batch_size", "eval.cache")
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
