@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -18,13 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from delo_eval.generate import Answer
+from delo_eval.hashes import FOLDER, told_writing
 from delo_eval.matrix import stage_name
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "answers"
 
 #: (key, record id, answer) of one question.
 Entry = tuple[str, str, Answer]
@@ -34,25 +32,28 @@ class CellAnswers:
     """The stored answers of one cell.
 
     Attributes:
-        damaged: lines that could not be used, as `file, line n (record)`, found by the latest `read`.
+        damaged: lines that could not be used, as `file, line n`, found by the latest `read`.
     """
 
     def __init__(self, output: Path, stage: int, pattern: str, task: str) -> None:
         self.file = output / FOLDER / stage_name(stage) / pattern / f"{task}.jsonl"
         self.damaged: list[str] = []
+        self._joined: list[str] = []
 
     def read(self) -> dict[str, Entry]:
         """Key -> entry of every whole line, of the joined file and of all parts.
 
-        A line whose checksum does not fit is told and left out, so that its question is asked again. The last
-        line of a part may be torn, which is how a killed process leaves it, and is left out without a word.
+        A line whose checksum does not fit is told (once) and left out, so that its question is asked again.
+        The last line of a part may be torn, as a killed process leaves it: it is left out without a word.
         """
-        self.damaged = []
-        found: dict[str, Entry] = {}
-        for file in [self.file, *self._parts()]:
-            found.update((entry[0], entry) for entry in self._entries(file))
+        told, self.damaged = set(self.damaged), []
+        found = {entry[0]: entry for entry in self._entries(self.file)}
+        self._joined = list(found)
+        for part in self._parts():
+            found.update((entry[0], entry) for entry in self._entries(part))
         for place in self.damaged:
-            logger.warning("A stored answer is damaged and will be given again: %s", place)
+            if place not in told:
+                logger.warning("A stored answer is damaged and is given again: %s", place)
         return found
 
     @contextmanager
@@ -75,6 +76,10 @@ class CellAnswers:
     def join(self, context: str, keys: Sequence[str], known: dict[str, Entry]) -> None:
         """Put the answers of `keys`, in that order, into the joined file and drop the finished parts.
 
+        Args:
+            context: first letters of the keys of the same model, settings and code.
+            known: what `read` just gave.
+
         Further answers of the same `context` (asked with another limit) are kept after them; all others are
         of a model, code or setting that is gone. A part that another process is still writing stays.
 
@@ -83,10 +88,9 @@ class CellAnswers:
         """
         asked = set(keys)
         kept = [*keys, *(key for key in known if key not in asked and key.startswith(context))]
-        text = "".join(_line(known[key]) for key in kept)
         with told_writing(self.file.parent):
-            if not self.file.is_file() or self.file.read_bytes() != text.encode():
-                write_text_atomic(self.file, text)
+            if kept != self._joined or self.damaged:
+                write_text_atomic(self.file, "".join(_line(known[key]) for key in kept))
             for part in self._parts():
                 _remove_if_left(part)
 
@@ -144,25 +148,6 @@ class Writer:
         with told_writing(self._folder):
             self._handle.write("".join(map(_line, entries)).encode())
             self._handle.flush()
-
-
-@contextmanager
-def told_writing(folder: Path) -> Iterator[None]:
-    """Tell what to do when the disk does not take what the block writes below `folder`.
-
-    Raises:
-        DeloError: in place of the system's error.
-    """
-    try:
-        yield
-    except OSError as error:
-        there = next((place for place in (folder, *folder.parents) if place.is_dir()), Path("."))
-        raise DeloError(
-            f"The evaluation cannot be written: {error.strerror or error}.",
-            given=f"{error.filename or folder} ({shutil.disk_usage(there).free >> 20} MiB free)",
-            fix="make room or rights there, or name another folder with --output; the same command goes on "
-            "with the answers already written, and earlier results are as they were",
-        ) from error
 
 
 def _remove_if_left(part: Path) -> None:
