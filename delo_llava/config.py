@@ -39,8 +39,8 @@ class DataConfig(Section):
         sub: share of every training set that is used, drawn by the run's seed.
         max_length: longest prompt with answer, in tokens; context is cut first.
         group_by_length: build batches of similar length.
-        on_bad_image: an image that cannot be used ends the run (`error`), or its record is left out and
-            counted (`skip`); in an evaluation such a record counts as wrong.
+        on_bad_image: an image that training cannot read is an `error`, or its record is left out (`skip`), up
+            to `max_bad_images` records of a stage; never replaced by another.
     """
 
     root: Path | None = None
@@ -48,6 +48,7 @@ class DataConfig(Section):
     max_length: int = Field(default=2048, ge=16)
     group_by_length: bool = True
     on_bad_image: Literal["error", "skip"] = "error"
+    max_bad_images: int = Field(default=10, ge=0)
 
 
 class TrainConfig(Section):

@@ -39,6 +39,7 @@ class CellAnswers:
         self.file = output / FOLDER / stage_name(stage) / pattern / f"{task}.jsonl"
         self.damaged: list[str] = []
         self._joined: list[str] = []
+        self._whole = False
 
     def read(self) -> dict[str, Entry]:
         """Key -> entry of every whole line, of the joined file and of all parts.
@@ -49,7 +50,9 @@ class CellAnswers:
         told, self.damaged = set(self.damaged), []
         found = {entry[0]: entry for entry in self._entries(self.file)}
         self._joined = list(found)
-        for part in self._parts():
+        parts = self._parts()
+        self._whole = not parts
+        for part in parts:
             found.update((entry[0], entry) for entry in self._entries(part))
         for place in self.damaged:
             if place not in told:
@@ -89,7 +92,7 @@ class CellAnswers:
         asked = set(keys)
         kept = [*keys, *(key for key in known if key not in asked and key.startswith(context))]
         with told_writing(self.file.parent):
-            if kept != self._joined or self.damaged:
+            if kept != self._joined or self.damaged or not self._whole:
                 write_text_atomic(self.file, "".join(_line(known[key]) for key in kept))
             for part in self._parts():
                 _remove_if_left(part)

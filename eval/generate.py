@@ -108,11 +108,11 @@ class Answerer:
     def _answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
         """As `answer`; all images must be usable."""
         if not self.trained:
-            return [Answer(text, None) for text in self._decode(questions, None, max_new_tokens)]
+            return [Answer(text, None) for text in self.decode(questions, None, max_new_tokens)]
         can = self.method.capabilities
         if can.chooses_task:
             return self._answer_with_choice(questions, max_new_tokens)
-        texts = self._decode(
+        texts = self.decode(
             questions, [q.record.task for q in questions] if can.needs_task else None, max_new_tokens
         )
         return [Answer(text, text) for text in texts]
@@ -136,7 +136,7 @@ class Answerer:
         batch = self._batch(questions)
         choice, blind = self._choice(batch), self._choice(batch, VIEWS_WITHOUT_INSTRUCTION)
         used = [choice.tasks[i] for i in choice.index.tolist()]
-        predictions = self._decode(questions, used, max_new_tokens, batch)
+        predictions = self.decode(questions, used, max_new_tokens, batch)
         oracle = self._oracle(questions, used, predictions, max_new_tokens)
         names = [blind.tasks[i] for i in blind.index.tolist()]
         scores = [_finite(dict(zip(choice.tasks, row, strict=True))) for row in choice.scores.tolist()]
@@ -165,7 +165,7 @@ class Answerer:
         wrong = [i for i, q in enumerate(questions) if used[i] != q.record.task]
         again = [i for i in wrong if questions[i].record.task in self.trained]
         true = [questions[i].record.task for i in again]
-        decoded = self._decode([questions[i] for i in again], true, max_new_tokens) if again else []
+        decoded = self.decode([questions[i] for i in again], true, max_new_tokens) if again else []
         told = dict(zip(again, decoded, strict=True))
         for i in wrong:
             texts[i] = told.get(i)
@@ -174,14 +174,20 @@ class Answerer:
     def _batch(self, questions: Sequence[Question]) -> Batch:
         return self.collate([(q.record, q.presence) for q in questions]).to(self.device)
 
-    def _decode(
+    @torch.inference_mode()
+    def decode(
         self,
         questions: Sequence[Question],
         tasks: Sequence[str] | None,
         max_new_tokens: int,
         batch: Batch | None = None,
     ) -> list[str]:
-        """Generated texts, without prompt and special tokens."""
+        """Generated texts, without prompt and special tokens.
+
+        Args:
+            tasks: the task to answer as, for each question; None for methods that use none.
+            batch: the collated questions, if they are there already.
+        """
         batch = batch or self._batch(questions)
         settings = decoding(self.tokenizer, self.model, max_new_tokens, self.beams)
         with self.method.answering(self.model, batch, tasks, self.beams):

@@ -5,7 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -130,7 +130,9 @@ class StoredAnswers:
     stage: int
     keys: AnswerKeys
     hashes: FileHashes
+    skips_bad_images: bool
     new: int = 0
+    _cells: dict[tuple[str, str], CellAnswers] = field(default_factory=dict)
 
     @classmethod
     def open(cls, run: StoredRun, stage: int, ranks: Ranks) -> "StoredAnswers":
@@ -144,11 +146,21 @@ class StoredAnswers:
             run.config, run.method, run.backbone, run.model_path, run.adapters(stage), ranks.device.type,
             hashes,
         )  # fmt: skip
-        return cls(run.output, stage, AnswerKeys(facts, hashes), hashes)
+        skips = run.config.data.on_bad_image == "skip"
+        return cls(run.output, stage, AnswerKeys(facts, hashes), hashes, skips)
 
     def of(self, cell: Cell) -> CellAnswers:
         """The file of one cell."""
-        return CellAnswers(self.output, self.stage, cell.pattern, cell.task.name)
+        name = cell.pattern, cell.task.name
+        return self._cells.setdefault(name, CellAnswers(self.output, self.stage, *name))
+
+    def known(self, file: CellAnswers) -> dict[str, Entry]:
+        """Key -> entry; an image that could not be used is looked at again where that is an error."""
+        return {
+            key: entry
+            for key, entry in file.read().items()
+            if self.skips_bad_images or entry[2].image_fault is None
+        }
 
     def forget(self, cells: Sequence[Cell]) -> None:
         """Drop what is stored of `cells`."""
@@ -233,7 +245,7 @@ def _answer_cell(
     on what is decoded together; of its answers only those that were lacking are taken.
     """
     file, tokens = stored.of(cell), cell.task.max_new_tokens
-    known, name = file.read(), f"{cell.task.name}/{cell.pattern}"
+    known, name = stored.known(file), f"{cell.task.name}/{cell.pattern}"
     share = batches(questions.of(cell), run.config.eval.batch_size)[ranks.rank :: ranks.world]
     keyed = [[(stored.keys.of(question, tokens), question) for question in batch] for batch in share]
     left = [batch for batch in keyed if any(key not in known for key, _ in batch)]
@@ -321,7 +333,7 @@ def _gather(stored: StoredAnswers, cell: Cell, asked: Sequence[Question]) -> lis
         DeloError: a question has none.
     """
     file = stored.of(cell)
-    known = file.read()
+    known = stored.known(file)
     keys = [stored.keys.of(question, cell.task.max_new_tokens) for question in asked]
     lacking = [q.record.id for key, q in zip(keys, asked, strict=True) if key not in known]
     if lacking:

@@ -19,7 +19,7 @@ DUMMY_SIZE = (336, 336)
 
 
 class BadImage(DeloError):
-    """An image that cannot be used; told apart from other mistakes, as such records may be skipped."""
+    """An image that cannot be used."""
 
 
 class EncodedImage(NamedTuple):
@@ -33,7 +33,7 @@ def load_image(path: Path, record: Record) -> Image.Image:
     """The picture in `path` as RGB.
 
     Raises:
-        BadImage: no such file, no image, damaged, or more than `MAX_PIXELS`; names file and record.
+        DeloError: no such file, no image, damaged, or more than `MAX_PIXELS`; names file and record.
     """
     try:
         with Image.open(path) as picture:
@@ -54,7 +54,7 @@ def image_error(path: Path | None, record: Record, reason: str) -> BadImage:
     return BadImage(
         f"The image of record {record.id!r} ({record.task}/{record.split}) cannot be used: {reason}",
         given=path,
-        fix="replace the file, or remove the record",
+        fix="replace the file, remove the record, or train without such records: --data.on_bad_image=skip",
     )
 
 

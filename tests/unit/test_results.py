@@ -81,7 +81,10 @@ def test_the_promised_fields() -> None:
     assert found["metrics"]["oracle"]["forgetting"] == 0 and found["metrics"]["oracle"]["fwt"] is None
     assert found["metrics"]["complete"] is True
     assert found["zero_shot"] == {"run": [5.0, 10.0, 30.0]}
-    assert found["seconds"] == {"train": [1.0, 2.0, None], "eval": [2.0, 3.0, 4.0], "zero_shot": 1.5}
+    assert found["seconds"] == {
+        "train": [1.0, 2.0, None], "eval": [2.0, 3.0, 4.0], "zero_shot": 1.5, "answers": {},
+    }  # fmt: skip
+    assert found["bad_images"] == {}
     assert found["metric_ids"]["bwt_T"] == "bwt_T.v1" and found["scorer_ids"]["ocr"] == "exact_match.v1"
     assert found["missing"]["spec"] == {"ratio": 0.0, "kind": "both", "seed": 0, "image": "absent"}
     assert found["trainable_parameters_per_task"]["ocr"] == 1000
