@@ -102,6 +102,8 @@ class EvalConfig(Section):
         patterns: missing patterns evaluated after every stage; `run` is the run's own specification.
         last_patterns: patterns evaluated after the last stage on top of them.
         oracle: also evaluate with the true task given, for methods that choose one.
+        cache: reuse answers that an earlier evaluation gave under the same model, settings and data; without
+            it, an interrupted evaluation starts anew.
         scoring: `native` is the right rule of each task, `compat` what its benchmark's official script does.
     """
 
@@ -113,6 +115,7 @@ class EvalConfig(Section):
     patterns: Patterns = ["run"]
     last_patterns: Patterns = ["complete", "image", "text"]
     oracle: bool = True
+    cache: bool = True
 
 
 class RunConfig(Section):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from delo_llava.cli import told
 from delo_llava.commands.base import run_command
 from delo_llava.registry import plugin_names
+from delo_llava.training import signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in plugin_names("eval_command"):
         return told(run_command, "eval_command", words, "delo-eval")
-    from delo_eval.run import main as evaluate  # imports torch
+    signals.install()
+    from delo_eval.run import main as evaluate
 
     return told(evaluate, words)

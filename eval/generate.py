@@ -4,7 +4,7 @@ Batches are made from the sorted questions before they are dealt to the ranks, s
 it every last bit of the arithmetic, does not depend on how many ranks there are.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from typing import Any, Protocol, cast
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from delo_llava.data.collate import Batch
+from delo_llava.data.images import UnusableImage
 from delo_llava.methods.base import Method, TaskChoice
 from delo_llava.tasks import Record
 
@@ -53,6 +54,7 @@ class Answer:
         task_used: the chosen task, None for methods that do not choose.
         task_without_instruction: the choice from image and context alone.
         choice_scores: score per trained task, higher is likelier.
+        image_fault: why the record's image could not be used; the answer is empty then, and wrong.
     """
 
     prediction: str
@@ -60,6 +62,7 @@ class Answer:
     task_used: str | None = None
     task_without_instruction: str | None = None
     choice_scores: dict[str, float | None] | None = None
+    image_fault: str | None = None
 
 
 @dataclass
@@ -82,39 +85,58 @@ class Answerer:
     beams: int = 1
     #: Turned off, the true task is given to no method that can do without.
     oracle: bool = True
+    #: A record whose image cannot be used is answered by nothing instead of ending the evaluation.
+    skip_bad_images: bool = False
 
-    def answers(
-        self,
-        questions: Sequence[Question],
-        *,
-        batch_size: int,
-        max_new_tokens: int,
-        rank: int = 0,
-        world: int = 1,
-    ) -> Iterator[list[tuple[Question, Answer]]]:
-        """Answer this rank's batches of `questions`, one batch at a time; no collective inside."""
-        for batch in batches(questions, batch_size)[rank::world]:
-            yield list(zip(batch, self.answer(batch, max_new_tokens), strict=True))
+    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """Answers to one batch of questions of one task, in their order.
+
+        Raises:
+            UnusableImage: an image cannot be used, and such records are not to be skipped.
+        """
+        try:
+            return self._answer(questions, max_new_tokens)
+        except UnusableImage:
+            if not self.skip_bad_images:
+                raise
+        faults = {i: fault for i, q in enumerate(questions) if (fault := self._image_fault(q)) is not None}
+        rest = [q for i, q in enumerate(questions) if i not in faults]
+        said = iter(self._answer(rest, max_new_tokens) if rest else [])
+        return [self._unseen(q, faults[i]) if i in faults else next(said) for i, q in enumerate(questions)]
 
     @torch.inference_mode()
-    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
-        """Answers to one batch of questions of one task, in their order."""
+    def _answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """As `answer`; all images must be usable."""
         if not self.trained:
-            return [Answer(text, None) for text in self._decode(questions, None, max_new_tokens)]
+            return [Answer(text, None) for text in self.decode(questions, None, max_new_tokens)]
         can = self.method.capabilities
         if can.chooses_task:
             return self._answer_with_choice(questions, max_new_tokens)
-        texts = self._decode(
+        texts = self.decode(
             questions, [q.record.task for q in questions] if can.needs_task else None, max_new_tokens
         )
         return [Answer(text, text) for text in texts]
+
+    def _image_fault(self, question: Question) -> str | None:
+        """What is wrong with the question's image, None where it can be used."""
+        try:
+            self.collate([(question.record, question.presence)])
+        except UnusableImage as fault:
+            return fault.message
+        return None
+
+    def _unseen(self, question: Question, fault: str) -> Answer:
+        """The empty answer to a question whose image cannot be used: wrong in every mode that exists."""
+        can, known = self.method.capabilities, question.record.task in self.trained
+        told = bool(self.trained) and (not can.chooses_task or (self.oracle and known))
+        return Answer("", "" if told else None, image_fault=fault)
 
     def _answer_with_choice(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
         """Choose each row's task, answer as that task, and as the true one where the choice was another."""
         batch = self._batch(questions)
         choice, blind = self._choice(batch), self._choice(batch, VIEWS_WITHOUT_INSTRUCTION)
         used = [choice.tasks[i] for i in choice.index.tolist()]
-        predictions = self._decode(questions, used, max_new_tokens, batch)
+        predictions = self.decode(questions, used, max_new_tokens, batch)
         oracle = self._oracle(questions, used, predictions, max_new_tokens)
         names = [blind.tasks[i] for i in blind.index.tolist()]
         scores = [_finite(dict(zip(choice.tasks, row, strict=True))) for row in choice.scores.tolist()]
@@ -143,7 +165,7 @@ class Answerer:
         wrong = [i for i, q in enumerate(questions) if used[i] != q.record.task]
         again = [i for i in wrong if questions[i].record.task in self.trained]
         true = [questions[i].record.task for i in again]
-        decoded = self._decode([questions[i] for i in again], true, max_new_tokens) if again else []
+        decoded = self.decode([questions[i] for i in again], true, max_new_tokens) if again else []
         told = dict(zip(again, decoded, strict=True))
         for i in wrong:
             texts[i] = told.get(i)
@@ -152,14 +174,20 @@ class Answerer:
     def _batch(self, questions: Sequence[Question]) -> Batch:
         return self.collate([(q.record, q.presence) for q in questions]).to(self.device)
 
-    def _decode(
+    @torch.inference_mode()
+    def decode(
         self,
         questions: Sequence[Question],
         tasks: Sequence[str] | None,
         max_new_tokens: int,
         batch: Batch | None = None,
     ) -> list[str]:
-        """Generated texts, without prompt and special tokens."""
+        """Generated texts, without prompt and special tokens.
+
+        Args:
+            tasks: the task to answer as, for each question; None for methods that use none.
+            batch: the collated questions, if they are there already.
+        """
         batch = batch or self._batch(questions)
         settings = decoding(self.tokenizer, self.model, max_new_tokens, self.beams)
         with self.method.answering(self.model, batch, tasks, self.beams):

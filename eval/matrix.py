@@ -26,6 +26,11 @@ Cells = list[float | None]
 Key = tuple[Mode, int, str, str]
 
 
+def stage_name(stage: int) -> str:
+    """How folders call a stage: its index from 0, or `zero_shot`."""
+    return "zero_shot" if stage == ZERO_SHOT else str(stage)
+
+
 @dataclass
 class AccuracyMatrix:
     """All scores of a run.

@@ -31,6 +31,17 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
     return [folder / name for name in figures]
 
 
+def draw_changed(before: Mapping[str, Any] | None, after: Mapping[str, Any], folder: Path) -> None:
+    """Draw anew, unless the results before said the same and the plots are there."""
+
+    def said(results: Mapping[str, Any] | None) -> dict[str, Any]:
+        return {key: value for key, value in (results or {}).items() if key != "seconds"}
+
+    there = all((folder / name).is_file() for name in (HEATMAP, FORGETTING))
+    if not there or said(before) != said(after):
+        draw(after, folder)
+
+
 def heatmap(results: Mapping[str, Any]) -> "Figure":
     """One panel per mode: stage × task in percent, zero-shot on top; cells that were not run stay white."""
     from matplotlib.figure import Figure

@@ -1,15 +1,15 @@
 """What a stage is asked: which (task, pattern) cells, and the questions of each with their presence flags."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from delo_eval.generate import Question
 from delo_eval.matrix import RUN_PATTERN, ZERO_SHOT
 from delo_llava.config import RunConfig
 from delo_llava.data.missing import effective, hash_rank, pattern_spec, record_presence
-from delo_llava.data.readers import Records, read_records
-from delo_llava.tasks import TaskSequence, TaskSpec
+from delo_llava.data.readers import read_records
+from delo_llava.tasks import Record, TaskSequence, TaskSpec
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ def cells_of(sequence: TaskSequence, stage: int, patterns: Sequence[str], *, nee
 
 @dataclass
 class Questions:
-    """Questions of cells, each task's records read once."""
+    """Questions of cells; the records of the latest task are kept."""
 
     config: RunConfig
-    _records: dict[str, Records] = field(default_factory=dict)
+    _latest: tuple[TaskSpec, list[Record]] | None = None
 
     def of(self, cell: Cell) -> list[Question]:
         """The cell's questions in the order of the file, `eval.limit` of them.
@@ -55,17 +55,17 @@ class Questions:
         """Counts and ratios of what is missing in the cell's split."""
         return dict(effective(pattern_spec(cell.pattern, self.config.missing), self._of_task(cell.task)))
 
-    def _of_task(self, task: TaskSpec) -> Records:
-        if task.name not in self._records:
-            self._records[task.name] = read_records(task, self.config.eval.split)
-        return self._records[task.name]
+    def _of_task(self, task: TaskSpec) -> list[Record]:
+        if self._latest is None or self._latest[0] != task:
+            self._latest = task, list(read_records(task, self.config.eval.split))
+        return self._latest[1]
 
-    def _kept(self, records: Records, task: str) -> list[int]:
+    def _kept(self, records: Sequence[Record], task: str) -> list[int]:
         """Indices within the limit: drawn by record id, as files may be sorted by class."""
         limit = self.config.eval.limit
         if limit is None or limit >= len(records):
             return list(range(len(records)))
         split = self.config.eval.split
         return sorted(
-            sorted(range(len(records)), key=lambda i: hash_rank(0, task, split, records.ids[i]))[:limit]
+            sorted(range(len(records)), key=lambda i: hash_rank(0, task, split, records[i].id))[:limit]
         )

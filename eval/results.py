@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from delo_eval.derived import metrics, oracle_gap, summarise
-from delo_eval.matrix import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix
+from delo_eval.matrix import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix, stage_name
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
@@ -25,18 +25,29 @@ class Results:
             choose.
         effective: pattern -> task -> counts and ratios of what was missing in the evaluated records.
         eval_seconds: stage (−1 is the zero-shot row) -> seconds of its latest evaluation.
+        answers: stage (a name) -> how many answers of that evaluation were `stored` before it and `new`.
+        bad_images: stage (a name) -> pattern -> task -> records counted wrong as their image cannot be used.
     """
 
     matrix: AccuracyMatrix
     choices: dict[str, dict[str, Any]] = field(default_factory=dict)
     effective: dict[str, dict[str, Any]] = field(default_factory=dict)
     eval_seconds: dict[int, float] = field(default_factory=dict)
+    answers: dict[str, dict[str, int]] = field(default_factory=dict)
+    bad_images: dict[str, dict[str, dict[str, list[str]]]] = field(default_factory=dict)
 
     def forget(self, stage: int, patterns: list[str]) -> None:
         """Drop what is about to be evaluated anew."""
         self.matrix.clear(stage, patterns)
         for pattern in patterns:
             self.choices.get(str(stage), {}).pop(pattern, None)
+            self.bad_images.get(stage_name(stage), {}).pop(pattern, None)
+
+    def note_bad_images(self, stage: int, pattern: str, task: str, records: list[str]) -> None:
+        """Store which records of one cell could not be shown, if any."""
+        if records:
+            by_pattern = self.bad_images.setdefault(stage_name(stage), {})
+            by_pattern.setdefault(pattern, {})[task] = records
 
     def note_choice(self, stage: int, pattern: str, statistics: dict[str, Any] | None) -> None:
         """Store the task choice of one stage under one pattern, if there was any."""
@@ -86,6 +97,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
             "effective": results.effective,
             "effective_train": facts["missing_train"],
         },
+        "bad_images": {stage: found for stage, found in results.bad_images.items() if found},
         "start_weights": facts["start_weights"],
         "data_hashes": facts["data_hashes"],
         "versions": facts["versions"],
@@ -93,6 +105,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
             "train": facts["train_seconds"],
             "eval": [results.eval_seconds.get(stage) for stage in stages],
             "zero_shot": results.eval_seconds.get(ZERO_SHOT),
+            "answers": results.answers,
         },
     }
 
@@ -153,4 +166,6 @@ def resume_results(folder: Path, config: RunConfig, tasks: tuple[str, ...]) -> R
         content["task_choice"] or {},
         content["missing"]["effective"],
         seconds,
+        content["seconds"].get("answers", {}),
+        content.get("bad_images", {}),
     )

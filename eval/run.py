@@ -1,20 +1,24 @@
 """`delo-eval`: evaluate a saved stage of a run, alone or under torchrun or deepspeed."""
 
 import argparse
+import importlib
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from delo_eval.matrix import ZERO_SHOT
-from delo_eval.plots import PLOTS, draw
-from delo_eval.stage import Request, StoredRun, evaluate_stage, launched_ranks, open_run
+from delo_eval.folder import Request, RunFolder, open_folder
+from delo_eval.matrix import ZERO_SHOT, stage_name
+from delo_eval.plots import PLOTS, draw_changed
+from delo_eval.results import read_results
 from delo_eval.table import final_table, stage_table
+from delo_eval.unchanged import unchanged_stage
 from delo_llava.data.missing import PATTERNS
 from delo_llava.errors import DeloError
-from delo_llava.training.ranks import Ranks
 
 __all__ = ["Request", "evaluate_stage", "main"]
 
@@ -27,14 +31,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     given = arguments
-    request = Request(given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output)
-    run = open_run(arguments.run, request)
-    with launched_ranks(run.config) as ranks:
-        _evaluate(run, stages_named(arguments.stage, run), request, ranks)
+    request = Request(
+        given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output,
+        False if given.no_cache else None,
+    )  # fmt: skip
+    run = open_folder(arguments.run, request)
+    stages = stages_named(arguments.stage, run)
+    before, console = read_results(run.output), Console(quiet=os.environ.get("RANK", "0") != "0")
+    content = _unchanged(run, stages, request, console) or _evaluate(run, stages, request, console)
+    if content is not None:
+        draw_changed(before, content, run.output / PLOTS)
+        _tell(run, stages, content, console)
     return 0
 
 
-def stages_named(word: str, run: StoredRun) -> list[int]:
+def evaluate_stage(run_dir: Path, stage: int, **options: Any) -> dict[str, Any] | None:
+    """`delo_eval.stage.evaluate_stage`, imported when it is called: it needs torch."""
+    stage_module = importlib.import_module("delo_eval.stage")
+    content: dict[str, Any] | None = stage_module.evaluate_stage(run_dir, stage, **options)
+    return content
+
+
+def stages_named(word: str, run: RunFolder) -> list[int]:
     """The stages that `--stage` means: an index from 0, a task's name, `last`, `all` or `zero-shot`.
 
     Raises:
@@ -51,24 +69,50 @@ def stages_named(word: str, run: StoredRun) -> list[int]:
     return named[word]
 
 
-def _evaluate(run: StoredRun, stages: Sequence[int], request: Request, ranks: Ranks) -> None:
-    """Evaluate the stages; the first rank shows progress and tables, and draws the plots."""
-    console = Console(quiet=not ranks.first)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+def _unchanged(
+    run: RunFolder, stages: Sequence[int], request: Request, console: Console
+) -> dict[str, Any] | None:
+    """The results, if every stage is evaluated already and nothing changed since; only then without torch."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return None
     content = None
     for stage in stages:
-        with Progress(*columns, console=console, transient=True) as bars:
-            bar = bars.add_task("loading")
-            content = evaluate_stage(
-                run.store.root, stage, request=request, ranks=ranks,
-                progress=partial(_advance, bars, bar),
-            )  # fmt: skip
-        if content is not None:
-            console.print(stage_table(content, stage))
+        content = unchanged_stage(run.store.root, stage, request)
+        if content is None:
+            return None
     if content is not None:
-        draw(content, run.output / PLOTS)
-        console.print(final_table(content))
-        console.print(f"results: {run.output / 'results.json'}", soft_wrap=True)
+        console.print("nothing has changed since these stages were evaluated")
+    return content
+
+
+def _evaluate(
+    run: RunFolder, stages: Sequence[int], request: Request, console: Console
+) -> dict[str, Any] | None:
+    """Evaluate the stages; the first rank shows progress and gets the results."""
+    from delo_eval.stage import launched_ranks
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    content = None
+    with launched_ranks(run.config) as ranks:
+        for stage in stages:
+            with Progress(*columns, console=console, transient=True) as bars:
+                bar = bars.add_task("loading")
+                content = evaluate_stage(
+                    run.store.root, stage, request=request, ranks=ranks,
+                    progress=partial(_advance, bars, bar),
+                )  # fmt: skip
+    return content
+
+
+def _tell(run: RunFolder, stages: Sequence[int], content: dict[str, Any], console: Console) -> None:
+    """Tables of the stages and of the whole run, and where it is written."""
+    for stage in stages:
+        console.print(stage_table(content, stage))
+    console.print(final_table(content))
+    counts = content["seconds"]["answers"]
+    told = (f"{n} {counts[n]['stored']} / {counts[n]['new']}" for n in map(stage_name, stages))
+    console.print(f"answers, known / new: {', '.join(told)}")
+    console.print(f"results: {run.output / 'results.json'}", soft_wrap=True)
 
 
 def _advance(bars: Progress, bar: TaskID, cell: str, done: int, total: int) -> None:
@@ -109,6 +153,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--output", type=Path, help="folder for predictions, plots and results.json; default: the run's own"
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="answer everything again; by default known answers are reused"
     )
     parser.add_argument(
         "--local_rank", type=int, help=argparse.SUPPRESS

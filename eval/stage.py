@@ -4,135 +4,73 @@ import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import distributed
 
+from delo_eval.answer_keys import AnswerKeys, model_facts
+from delo_eval.answer_store import CellAnswers, Entry
 from delo_eval.derived import cell_score, choice_statistics, share
-from delo_eval.generate import Answerer
-from delo_eval.matrix import ZERO_SHOT, Mode
-from delo_eval.plots import PLOTS, draw
-from delo_eval.predictions import Row, merge_parts, prediction_file, prediction_row, write_part
+from delo_eval.facts import run_facts, scorer_of
+from delo_eval.folder import AS_STORED, Request, RunFolder, open_folder
+from delo_eval.generate import Answerer, Question, batches
+from delo_eval.hashes import FileHashes, told_writing
+from delo_eval.matrix import ZERO_SHOT, Mode, stage_name
+from delo_eval.plots import PLOTS, draw_changed
+from delo_eval.predictions import Row, prediction_file, prediction_row, write_rows
 from delo_eval.questions import Cell, Questions, cells_of
 from delo_eval.report.render import try_report
-from delo_eval.results import Results, results_json, resume_results, write_results
+from delo_eval.results import Results, read_results, results_json, resume_results, write_results
 from delo_eval.routing_use import merge_use_parts, use_file, write_use_part
 from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.unchanged import unchanged_stage, write_receipt
 from delo_llava.backbones.base import Backbone, find_backbone, resolve_device
-from delo_llava.checkpoint.store import RunStore
-from delo_llava.config import RunConfig, load_config
+from delo_llava.config import RunConfig, with_methods
 from delo_llava.data.collate import Collator
-from delo_llava.data.recipe import load_sequence
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method
 from delo_llava.registry import load_plugin
-from delo_llava.tasks import TaskSequence, TaskSpec
 from delo_llava.training.ranks import PATIENCE, Ranks
 
 #: (cell being evaluated, questions done, questions in all), of this rank.
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What an evaluation of a stored run may change; None keeps what the run's configuration says.
-
-    Attributes:
-        split: `val` or `test`.
-        patterns: missing patterns.
-        limit: records per task.
-        batch_size: of decoding; changes speed, not results.
-        output: folder of predictions and results; the run's own, or `<run>/eval-<split>` for another split.
-    """
-
-    split: str | None = None
-    patterns: tuple[str, ...] | None = None
-    limit: int | None = None
-    batch_size: int | None = None
-    output: Path | None = None
-
-
 @dataclass
-class StoredRun:
-    """A run folder opened for evaluation; `output` is where predictions and results go."""
+class StoredRun(RunFolder):
+    """A run's folder with what it takes to answer."""
 
-    store: RunStore
-    config: RunConfig
-    sequence: TaskSequence
     backbone: Backbone
     model_path: str
     method: Method
-    output: Path
-    patterns: tuple[str, ...] | None
-
-    def patterns_of(self, stage: int) -> list[str]:
-        """The patterns to evaluate after `stage`: the run's, and further ones after the last."""
-        chosen = self.config.eval
-        last = stage == len(self.sequence.tasks) - 1
-        return list(
-            dict.fromkeys(self.patterns or [*chosen.patterns, *(chosen.last_patterns if last else [])])
-        )
-
-    def adapters(self, stage: int) -> dict[str, Path]:
-        """Task -> published folder of the stages up to `stage`, proven unchanged.
-
-        Raises:
-            DeloError: a stage that does not exist or is not trained, or a folder that is not what was
-                published.
-        """
-        names = self.sequence.names
-        if not ZERO_SHOT <= stage < len(names):
-            raise DeloError("There is no such stage.", given=stage, allowed=range(ZERO_SHOT, len(names)))
-        tasks = names[: stage + 1]
-        for task in tasks:
-            if not self.store.adapter(task).is_dir():
-                raise DeloError(
-                    f"Stage {names.index(task)} ({task}) is not trained yet.", given=self.store.root
-                )
-        self.store.verify_published(tasks)
-        return {task: self.store.adapter(task) for task in tasks}
 
 
-def open_run(run_dir: Path, request: Request = Request()) -> StoredRun:
-    """Read a run's stored configuration; no model is loaded.
+def open_run(run_dir: Path, request: Request = AS_STORED) -> StoredRun:
+    """Read a run's stored configuration and find its method and base; no model is loaded.
 
     Raises:
         DeloError: no run there, data or model gone, or an impossible request.
     """
-    store = RunStore(run_dir)
-    if not store.config.is_file():
-        raise DeloError(
-            "There is no run in this folder: config.yaml is missing.",
-            given=run_dir,
-            fix="name a folder that training wrote",
-        )
-    stored = load_config(store.config)
-    changes = {"split": request.split, "limit": request.limit, "batch_size": request.batch_size}
-    wanted = stored.eval.model_copy(
-        update={key: value for key, value in changes.items() if value is not None}
-    )
-    config = stored.model_copy(update={"eval": wanted})
+    found = open_folder(run_dir, request)
+    config = with_methods(found.config)
     backbone, path = find_backbone(config.model)
     kind = cast(type[Method], load_plugin("method", config.method))
     method = kind(kind.Config(**config.methods.get(config.method, {})), config, backbone)
-    own = (
-        run_dir
-        if wanted.split == stored.eval.split and wanted.limit == stored.eval.limit
-        else run_dir / f"eval-{wanted.split}"
+    return StoredRun(
+        found.store, config, found.sequence, found.output, found.patterns, backbone, path, method
     )
-    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
-    return StoredRun(store, config, sequence, backbone, path, method, request.output or own, request.patterns)
 
 
 def evaluate_stage(
     run_dir: Path,
     stage: int,
     *,
-    request: Request = Request(),
+    request: Request = AS_STORED,
     ranks: Ranks | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any] | None:
@@ -152,23 +90,85 @@ def evaluate_stage(
         The content of results.json on the first rank, None on the others.
 
     Raises:
-        DeloError: see `open_run` and `StoredRun.adapters`; predictions that do not match the questions.
+        DeloError: see `open_run` and `RunFolder.adapters`; an image or a record that cannot be used; a disk
+            that takes no more.
+        Preempted: on every rank, if a signal asked any of them to leave; the answers so far are kept.
     """
     began = time.monotonic()
     run = open_run(Path(run_dir), request)
     ranks = ranks or current_ranks(run.config)
-    cells = cells_of(
-        run.sequence, stage, run.patterns_of(stage), needs_task=run.method.capabilities.needs_task
-    )
+    if ranks.world == 1 and (content := unchanged_stage(Path(run_dir), stage, request)) is not None:
+        return content
+    needs_task = run.method.capabilities.needs_task
+    cells = cells_of(run.sequence, stage, run.patterns_of(stage), needs_task=needs_task)
+    cells.sort(key=lambda cell: run.sequence.names.index(cell.task.name))  # each task's records are read once
     questions = Questions(run.config)
     check_scorable(run.config, cells, questions)
-    with answerer(run, stage, ranks.device) as ready:
+    stored = StoredAnswers.open(run, stage, ranks)
+    if not run.config.eval.cache:
+        ranks.run_first(lambda: stored.forget(cells))
+    with ExitStack() as stack:
+        load = cache(lambda: stack.enter_context(answerer(run, stage, ranks.device)))
         for cell in cells:
-            _answer_cell(run, stage, cell, ready, questions, ranks, progress)
-    ranks.barrier()
-    content = _close_stage(run, stage, cells, questions, ranks.world, began) if ranks.first else None
+            if ranks.leave_soon():
+                break
+            _answer_cell(run, cell, load, questions, stored, ranks, progress)
+    stored.hashes.save()
+    ranks.leave_if_asked(f"evaluating stage {stage_name(stage)}")
+    stored.new = int(ranks.sum(torch.tensor(stored.new)))
+    content = _close_stage(run, stage, cells, questions, stored, began) if ranks.first else None
     ranks.barrier()
     return content
+
+
+@dataclass
+class StoredAnswers:
+    """The answers to one stage's questions that are on disk, for all its cells.
+
+    Attributes:
+        new: answers that this process gave.
+    """
+
+    output: Path
+    stage: int
+    keys: AnswerKeys
+    hashes: FileHashes
+    skips_bad_images: bool
+    new: int = 0
+    _cells: dict[tuple[str, str], CellAnswers] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, run: StoredRun, stage: int, ranks: Ranks) -> "StoredAnswers":
+        """What the run answered after `stage`; every adapter is proven unchanged.
+
+        Raises:
+            DeloError: see `StoredRun.adapters`.
+        """
+        hashes = FileHashes(run.output, ranks.rank)
+        facts = model_facts(
+            run.config, run.method, run.backbone, run.model_path, run.adapters(stage), ranks.device.type,
+            hashes,
+        )  # fmt: skip
+        skips = run.config.data.on_bad_image == "skip"
+        return cls(run.output, stage, AnswerKeys(facts, hashes), hashes, skips)
+
+    def of(self, cell: Cell) -> CellAnswers:
+        """The file of one cell."""
+        name = cell.pattern, cell.task.name
+        return self._cells.setdefault(name, CellAnswers(self.output, self.stage, *name))
+
+    def known(self, file: CellAnswers) -> dict[str, Entry]:
+        """Key -> entry; an image that could not be used is looked at again where that is an error."""
+        return {
+            key: entry
+            for key, entry in file.read().items()
+            if self.skips_bad_images or entry[2].image_fault is None
+        }
+
+    def forget(self, cells: Sequence[Cell]) -> None:
+        """Drop what is stored of `cells`."""
+        for cell in cells:
+            self.of(cell).forget()
 
 
 def current_ranks(config: RunConfig) -> Ranks:
@@ -182,7 +182,7 @@ def current_ranks(config: RunConfig) -> Ranks:
 def launched_ranks(config: RunConfig) -> Iterator[Ranks]:
     """Join the processes that torchrun or deepspeed started to evaluate only, and leave them at the end.
 
-    The only collective is a barrier, so gloo serves on every device.
+    Collectives are few and tiny (barriers, a count), so gloo serves on every device.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
@@ -221,6 +221,7 @@ def answerer(run: StoredRun, stage: int, device: torch.device) -> Iterator[Answe
         trained=tuple(adapters),
         beams=config.eval.num_beams,
         oracle=config.eval.oracle,
+        skip_bad_images=config.data.on_bad_image == "skip",
     )
     del base
     try:
@@ -234,61 +235,123 @@ def answerer(run: StoredRun, stage: int, device: torch.device) -> Iterator[Answe
 
 def _answer_cell(
     run: StoredRun,
-    stage: int,
     cell: Cell,
-    ready: Answerer,
+    load: Callable[[], Answerer],
     questions: Questions,
+    stored: StoredAnswers,
     ranks: Ranks,
     progress: Progress | None,
 ) -> None:
-    """Answer this rank's share of one cell into its part file."""
-    asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
+    """Answer what is not answered yet of this rank's share of one cell; the model is loaded if there is any.
 
-    def rows() -> Iterator[Sequence[Row]]:
-        done = 0
-        for batch in ready.answers(
-            asked, batch_size=run.config.eval.batch_size, max_new_tokens=cell.task.max_new_tokens,
-            rank=ranks.rank, world=ranks.world,
-        ):  # fmt: skip
-            yield [
-                prediction_row(question, answer, scorer, stage, cell.pattern) for question, answer in batch
+    A batch of which any answer is lacking is decoded as a whole, since in low precision the last bits depend
+    on what is decoded together; of its answers only those that were lacking are taken.
+    """
+    file, tokens = stored.of(cell), cell.task.max_new_tokens
+    known, name = stored.known(file), f"{cell.task.name}/{cell.pattern}"
+    share = batches(questions.of(cell), run.config.eval.batch_size)[ranks.rank :: ranks.world]
+    keyed = [[(stored.keys.of(question, tokens), question) for question in batch] for batch in share]
+    left = [batch for batch in keyed if any(key not in known for key, _ in batch)]
+    total = sum(map(len, keyed))
+    done = total - sum(map(len, left))
+    if progress is not None:
+        progress(name, done, total)
+    if not left:
+        return
+    with file.writer(ranks.rank) as part:
+        for batch in left:
+            answers = load().answer([question for _, question in batch], tokens)
+            lacking = [
+                (key, question.record.id, answer)
+                for (key, question), answer in zip(batch, answers, strict=True)
+                if key not in known
             ]
+            part.append(lacking)
+            stored.new += len(lacking)
             done += len(batch)
             if progress is not None:
-                progress(f"{cell.task.name}/{cell.pattern}", done, -(-len(asked) // ranks.world))
-
-    write_part(prediction_file(run.output, stage, cell.pattern, cell.task.name), ranks.rank, rows())
-    used = use_file(run.output, stage, cell.pattern, cell.task.name)
-    write_use_part(used, ranks.rank, run.method.routing_use(ready.model))
+                progress(name, done, total)
+            if ranks.leave_soon():
+                break
+    used = use_file(run.output, stored.stage, cell.pattern, cell.task.name)
+    write_use_part(used, ranks.rank, run.method.routing_use(load().model))
 
 
 def _close_stage(
-    run: StoredRun, stage: int, cells: Sequence[Cell], questions: Questions, world: int, began: float
+    run: StoredRun,
+    stage: int,
+    cells: Sequence[Cell],
+    questions: Questions,
+    stored: StoredAnswers,
+    began: float,
 ) -> dict[str, Any]:
-    """Merge the parts, fill the matrix, write results.json and return its content."""
+    """Score the answers, write predictions and results.json, and return the content of that."""
+    stored.hashes.take_parts()
+    before = read_results(run.output)
     results = resume_results(run.output, run.config, tuple(run.sequence.names))
     patterns = list(dict.fromkeys(cell.pattern for cell in cells))
     results.forget(stage, patterns)
     trained = run.sequence.names[: stage + 1]
     chosen: dict[str, list[Row]] = {pattern: [] for pattern in patterns}
+    count, written = 0, []
     for cell in cells:
-        asked = questions.of(cell)
-        rows = merge_parts(prediction_file(run.output, stage, cell.pattern, cell.task.name), asked, world)
+        asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
+        answers = _gather(stored, cell, asked)
+        rows = [
+            prediction_row(q, answer, scorer, stage, cell.pattern)
+            for q, (_, _, answer) in zip(asked, answers, strict=True)
+        ]
+        written.append(prediction_file(run.output, stage, cell.pattern, cell.task.name))
+        with told_writing(run.output):
+            write_rows(written[-1], rows)
+        fill_cell(results, run.method, stage, cell, rows, scorer, [Reference.of(q.record) for q in asked])
+        count += len(rows)
+        unseen = [row["record_id"] for row in rows if "image_fault" in row]
+        results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
         merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
-        scorer, references = scorer_of(cell.task, run.config), [Reference.of(q.record) for q in asked]
-        fill_cell(results, run.method, stage, cell, rows, scorer, references)
         results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
         if cell.task.name in trained:
             chosen[cell.pattern] += rows
     for pattern, rows in chosen.items():
         results.note_choice(stage, pattern, choice_statistics(rows, run.sequence.names))
+    results.answers[stage_name(stage)] = {"stored": count - stored.new, "new": stored.new}
     results.eval_seconds[stage] = round(time.monotonic() - began, 3)
     content = results_json(results, run.config, run_facts(run))
-    write_results(run.output, content)
-    if stage == len(run.sequence.tasks) - 1:
-        draw(content, run.output / PLOTS)
+    with told_writing(run.output):
+        write_results(run.output, content)
+        if stage == len(run.sequence.tasks) - 1:
+            draw_changed(before, content, run.output / PLOTS)
+    stored.hashes.save()
+    if Path(run.model_path).is_dir():  # what a name on the hub stands for may change without a trace here
+        write_receipt(
+            run, stage, results,
+            modules={type(run.method).__module__, type(run.backbone).__module__},
+            read={*stored.hashes.seen, *(cell.task.files[run.config.eval.split] for cell in cells)},
+            written=written, answers=count,
+        )  # fmt: skip
     try_report(run.store.root, run.output)
     return content
+
+
+def _gather(stored: StoredAnswers, cell: Cell, asked: Sequence[Question]) -> list[Entry]:
+    """The answers of all ranks to one cell's questions, in their order, joined into one file.
+
+    Raises:
+        DeloError: a question has none.
+    """
+    file = stored.of(cell)
+    known = stored.known(file)
+    keys = [stored.keys.of(question, cell.task.max_new_tokens) for question in asked]
+    lacking = [q.record.id for key, q in zip(keys, asked, strict=True) if key not in known]
+    if lacking:
+        raise DeloError(
+            f"{len(lacking)} of {len(asked)} questions of {cell.task.name}/{cell.pattern} have no answer, "
+            f"such as {lacking[:5]}.",
+            given=file.file,
+            fix="evaluate this stage again; the answers that are there stay",
+        )
+    file.join(stored.keys.context, keys, known)
+    return [known[key] for key in keys]
 
 
 def fill_cell(
@@ -318,11 +381,6 @@ def fill_cell(
         enter("oracle", "oracle_prediction", "oracle_score", "oracle_follows")
 
 
-def scorer_of(task: TaskSpec, config: RunConfig) -> Scorer:
-    """The scorer that the task's recipe names, in the mode the run asks for."""
-    return cast(Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
-
-
 def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Questions) -> None:
     """Refuse, before a model is loaded, what could not be scored once it has answered.
 
@@ -333,25 +391,3 @@ def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Question
         scorer = scorer_of(cell.task, config)
         if scorer.needs or scorer.ready:
             scorer.check([Reference.of(question.record) for question in questions.of(cell)])
-
-
-def run_facts(run: StoredRun) -> dict[str, Any]:
-    """What training recorded in run.json and results.json repeats; None where it recorded nothing."""
-    recorded = run.store.read_run()
-    stages = {task: run.store.stage(task) for task in run.sequence.names}
-    worlds = [stage["world"] for stage in stages.values() if "world" in stage]
-    return {
-        "scorer_ids": {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks},
-        "world": worlds[-1] if worlds else None,
-        "start_weights": {"name": run.config.model, "sha256": recorded.get("base", {}).get("sha256")},
-        "data_hashes": recorded.get("data_hashes"),
-        "versions": recorded.get("versions"),
-        "trainable_parameters_per_task": _recorded(stages, "trainable_parameters"),
-        "train_seconds": [stage.get("train_seconds") for stage in stages.values()],
-        "missing_train": _recorded(stages, "missing"),
-    }
-
-
-def _recorded(stages: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
-    """One entry of every stage that has it, by task."""
-    return {task: stage[key] for task, stage in stages.items() if key in stage}

@@ -15,6 +15,7 @@ from torch import Tensor
 from delo_eval.generate import Answer, Answerer, Question, batches, decoding
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data.collate import Batch, Collator
+from delo_llava.data.images import UnusableImage
 from delo_llava.methods.base import Capabilities, TaskChoice
 from delo_llava.tasks import Record
 
@@ -158,22 +159,23 @@ def test_batches_hold_every_question_once_longest_first() -> None:
     assert batches(questions[::-1], 5) == made  # not the order of the file
 
 
-def test_ranks_share_whole_batches_of_the_same_composition() -> None:
-    questions = [Question(record(f"r{i}"), (True, True)) for i in range(23)]
-    ready = fake(Plain())
-    alone = [
-        [q.record.id for q, _ in batch] for batch in ready.answers(questions, batch_size=4, max_new_tokens=1)
-    ]
-    shared = [
-        [
-            [q.record.id for q, _ in batch]
-            for batch in ready.answers(questions, batch_size=4, max_new_tokens=1, rank=rank, world=4)
-        ]
-        for rank in range(4)
-    ]
-    assert sorted(batch for rank in shared for batch in rank) == sorted(alone)
-    assert [len(rank) for rank in shared] == [2, 2, 1, 1]
-    assert list(ready.answers(questions[:3], batch_size=4, max_new_tokens=1, rank=2, world=4)) == []
+def test_a_broken_picture_ends_the_batch_or_is_an_empty_answer() -> None:
+    def collate(items: Sequence[tuple[Record, tuple[bool, bool]]]) -> Batch:
+        for asked, _ in items:
+            if "broken" in asked.id:
+                raise UnusableImage("cannot be used")
+        return fake_collate(items)
+
+    questions = [Question(record(name), (True, True)) for name in ("x", "broken", "y", "lost")]
+    ready = fake(Chooser())
+    ready.collate = collate
+    with pytest.raises(UnusableImage):
+        ready.answer(questions, 1)
+    ready.skip_bad_images = True
+    answers = ready.answer(questions, 1)
+    assert [a.prediction for a in answers] == ["b", "", "b", "a"]
+    assert answers[1] == Answer("", "", image_fault="cannot be used")
+    assert ready.answer(questions[1:2], 1) == answers[1:2]
 
 
 @pytest.fixture(scope="module")
@@ -213,8 +215,9 @@ def tiny(kind: str, beams: int = 1) -> Answerer:
 
 
 def said(ready: Answerer, questions: Sequence[Question], batch_size: int) -> dict[str, str]:
-    found = ready.answers(questions, batch_size=batch_size, max_new_tokens=NEW_TOKENS)
-    return {q.record.id: answer.prediction for batch in found for q, answer in batch}
+    made = batches(questions, batch_size)
+    answers = [(q, a) for batch in made for q, a in zip(batch, ready.answer(batch, NEW_TOKENS), strict=True)]
+    return {q.record.id: answer.prediction for q, answer in answers}
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_vl", "qwen2_5_vl"])

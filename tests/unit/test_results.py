@@ -12,7 +12,7 @@ from delo_eval.derived import choice_statistics, summarise
 from delo_eval.generate import Answer, Question
 from delo_eval.matrix import ZERO_SHOT, AccuracyMatrix
 from delo_eval.plots import draw
-from delo_eval.predictions import merge_parts, part_file, prediction_row, write_part
+from delo_eval.predictions import prediction_row, read_rows, write_rows
 from delo_eval.results import FILE, SCHEMA, Results, read_results, results_json, resume_results, write_results
 from delo_eval.scorers.base import Reference
 from delo_eval.scorers.exact_match import SCORER
@@ -84,7 +84,10 @@ def test_the_promised_fields() -> None:
     assert found["metrics"]["oracle"]["forgetting"] == 0 and found["metrics"]["oracle"]["fwt"] is None
     assert found["metrics"]["complete"] is True
     assert found["zero_shot"] == {"run": [5.0, 10.0, 30.0]}
-    assert found["seconds"] == {"train": [1.0, 2.0, None], "eval": [2.0, 3.0, 4.0], "zero_shot": 1.5}
+    assert found["seconds"] == {
+        "train": [1.0, 2.0, None], "eval": [2.0, 3.0, 4.0], "zero_shot": 1.5, "answers": {},
+    }  # fmt: skip
+    assert found["bad_images"] == {}
     assert found["metric_ids"]["bwt_T"] == "bwt_T.v1" and found["scorer_ids"]["ocr"] == "exact_match.v1"
     assert found["missing"]["spec"] == {"ratio": 0.0, "kind": "both", "seed": 0, "image": "absent"}
     assert found["trainable_parameters_per_task"]["ocr"] == 1000
@@ -183,35 +186,25 @@ def test_a_prediction_line_says_all() -> None:
     }
 
 
-def test_parts_of_all_ranks_become_one_file_in_the_order_of_the_questions(tmp_path: Path) -> None:
+def test_predictions_are_published_once_and_damage_is_named(tmp_path: Path) -> None:
     file = tmp_path / "predictions" / "1" / "run" / "ocr.jsonl"
-    write_part(file, 0, [rows("c", "a")])
-    write_part(file, 1, [rows("b"), rows("d")])
-    write_part(file, 5, [rows("stale")])  # of an earlier attempt with more ranks
-    merged = merge_parts(file, [question(name) for name in "abcd"], 2)
-    assert [row["record_id"] for row in merged] == list("abcd")
-    assert [json.loads(line) for line in file.read_text().split("\n") if line] == merged
-    assert [path.name for path in file.parent.iterdir()] == ["ocr.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("names", "fault"), [("ab", "without prediction"), ("abcc", "repeated"), ("abd", "unasked")]
-)
-def test_predictions_are_counted_against_the_questions(tmp_path: Path, names: str, fault: str) -> None:
-    write_part(tmp_path / "ocr.jsonl", 0, [rows(*names)])
-    with pytest.raises(DeloError, match=fault):
-        merge_parts(tmp_path / "ocr.jsonl", [question(name) for name in "abc"], 1)
-    assert not (tmp_path / "ocr.jsonl").exists()
-
-
-def test_a_missing_or_damaged_part_is_named(tmp_path: Path) -> None:
-    file = tmp_path / "ocr.jsonl"
-    write_part(file, 0, [rows("a")])
-    with pytest.raises(DeloError, match=r"missing(.|\n)*part1"):
-        merge_parts(file, [question("a")], 2)
-    part_file(file, 0).write_text('{"record_id": "a"')
+    write_rows(file, rows("c", "a"))
+    assert read_rows(file) == rows("c", "a")
+    before = file.stat().st_mtime_ns
+    write_rows(file, rows("c", "a"))
+    assert file.stat().st_mtime_ns == before
+    file.write_text('{"record_id": "a"')
     with pytest.raises(DeloError, match="damaged"):
-        merge_parts(file, [question("a")], 1)
+        read_rows(file)
+    file.unlink()
+    with pytest.raises(DeloError, match="missing"):
+        read_rows(file)
+
+
+def test_a_record_whose_image_cannot_be_used_counts_as_wrong() -> None:
+    said = Answer("", "", image_fault="broken")
+    row = prediction_row(question("x"), said, SCORER, 1, "run")
+    assert row["score"] == 0 and row["oracle_score"] == 0 and row["image_fault"] == "broken"
 
 
 def test_tables() -> None:

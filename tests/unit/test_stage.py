@@ -28,6 +28,7 @@ from delo_llava.methods.base import Capabilities, Stage, TaskChoice
 from delo_llava.methods.individual import Individual
 from delo_llava.methods.lora import Lora
 from delo_llava.registry import load_plugin
+from delo_llava.training import signals
 from delo_llava.training.ranks import Ranks
 
 TASKS = ("shapes", "words", "places")
@@ -68,10 +69,19 @@ class Chooser(Individual):
 
 
 class Alone(Ranks):
-    """One of several ranks whose peers run before it, so no barrier is needed."""
+    """One of several ranks whose peers run before it, so nothing is waited for or said."""
 
     def barrier(self) -> None:
         return None
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        return flag
+
+    def leave_soon(self) -> bool:
+        return signals.requested() is not None
 
 
 @pytest.fixture(scope="module")

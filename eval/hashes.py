@@ -1,0 +1,115 @@
+"""What an evaluation depends on: files, code and versions by their hashes, remembered beside the answers."""
+
+import hashlib
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from delo_llava.checkpoint.manifest import HashCache, sha256_file
+from delo_llava.errors import DeloError
+
+#: Folder of the answers, their hashes and receipts below an evaluation's output.
+FOLDER = "answers"
+#: Packages whose version may decide an answer.
+PACKAGES = (
+    "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "flash-attn", "numpy", "pillow",
+    "torchvision",
+)  # fmt: skip
+
+
+class FileHashes:
+    """sha256 of images and of the base's files, remembered by size and time in the folder of the answers.
+
+    Several ranks each write a memory of their own; the first takes in the others' at the end.
+    """
+
+    def __init__(self, output: Path, rank: int = 0) -> None:
+        self._folder = output / FOLDER
+        shared = _memory(self._folder / "hashes.json")
+        self.cache = shared if rank == 0 else _memory(self._folder / f".hashes.part{rank}")
+        self._saved = dict(self.cache.known)
+        self.cache.known = {**shared.known, **self.cache.known}
+        #: Every file that was asked for, with its hash; None where there was none.
+        self.seen: dict[Path, str | None] = {}
+
+    def of(self, path: Path) -> str | None:
+        """The hash, or None where there is no such file; each file is looked at once."""
+        if path not in self.seen:
+            self.seen[path] = self.cache.hash(path) if path.is_file() else None
+        return self.seen[path]
+
+    def take_parts(self) -> None:
+        """Learn what the other ranks hashed (first rank, when they are done)."""
+        for part in self._folder.glob(".hashes.part*"):
+            self.cache.known.update(_memory(part).known)
+            part.unlink()
+
+    def save(self) -> None:
+        """Write the memory back, if it changed.
+
+        Raises:
+            DeloError: the disk is full, or the folder cannot be written.
+        """
+        if self._saved != self.cache.known:
+            with told_writing(self._folder):
+                self.cache.save()
+            self._saved = dict(self.cache.known)
+
+
+def _memory(path: Path) -> HashCache:
+    """The memory in a file; a damaged one holds nothing that could not be found out again."""
+    try:
+        return HashCache(path)
+    except ValueError:
+        path.unlink()
+        return HashCache(path)
+
+
+@cache
+def code_hash(modules: tuple[str, ...]) -> str:
+    """One hash over the source of modules and packages (with all they hold)."""
+    files: list[Path] = []
+    for name in dict.fromkeys(modules):
+        loaded = sys.modules.get(name)
+        spec = loaded.__spec__ if loaded is not None and loaded.__spec__ is not None else find_spec(name)
+        if spec is None or spec.origin is None:
+            continue
+        origin = Path(spec.origin)
+        files += sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+    return hashlib.sha256("\n".join(sha256_file(file) for file in files).encode()).hexdigest()
+
+
+def package_versions() -> dict[str, str | None]:
+    """The installed version of each of `PACKAGES`."""
+    return {name: _version(name) for name in PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+@contextmanager
+def told_writing(folder: Path) -> Iterator[None]:
+    """Tell what to do when the disk does not take what the block writes below `folder`.
+
+    Raises:
+        DeloError: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        there = next((place for place in (folder, *folder.parents) if place.is_dir()), Path("."))
+        raise DeloError(
+            f"The evaluation cannot be written: {error.strerror or error}.",
+            given=f"{error.filename or folder} ({shutil.disk_usage(there).free >> 20} MiB free)",
+            fix="make room or rights there, or name another folder with --output; the same command goes on "
+            "with the answers already written, and earlier results are as they were",
+        ) from error

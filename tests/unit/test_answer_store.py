@@ -1,0 +1,358 @@
+"""Evaluations that were killed, damaged, stopped, changed or repeated: what is answered again, what not."""
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from test_stage import TASKS, Alone, make_run, predictions, recipe  # noqa: F401
+
+from delo_eval import stage as stage_module
+from delo_eval.answer_keys import AnswerKeys
+from delo_eval.answer_store import CellAnswers, Writer
+from delo_eval.generate import Answer, Answerer, Question
+from delo_eval.hashes import FileHashes
+from delo_eval.stage import Request, evaluate_stage
+from delo_llava.errors import DeloError
+from delo_llava.methods.lora import Lora
+from delo_llava.tasks import Record
+from delo_llava.training import signals
+
+CPU = torch.device("cpu")
+STAGE = 1  # two trained tasks and the next one: 27 questions in batches of 4
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:  # noqa: F811
+    folder = make_run(tmp_path_factory.mktemp("run") / "run", recipe, "lora", Lora, 2)
+    assert evaluate_stage(folder, STAGE) is not None
+    return folder
+
+
+@pytest.fixture
+def run(original: Path, tmp_path: Path) -> Path:
+    """An evaluated run of its own; its receipt holds, as files keep their times."""
+    return Path(shutil.copytree(original, tmp_path / "run"))
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that are decoded from here on."""
+    sizes: list[int] = []
+    plain = Answerer.answer
+
+    def counted(self: Answerer, questions: Any, tokens: int) -> list[Answer]:
+        sizes.append(len(questions))
+        return plain(self, questions, tokens)
+
+    monkeypatch.setattr(Answerer, "answer", counted)
+    return sizes
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(stage_module, "answerer", loaded)
+
+
+def outcome(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Everything an evaluation writes that must not depend on how it went."""
+    results = json.loads((folder / "results.json").read_text())
+    results.pop("seconds")
+    files = (folder / "predictions").rglob("*.jsonl")
+    return results, {str(f.relative_to(folder)): f.read_bytes() for f in files}
+
+
+def counts(folder: Path) -> dict[str, int]:
+    found: dict[str, int] = json.loads((folder / "results.json").read_text())["seconds"]["answers"]["1"]
+    return found
+
+
+def answers_of(folder: Path, task: str = "words") -> Path:
+    return folder / "answers" / "1" / "run" / f"{task}.jsonl"
+
+
+def killed_after(batches: int, monkeypatch: pytest.MonkeyPatch, evaluate: Callable[[], object]) -> None:
+    """Run an evaluation that dies, without any clearing up, when it has decoded so many batches."""
+    plain, left = Answerer.answer, [batches]
+
+    def mortal(self: Answerer, questions: Any, tokens: int) -> list[Answer]:
+        if left[0] == 0:
+            raise MemoryError("killed")
+        left[0] -= 1
+        return plain(self, questions, tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Answerer, "answer", mortal)
+        with pytest.raises(MemoryError):
+            evaluate()
+
+
+def test_killed_evaluations_end_in_the_same_bytes_with_any_number_of_ranks(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: list[int]
+) -> None:
+    request = Request(output=tmp_path)
+
+    def rank(number: int, world: int) -> Callable[[], object]:
+        return lambda: evaluate_stage(original, STAGE, request=request, ranks=Alone(number, world, CPU))
+
+    killed_after(2, monkeypatch, rank(0, 1))
+    killed_after(1, monkeypatch, rank(1, 3))
+    killed_after(2, monkeypatch, rank(0, 2))
+    part = next((tmp_path / "answers").rglob(".*part-*"))
+    with part.open("ab") as handle:
+        handle.write(b'{"key": "torn')  # as a kill in the middle of a write leaves it
+    rank(1, 2)()
+    rank(0, 2)()
+    assert sum(asked) == 27  # no question twice
+    assert outcome(tmp_path) == outcome(original)
+    assert not list((tmp_path / "answers").rglob(".*part*"))
+
+
+def test_an_unchanged_stage_needs_no_model_and_stands(run: Path, no_model: None) -> None:
+    before = outcome(run)
+    assert evaluate_stage(run, STAGE) is not None
+    assert outcome(run) == before and counts(run) == {"stored": 27, "new": 0}
+
+
+def test_an_unchanged_stage_needs_no_torch(run: Path) -> None:
+    code = (
+        "import sys; from delo_eval.run import main; "
+        f"code = main(['--run', {str(run)!r}, '--stage', '1']); "
+        "sys.exit(code or 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "nothing has changed" in done.stdout and "1 27 / 0" in done.stdout
+
+
+def test_without_the_receipt_the_stored_answers_serve(run: Path, no_model: None) -> None:
+    before = outcome(run)
+    (run / "answers" / "1.json").unlink()
+    evaluate_stage(run, STAGE)
+    assert outcome(run) == before and counts(run) == {"stored": 27, "new": 0}
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_batch_size_is_no_reason_to_ask_again(run: Path, no_model: None, batch_size: int) -> None:
+    (run / "answers" / "1.json").unlink()
+    evaluate_stage(run, STAGE, request=Request(batch_size=batch_size))
+    assert counts(run)["new"] == 0
+
+
+def test_a_changed_scorer_only_scores_again(
+    run: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from delo_eval import unchanged
+
+    monkeypatch.setattr(unchanged, "code_hash", lambda modules: "other code")
+    monkeypatch.setattr("delo_eval.scorers.exact_match.SCORER.function.__code__", (lambda p, r: 1.0).__code__)
+    content = evaluate_stage(run, STAGE)
+    assert content is not None and content["matrix"]["matched"][STAGE] == [100.0] * 3
+
+
+def test_no_cache_asks_everything_again(run: Path, asked: list[int]) -> None:
+    before = outcome(run)
+    evaluate_stage(run, STAGE, request=Request(cache=False))
+    assert sum(asked) == 27 and outcome(run) == before and counts(run) == {"stored": 0, "new": 27}
+
+
+def test_a_limit_asks_nothing_new_and_forgets_nothing(run: Path, no_model: None) -> None:
+    shutil.copytree(run / "answers", run / "eval-test" / "answers")
+    evaluate_stage(run, STAGE, request=Request(limit=4))
+    kept = CellAnswers(run / "eval-test", STAGE, "run", "words").read()
+    assert len(kept) == 9 and len(predictions(run / "eval-test", 1)["words"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [({"missing": {"image": "dummy"}}, 27), ({"data": {"max_length": 500}}, 27), ({"seed": 5}, 0)],
+)
+def test_changed_settings(run: Path, asked: list[int], change: dict[str, Any], again: int) -> None:
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in change.items():
+        config[key] = {**config[key], **value} if isinstance(value, dict) else value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "results.json").unlink()
+    evaluate_stage(run, STAGE)
+    assert sum(asked) == again
+
+
+def damage(file: Path, line: int) -> None:
+    """Turn one letter of a line into another."""
+    lines = file.read_bytes().split(b"\n")
+    lines[line] = lines[line].replace(b"prediction", b"predictioN", 1)
+    file.write_bytes(b"\n".join(lines))
+
+
+def test_only_a_damaged_answer_is_given_again(
+    run: Path, asked: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    before, file = outcome(run), answers_of(run)
+    whole = file.read_bytes()
+    damage(file, 3)
+    (run / "answers" / "1.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        evaluate_stage(run, STAGE)
+    assert [str(m) for m in caplog.messages] == [
+        f"A stored answer is damaged and is given again: {file}, line 4"
+    ]
+    assert counts(run) == {"stored": 26, "new": 1} and len(asked) == 1
+    assert outcome(run) == before and file.read_bytes() == whole
+
+
+def test_a_cut_file_of_answers_is_completed(run: Path, asked: list[int]) -> None:
+    before, file = outcome(run), answers_of(run)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    (run / "answers" / "1.json").unlink()
+    evaluate_stage(run, STAGE)
+    assert outcome(run) == before and file.read_bytes() == whole and 0 < counts(run)["new"] < 9
+
+
+def test_damaged_predictions_are_named_and_written_again(
+    run: Path, no_model: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    before, file = outcome(run), run / "predictions" / "1" / "run" / "places.jsonl"
+    damage(file, 2)
+    with caplog.at_level(logging.WARNING):
+        evaluate_stage(run, STAGE)
+    assert str(file) in caplog.text and outcome(run) == before
+
+
+def test_results_that_were_edited_are_computed_again(run: Path, no_model: None) -> None:
+    before = outcome(run)
+    content = json.loads((run / "results.json").read_text())
+    content["matrix"]["matched"][1][0] = 99.0
+    (run / "results.json").write_text(json.dumps(content))
+    evaluate_stage(run, STAGE)
+    assert outcome(run) == before
+
+
+@pytest.fixture
+def unsignalled() -> Iterator[None]:
+    yield
+    signals.clear()
+
+
+def test_a_signal_stops_after_the_batch_and_the_next_evaluation_goes_on(
+    original: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: list[int],
+    unsignalled: None,
+) -> None:
+    request = Request(output=tmp_path)
+
+    def signalled(cell: str, done: int, total: int) -> None:
+        if done == 8:
+            signals._received.append("SIGTERM")
+
+    with pytest.raises(signals.Preempted) as left:
+        evaluate_stage(original, STAGE, request=request, progress=signalled)
+    assert left.value.code == 75 and asked == [4, 4]
+    assert not (tmp_path / "results.json").exists()
+    signals.clear()
+    evaluate_stage(original, STAGE, request=request)
+    assert sum(asked) == 27 and outcome(tmp_path) == outcome(original)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(
+    original: Path, tmp_path: Path, no_model: None
+) -> None:
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "1").write_text("in the way")
+    with pytest.raises(DeloError, match=r"cannot be written(.|\n)*MiB free(.|\n)*--output"):
+        evaluate_stage(original, STAGE, request=Request(output=tmp_path))
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as full:  # noqa: SIM117
+        with pytest.raises(DeloError, match="No space left"):
+            Writer(full, tmp_path).append([("key", "id", Answer("x", None))])
+
+
+def test_what_another_process_is_writing_is_read_and_left_alone(tmp_path: Path) -> None:
+    cell, other = CellAnswers(tmp_path, 0, "run", "t"), CellAnswers(tmp_path, 0, "run", "t")
+    mine, theirs = ("c-1", "a", Answer("x", None)), ("c-2", "b", Answer("y", None))
+    with other.writer(0) as busy:
+        busy.append([theirs])
+        with cell.writer(0) as part:
+            part.append([mine])
+        known = cell.read()
+        assert known == {"c-1": mine, "c-2": theirs}
+        cell.join("c-", ["c-1"], known)
+        busy.append([("c-3", "c", Answer("z", None))])
+    assert set(other.read()) == {"c-1", "c-2", "c-3"}
+    cell.join("c-", ["c-1"], cell.read())
+    assert [file.name for file in cell.file.parent.iterdir()] == ["t.jsonl"]
+    cell.join("d-", [], cell.read())  # of another model: nothing of before is kept
+    assert cell.read() == {}
+
+
+def test_a_key_holds_what_is_shown_and_nothing_else(tmp_path: Path) -> None:
+    picture = tmp_path / "p.png"
+    Image.new("RGB", (4, 4)).save(picture)
+
+    def key(record: Record, image: bool = True, text: bool = True, tokens: int = 3, **facts: Any) -> str:
+        return AnswerKeys(facts, FileHashes(tmp_path)).of(Question(record, (image, text)), tokens)
+
+    def record(**changes: Any) -> Record:
+        given: dict[str, Any] = {
+            "id": "r", "task": "t", "split": "test", "image": picture, "context": "c", "instruction": "i",
+            "answer": "a",
+        }  # fmt: skip
+        return Record(**{**given, **changes})
+
+    base = key(record())
+    assert base == key(record(answer="b")) == key(record(split="val")) == key(record(extra={"x": 1}))
+    hidden = key(record(), image=False)
+    others = [
+        key(record(id="s")), key(record(task="u")), key(record(context="d")), key(record(instruction="j")),
+        key(record(), text=False), key(record(), tokens=4), key(record(), beams=2), hidden,
+    ]  # fmt: skip
+    assert len({base, *others}) == len(others) + 1
+    assert key(record(context="d"), text=False) == key(record(), text=False)
+    Image.new("RGB", (5, 5)).save(picture)
+    changed = key(record())
+    assert changed != base and key(record(), image=False) == hidden
+    picture.unlink()
+    assert key(record()) not in (base, changed)
+
+
+def test_images_that_cannot_be_used(original: Path, run: Path, asked: list[int]) -> None:
+    picture = original.parents[1]
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    data = Path(shutil.copytree(config["data"]["root"], run / "data"))
+    (data / "picture.png").write_bytes(b"no picture")
+    file = data / "little.yaml"
+    config["task_seq"], config["data"]["root"] = str(file), str(data)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(DeloError, match="image of record"):
+        evaluate_stage(run, STAGE)
+    config["data"]["on_bad_image"] = "skip"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    content = evaluate_stage(run, STAGE)
+    assert content is not None and picture.exists()
+    shown = [row for row in predictions(run, 1)["words"] if row["presence"]["image"]]
+    assert content["bad_images"]["1"]["run"]["words"] == [row["record_id"] for row in shown]
+    assert all(row["score"] == 0 and row["prediction"] == "" for row in shown)
+    assert all("cannot be used" in row["image_fault"] for row in shown)
+    before = len(asked)
+    evaluate_stage(run, STAGE)
+    assert len(asked) == before  # known to be unusable
+    config["data"]["on_bad_image"] = "error"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(DeloError, match="image of record"):
+        evaluate_stage(run, STAGE)
+    assert set(TASKS) == set(predictions(run, 1))
