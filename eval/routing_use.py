@@ -11,6 +11,7 @@ from typing import Any
 
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
+from delo_llava.strict import read_json
 
 SCHEMA = "delo-llava/routing/1"
 FOLDER = "routing"
@@ -71,12 +72,7 @@ def read_use(file: Path) -> dict[str, Any]:
     Raises:
         DeloError: not JSON, or of another schema.
     """
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise DeloError(
-            f"Counts of routing cannot be read: {error}", given=file, fix="evaluate this stage again"
-        ) from error
+    content = read_json(file, "A file of routing counts", fix="evaluate this stage again")
     if content.get("schema") != SCHEMA:
         raise DeloError(
             "Counts of routing have another schema.", given=content.get("schema"), allowed=[SCHEMA]
