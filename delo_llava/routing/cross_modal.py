@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
-from delo_llava.strict import read_tensors
 from delo_llava.routing.queries import Queries
+from delo_llava.strict import read_tensors
 
 CrossModalKind = Literal["identity", "linear", "ridge"]
 

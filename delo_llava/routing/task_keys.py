@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
-from delo_llava.strict import read_tensors
 from delo_llava.routing.queries import VIEWS, Queries
+from delo_llava.strict import read_tensors
 
 Matcher = Literal["cosine", "lda"]
 

@@ -45,8 +45,8 @@ class Plan:
 
 
 class Stage:
-    """A stage's folder: `state.safetensors` (to go on from), `log.jsonl`, and `done.json` with the final measures
-    when finished.
+    """A stage's folder: `state.safetensors` (to go on from), `log.jsonl`, and `done.json` with the final
+    measures when finished.
     """
 
     def __init__(self, folder: Path) -> None:
