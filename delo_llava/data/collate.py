@@ -98,7 +98,7 @@ class Batch:
 
 
 @dataclass(slots=True)
-class _Row:
+class Row:
     """One sequence before padding: token ids, their kinds, and whether each is trained."""
 
     ids: list[int]
@@ -191,7 +191,7 @@ class Collator:
             for r, has in items
         ]
         images = [self._image(record, has[0]) for record, has in zip(records, presence, strict=True)]
-        rows = self._rows(records, presence, [0 if image is None else image.tokens for image in images])
+        rows = self.layout(records, presence, [0 if image is None else image.tokens for image in images])
         shown = [(row, image) for row, image in enumerate(images) if image is not None]
         tensors = self._pad(rows)
         inputs = {"input_ids": tensors["ids"], "attention_mask": tensors["mask"]}
@@ -225,9 +225,9 @@ class Collator:
 
         return self._cache.get(path, encode)
 
-    def _rows(
+    def layout(
         self, records: list[Record], presence: list[tuple[bool, bool]], image_tokens: list[int]
-    ) -> list[_Row]:
+    ) -> list[Row]:
         """Every record tokenised, its placeholder expanded to `image_tokens`, and cut to `max_length`."""
         prompts = [
             self.backbone.prompt(count > 0, record.context if has_text else None, record.instruction)
@@ -247,9 +247,9 @@ class Collator:
             rows.append(row)
         return rows
 
-    def _expand(self, ids: list[int], kinds: list[int | None], count: int, record: Record) -> _Row:
+    def _expand(self, ids: list[int], kinds: list[int | None], count: int, record: Record) -> Row:
         """One placeholder -> `count` image tokens; BOS in front where the family has one."""
-        row = _Row([], [], [])
+        row = Row([], [], [])
         if self.backbone.adds_bos:
             row.extend(1, self.tokenizer.bos_token_id, SEGMENT_OTHER, False)
         answerable = bool(record.answer.strip())
@@ -264,7 +264,7 @@ class Collator:
             row.extend(copies, token, kind or SEGMENT_OTHER, kind is None and answerable)
         return row
 
-    def _fit(self, row: _Row, record: Record) -> None:
+    def _fit(self, row: Row, record: Record) -> None:
         """Cut context, then instruction, from the end; one token of each stays, as a query is their mean."""
         for name, kind in (("context", SEGMENT_CONTEXT), ("instruction", SEGMENT_INSTRUCTION)):
             excess = len(row.ids) - self.max_length
@@ -280,7 +280,7 @@ class Collator:
                 fix="raise data.max_length",
             )
 
-    def _pad(self, rows: list[_Row]) -> dict[str, Tensor]:
+    def _pad(self, rows: list[Row]) -> dict[str, Tensor]:
         """Rectangular tensors B×S of ids, mask, kinds, labels."""
         width = max(len(row.ids) for row in rows)
         shape = (len(rows), width)

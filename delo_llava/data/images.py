@@ -3,16 +3,26 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import NamedTuple
+from stat import S_ISREG
+from typing import IO, TYPE_CHECKING, NamedTuple
 
 from PIL import Image
-from torch import Tensor
 
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
+if TYPE_CHECKING:  # the data check decodes in processes that need no torch
+    from torch import Tensor
+
 #: Larger pictures (in pixels) are refused before they are decoded: a small file can unpack to gigabytes.
 MAX_PIXELS = 64 * 1024 * 1024
+
+#: Larger files are refused unread: no photograph of a benchmark comes near.
+MAX_BYTES = 128 * 1024 * 1024
+
+#: What is decoded, and the suffix each gets where we write it. Pillow knows some forty formats more; one of
+#: them starts another program (EPS), and each is a decoder that hostile bytes can reach.
+FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
 
 #: The dummy for a missing image: constant white (CMML protocol), of one size, as a missing image has none.
 DUMMY_SIZE = (336, 336)
@@ -21,8 +31,16 @@ DUMMY_SIZE = (336, 336)
 class EncodedImage(NamedTuple):
     """One image as the model takes it: inputs (batched along dimension 0) and how many tokens it becomes."""
 
-    inputs: dict[str, Tensor]
+    inputs: "dict[str, Tensor]"
     tokens: int
+
+
+class BadImage(Exception):
+    """Why a picture cannot be used."""
+
+
+class ImageTooLarge(BadImage):
+    """A picture that would unpack to more than is accepted."""
 
 
 def load_image(path: Path, record: Record) -> Image.Image:
@@ -32,17 +50,45 @@ def load_image(path: Path, record: Record) -> Image.Image:
         DeloError: no such file, no image, damaged, or more than `MAX_PIXELS`; names file and record.
     """
     try:
-        with Image.open(path) as picture:
+        return decode(path)
+    except BadImage as error:
+        raise image_error(path, record, str(error)) from error
+
+
+def decode(source: Path | IO[bytes]) -> Image.Image:
+    """The picture in a file as RGB, decoded to its last row; of several frames the first.
+
+    Pixels are taken as they are stored: an orientation noted in EXIF is not applied, as the models' own
+    training did not.
+
+    Raises:
+        BadImage: no such file, no image in one of `FORMATS`, damaged, or (`ImageTooLarge`) more than
+            `MAX_PIXELS` or `MAX_BYTES`.
+    """
+    try:
+        if isinstance(source, Path):
+            _require_file(source)
+        with Image.open(source, formats=list(FORMATS)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
-                raise image_error(
-                    path, record, f"{picture.width}x{picture.height} is more than {MAX_PIXELS} pixels"
-                )
+                size = f"{picture.width}x{picture.height}"
+                raise ImageTooLarge(f"{size} is more than {MAX_PIXELS} pixels")
             return picture.convert("RGB")
     except FileNotFoundError as error:
-        raise image_error(path, record, "there is no such file") from error
-    # Pillow reports damage by these four: unknown format or truncation, broken PNG chunks, bad values, bombs.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise image_error(path, record, str(error)) from error
+        raise BadImage("there is no such file") from error
+    except Image.DecompressionBombError as error:
+        raise ImageTooLarge(str(error)) from error
+    # Pillow reports damage by these three: unknown format or truncation, broken PNG chunks, bad values.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise BadImage(str(error)) from error
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what is no regular file (a pipe would be waited for, for ever) or is too large to read."""
+    status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise BadImage("it is no file")
+    if status.st_size > MAX_BYTES:
+        raise ImageTooLarge(f"{status.st_size} bytes are more than {MAX_BYTES}")
 
 
 def image_error(path: Path | None, record: Record, reason: str) -> DeloError:

@@ -115,7 +115,7 @@ class TwoNodes:
     def kill_node(self, node: str) -> None:
         """Kill a node's daemon and everything it runs, as a machine that loses its power."""
         pid = int((self.folder / f"slurmd-{node}.pid").read_text())
-        for child in [*_steps_of(self.folder / f"spool-{node}"), pid]:
+        for child in [*_steps_of(self.folder / f"slurmd-{node}.log"), pid]:
             _kill_tree(child)
 
     def stop(self) -> None:
@@ -181,21 +181,21 @@ def _free_ports(count: int) -> int:
     raise OSError("no free ports")
 
 
-def _steps_of(spool: Path) -> list[int]:
-    """slurmstepd processes of one node, found by the sockets in its spool folder."""
+def _steps_of(log: Path) -> list[int]:
+    """slurmstepd processes of one node, known by the log they write to."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and (entry / "comm").is_file():
             try:
-                if (entry / "comm").read_text().strip() == "slurmstepd" and _opens(entry, spool):
+                if (entry / "comm").read_text().strip() == "slurmstepd" and _opens(entry, log):
                     found.append(int(entry.name))
             except OSError:
                 continue  # it ended meanwhile
     return found
 
 
-def _opens(process: Path, spool: Path) -> bool:
-    return any(str(os.readlink(link)).startswith(str(spool)) for link in (process / "fd").iterdir())
+def _opens(process: Path, file: Path) -> bool:
+    return any(os.readlink(link) == str(file) for link in (process / "fd").iterdir())
 
 
 def _kill_tree(pid: int, number: int = signal.SIGKILL) -> None:

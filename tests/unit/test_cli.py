@@ -119,13 +119,18 @@ def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def check(sequence: Path, *more: str) -> int:
+    """`data check` with its memory in the test's folder."""
+    state = sequence / "state.sqlite"
+    words = ["data", "check", str(sequence / "mine.yaml"), "--root", str(sequence), "--state", str(state)]
+    return cli.main([*words, *more])
+
+
 def test_data_check_passes(sequence: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["data", "check", str(sequence / "mine.yaml"), "--root", str(sequence)]) == 0
-    assert capsys.readouterr().out.splitlines() == [
-        "one/train: 2 records in 1 entries; 0 without image, 0 without context; 0 repeated ids",
-        "one/test: 1 records in 1 entries; 1 without image, 1 without context; 0 repeated ids",
-        "all files, entries and images are there",
-    ]
+    assert check(sequence) == 0
+    text = capsys.readouterr().out
+    assert "turn_repeated: " in text
+    assert text.endswith(f"0 faults; report: {sequence / 'state.jsonl'}\n")
 
 
 def test_data_check_tells_missing_images_and_bad_entries(
@@ -133,11 +138,16 @@ def test_data_check_tells_missing_images_and_bad_entries(
 ) -> None:
     (sequence / "images" / "a.png").unlink()
     (sequence / "test.json").write_text(json.dumps([{"question_id": "b", "text": "Q"}]))
-    assert cli.main(["data", "check", str(sequence / "mine.yaml"), "--root", str(sequence)]) == 1
+    assert check(sequence, "--no-tokens") == 1
     text = capsys.readouterr().out
-    assert "1 of 1 images are not there" in text
-    assert "there is no answer" in text
-    assert text.endswith("2 faults\n")
+    assert "image_missing: " in text
+    assert "answer_empty: " in text
+    assert "2 faults; report: " in text
+
+
+def test_data_check_refuses_unknown_kinds_of_faults(sequence: Path) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        check(sequence, "--allow=overlap")
 
 
 def test_data_check_of_absent_files_ends_with_code_2(sequence: Path) -> None:

@@ -1,0 +1,1 @@
+"""Looking after data on disk: checking it, showing it, preparing it from official downloads."""

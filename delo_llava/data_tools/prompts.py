@@ -1,0 +1,100 @@
+"""Prompts as the collator makes them, from a tokenizer alone: no weights, no pictures, only their sizes."""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+from PIL import Image
+
+from delo_llava.backbones.base import SHIPPED, Backbone, find_backbone
+from delo_llava.data.collate import Collator, Row
+from delo_llava.errors import DeloError
+from delo_llava.tasks import Record
+
+#: The model whose tokenizer stands in when a recipe's own is not on this disk.
+STAND_IN = "mini-llava"
+
+
+class Prompts:
+    """The tokens of records for one model.
+
+    Args:
+        model: name of a shipped model, folder or hub id.
+        max_length: as `data.max_length`.
+    """
+
+    def __init__(self, model: str, max_length: int) -> None:
+        self.model, self.max_length = model, max_length
+        self.backbone: Backbone
+        self.backbone, path = find_backbone(model)
+        self.processor: Any = self.backbone.load_processor(path)
+        self._collators = {
+            generation: Collator(self.backbone, self.processor, max_length, generation=generation)
+            for generation in (False, True)
+        }
+        self.image_tokens = lru_cache(maxsize=4096)(self._image_tokens)
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self.processor.tokenizer
+
+    @property
+    def cut(self) -> dict[str, int]:
+        """Records so far whose `context` or `instruction` was cut to `max_length`."""
+        counts = [collator.truncated for collator in self._collators.values()]
+        return {name: sum(count[name] for count in counts) for name in ("context", "instruction")}
+
+    def rows(
+        self,
+        records: Sequence[Record],
+        sizes: Sequence[tuple[int, int] | None],
+        text: Sequence[bool] | None = None,
+    ) -> list[Row]:
+        """Each record tokenised: with its answer in the training split, else up to where it begins.
+
+        Args:
+            sizes: width and height of each record's image, None where none is shown.
+            text: whether each context is shown; by default, where there is one.
+
+        Raises:
+            DeloError: a record that the collator refuses.
+        """
+        shown = [bool(record.context) for record in records] if text is None else list(text)
+        presence = [(size is not None, has) for size, has in zip(sizes, shown, strict=True)]
+        tokens = [0 if size is None else self.image_tokens(size) for size in sizes]
+        generation = records[0].split != "train"
+        return self._collators[generation].layout(list(records), presence, tokens)
+
+    def text(self, record: Record, has_image: bool, has_context: bool) -> str:
+        """What `rows` tokenises, before the placeholder is expanded and anything is cut."""
+        context = record.context if has_context else None
+        pieces = self.backbone.prompt(has_image, context, record.instruction)
+        answer = self.backbone.answer_suffix(record.answer.strip()) if record.split == "train" else ""
+        return "".join(text for text, _ in pieces) + answer
+
+    def _image_tokens(self, size: tuple[int, int]) -> int:
+        """How many tokens an image of this width and height becomes.
+
+        Raises:
+            DeloError: the model takes no image of this form.
+        """
+        try:
+            return self.backbone.encode_images(self.processor, [Image.new("RGB", size)])[1][0]
+        except ValueError as error:
+            raise DeloError(f"The model takes no image of {size[0]}x{size[1]}: {error}") from error
+
+
+def local_model(model: str) -> str | None:
+    """The model itself, or the folder of its copy on this disk; None when it would have to be fetched."""
+    from pathlib import Path
+
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    if model in SHIPPED or Path(model).expanduser().is_dir():
+        return model
+    try:
+        return snapshot_download(model, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError):
+        return None

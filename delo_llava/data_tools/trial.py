@@ -1,0 +1,92 @@
+"""Trying records as training would: every prompt is tokenised, and what would be trained is counted."""
+
+from collections.abc import Callable, Sequence
+
+from delo_llava.data.collate import Row
+from delo_llava.data_tools.prompts import Prompts
+from delo_llava.errors import DeloError
+from delo_llava.tasks import Record
+
+#: Records that are tokenised at a time.
+BATCH = 64
+
+#: Tells a fault of an entry: (code, entry, record, message).
+Tell = Callable[[str, int, str, str], None]
+
+#: (entry, record, size of its image).
+Waiting = tuple[int, Record, tuple[int, int] | None]
+
+
+class Trial:
+    """Tokenises the records of one (task, split).
+
+    Args:
+        size: width and height of an image by its path, None where it cannot be used.
+        tell: is told every fault.
+
+    Attributes:
+        trained: tokens that would be trained.
+        cut: records whose `context` or `instruction` was cut.
+    """
+
+    def __init__(self, prompts: Prompts, size: Callable[[str], tuple[int, int] | None], tell: Tell) -> None:
+        self.prompts, self._size, self._tell = prompts, size, tell
+        self.trained = 0
+        self.cut = dict.fromkeys(prompts.cut, 0)
+        self._waiting: list[Waiting] = []
+
+    def add(self, entry: int, record: Record) -> None:
+        """Try one more record; one whose image cannot be used is left out."""
+        size = None if record.image is None else self._size(str(record.image))
+        if record.image is None or size is not None:
+            self._waiting.append((entry, record, size))
+        if len(self._waiting) == BATCH:
+            self.finish()
+
+    def finish(self) -> None:
+        """Try what still waits."""
+        waiting, self._waiting = self._waiting, []
+        try:
+            rows = self._rows(waiting)
+        except DeloError:
+            for one in waiting:
+                self._single(*one)
+            return
+        for (entry, record, _), row in zip(waiting, rows, strict=True):
+            self._judge(entry, record, row)
+
+    def _rows(self, waiting: Sequence[Waiting]) -> list[Row]:
+        """Tokenise; what is cut counts only where nothing is refused, as the rest is tried again."""
+        if not waiting:
+            return []
+        before = self.prompts.cut
+        rows = self.prompts.rows([record for _, record, _ in waiting], [size for *_, size in waiting])
+        self.cut = {name: self.cut[name] + n - before[name] for name, n in self.prompts.cut.items()}
+        return rows
+
+    def _single(self, entry: int, record: Record, size: tuple[int, int] | None) -> None:
+        """One record of a batch that was refused."""
+        try:
+            [row] = self._rows([(entry, record, size)])
+        except DeloError as error:
+            told = error.message if error.given is None else f"{error.message} ({error.given})"
+            self._tell(self._code(record, error), entry, record.id, told)
+        else:
+            self._judge(entry, record, row)
+
+    def _judge(self, entry: int, record: Record, row: Row) -> None:
+        """Count trained tokens; the end token and blanks alone teach nothing."""
+        trained = [token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained]
+        self.trained += len(trained)
+        if record.split != "train":
+            return
+        if not self.prompts.tokenizer.decode(trained, skip_special_tokens=True).strip():
+            told = f"nothing of the answer {record.answer!r} is left but special tokens"
+            self._tell("label_empty", entry, record.id, told)
+
+    def _code(self, record: Record, error: DeloError) -> str:
+        """What a refusal of the collator is called."""
+        token = self.prompts.backbone.image_token
+        if any(token in text for text in (record.context or "", record.instruction, record.answer)):
+            return "placeholder_in_text"
+        return "too_long" if "does not fit" in error.message else "prompt_refused"
