@@ -62,7 +62,7 @@ def refuse_differences(
     """
     stored = flat(read_yaml(store.config)) if store.config.is_file() else {}
     given = flat(yaml.safe_load(dump_config(config)))
-    keys = sorted((stored.keys() | given.keys()) - set(FREE)) if stored else []
+    keys = sorted((stored.keys() | given.keys()) - set(FREE)) if store.config.is_file() else []
     lines = [
         f"  {k}: the run has {stored.get(k)}, given {given.get(k)}"
         for k in keys
