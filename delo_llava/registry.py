@@ -29,6 +29,7 @@ KINDS: dict[str, PluginKind] = {
     "command": PluginKind("delo_llava.commands", attribute="COMMAND"),
     "eval_command": PluginKind("delo_eval.commands", attribute="COMMAND"),
     "recipe": PluginKind("delo_recipes", suffix=".yaml"),
+    "published": PluginKind("delo_eval.published", suffix=".yaml"),
     "zero": PluginKind("delo_ds_configs", suffix=".json"),
 }
 

@@ -17,7 +17,13 @@ ZERO_SHOT = -1
 #: The missing pattern of the run itself; the headline matrix is this one.
 RUN_PATTERN = "run"
 
+#: What cells may carry beside their score, in percent (points): the key of results.json.
+Beside = Literal["standard_errors", "instruction_following"]
+BESIDE: tuple[Beside, Beside] = ("standard_errors", "instruction_following")
+
 Cells = list[float | None]
+#: (mode, stage, task, pattern)
+Key = tuple[Mode, int, str, str]
 
 
 @dataclass
@@ -29,11 +35,14 @@ class AccuracyMatrix:
         scores: (mode, stage, task, pattern) -> percent. The zero-shot row has stage −1 and is kept once, as
             `matched`.
         counts: (task, pattern) -> how many records stand behind a score.
+        beside: what else is known of cells: their standard error, the share of answers that obey the
+            instruction's format.
     """
 
     tasks: tuple[str, ...]
-    scores: dict[tuple[Mode, int, str, str], float] = field(default_factory=dict)
+    scores: dict[Key, float] = field(default_factory=dict)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    beside: dict[Beside, dict[Key, float]] = field(default_factory=lambda: {name: {} for name in BESIDE})
 
     def set(
         self, mode: Mode, stage: int, task: str, score: float, *, count: int, pattern: str = RUN_PATTERN
@@ -56,20 +65,42 @@ class AccuracyMatrix:
             )
         self.scores[mode, stage, task, pattern] = float(score)
 
+    def note(
+        self,
+        name: Beside,
+        mode: Mode,
+        stage: int,
+        task: str,
+        value: float | None,
+        *,
+        pattern: str = RUN_PATTERN,
+    ) -> None:
+        """Store what else is known of a cell; None is nothing known."""
+        if value is not None:
+            self.beside[name][mode, stage, task, pattern] = float(value)
+
     def clear(self, stage: int, patterns: Iterable[str]) -> None:
         """Forget the cells of `stage` under `patterns`, before they are evaluated anew."""
         gone = set(patterns)
-        self.scores = {key: s for key, s in self.scores.items() if key[1] != stage or key[3] not in gone}
+        for cells in (self.scores, *self.beside.values()):
+            for key in [key for key in cells if key[1] == stage and key[3] in gone]:
+                del cells[key]
         kept = {(task, pattern) for _, _, task, pattern in self.scores}
         self.counts = {key: count for key, count in self.counts.items() if key in kept}
 
     def row(self, mode: Mode, stage: int, pattern: str = RUN_PATTERN) -> Cells:
         """Scores of all T tasks after `stage`; None = not run."""
-        return [self.scores.get((mode, stage, task, pattern)) for task in self.tasks]
+        return self._row(self.scores, mode, stage, pattern)
+
+    def _row(self, cells: Mapping[Key, float], mode: Mode, stage: int, pattern: str) -> Cells:
+        return [cells.get((mode, stage, task, pattern)) for task in self.tasks]
 
     def grid(self, mode: Mode, pattern: str = RUN_PATTERN) -> list[Cells]:
         """T×T scores, row = stage; None = not run."""
-        return [self.row(mode, stage, pattern) for stage in range(len(self.tasks))]
+        return self._grid(self.scores, mode, pattern)
+
+    def _grid(self, cells: Mapping[Key, float], mode: Mode, pattern: str) -> list[Cells]:
+        return [self._row(cells, mode, stage, pattern) for stage in range(len(self.tasks))]
 
     def zero_shot(self, pattern: str = RUN_PATTERN) -> Cells | None:
         """Scores of the base model, or None when it was not run."""
@@ -110,7 +141,20 @@ class AccuracyMatrix:
             "records": {
                 p: {t: self.counts[t, p] for t in self.tasks if (t, p) in self.counts} for p in self.patterns
             },
+            **{name: self._beside_json(cells) for name, cells in self.beside.items()},
         }
+
+    def _beside_json(self, cells: Mapping[Key, float]) -> dict[str, dict[str, Any]] | None:
+        """Pattern -> `matched`, `oracle` (T×T) and `zero_shot` (T); None where nothing is known."""
+        known = {pattern for _, _, _, pattern in cells}
+        return {
+            pattern: {
+                **{mode: self._grid(cells, mode, pattern) for mode in MODES},
+                "zero_shot": self._row(cells, "matched", ZERO_SHOT, pattern),
+            }
+            for pattern in self.patterns
+            if pattern in known
+        } or None
 
     def _both(self, pattern: str) -> dict[str, list[Cells]]:
         """Both grids of a pattern; a mode that never ran is a grid of None."""
@@ -128,15 +172,25 @@ class AccuracyMatrix:
             matrix.counts.update({(task, pattern): count for task, count in counts.items()})
         for pattern, modes in {RUN_PATTERN: data["matrix"], **data["patterns"]}.items():
             for mode in MODES:
-                matrix._fill(mode, 0, pattern, modes[mode])
+                matrix._fill(matrix.scores, mode, 0, pattern, modes[mode])
         for pattern, row in (data["zero_shot"] or {}).items():
-            matrix._fill("matched", ZERO_SHOT, pattern, [row])
+            matrix._fill(matrix.scores, "matched", ZERO_SHOT, pattern, [row])
+        for name, cells in matrix.beside.items():
+            for pattern, found in (data.get(name) or {}).items():
+                matrix._fill(cells, "matched", ZERO_SHOT, pattern, [found["zero_shot"]])
+                for mode in MODES:
+                    matrix._fill(cells, mode, 0, pattern, found[mode])
         return matrix
 
     def _fill(
-        self, mode: Mode, first_stage: int, pattern: str, rows: Iterable[Sequence[float | None]]
+        self,
+        cells: dict[Key, float],
+        mode: Mode,
+        first_stage: int,
+        pattern: str,
+        rows: Iterable[Sequence[float | None]],
     ) -> None:
         """Store rows that start at `first_stage`."""
         for stage, row in enumerate(rows, start=first_stage):
-            cells = zip(self.tasks, row, strict=True)
-            self.scores.update({(mode, stage, task, pattern): s for task, s in cells if s is not None})
+            known = zip(self.tasks, row, strict=True)
+            cells.update({(mode, stage, task, pattern): s for task, s in known if s is not None})

@@ -12,6 +12,7 @@ from typing import Any
 from delo_eval.generate import Answer, Question
 from delo_eval.matrix import ZERO_SHOT
 from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.scorers.mif import obeys
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
 from delo_llava.strict import parse_json
@@ -43,8 +44,10 @@ def prediction_row(question: Question, answer: Answer, scorer: Scorer, stage: in
         "answer": record.answer,
         "prediction": answer.prediction,
         "score": scorer(answer.prediction, reference),
+        "follows": obeys(answer.prediction, reference),
         "oracle_prediction": oracle,
         "oracle_score": None if oracle is None else scorer(oracle, reference),
+        "oracle_follows": None if oracle is None else obeys(oracle, reference),
         "task_used": answer.task_used,
         "task_without_instruction": answer.task_without_instruction,
         "choice_scores": answer.choice_scores,

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from delo_eval.derived import metrics, summarise
+from delo_eval.derived import metrics, oracle_gap, summarise
 from delo_eval.matrix import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.config import RunConfig
@@ -79,6 +79,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
         **matrix.to_json(),
         "modes": [mode for mode in MODES if matrix.ran(mode)],
         "metrics": summarise(matrix),
+        "oracle_gap": oracle_gap(matrix) if results.choices else None,
         "metric_ids": {name: metric.id for name, metric in metrics().items()},
         "scoring": config.eval.scoring,
         "scorer_ids": facts["scorer_ids"],

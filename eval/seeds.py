@@ -8,40 +8,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from delo_eval.alike import Protocol, Results, differences, judged_mode, protocol, without_missing_seed
 from delo_eval.results import read_results
+from delo_eval.rows import spread
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
 
-Results = Mapping[str, Any]
 
-#: What must agree between runs that share a row, beside method and missing setting.
-SAME = (
-    "task_seq",
-    "tasks",
-    "split",
-    "limit",
-    "quant",
-    "metric_ids",
-    "scorer_ids",
-    "start_weights",
-    "data_hashes",
-)
-
-
-def _mode(results: Results) -> str:
-    """How a method is judged: by its own task choice, or with the true task where it cannot choose."""
-    return "matched" if "matched" in results["modes"] else "oracle"
+def _conditions(results: Results) -> Protocol:
+    """What must agree between runs that share a row, beside method and missing setting."""
+    same = {key: results[key] for key in ("task_seq", "quant")}
+    return {**without_missing_seed(protocol(results)), **same}
 
 
 def _metric(name: str, mode: str | None = None) -> Callable[[Results], float | None]:
-    return lambda results: results["metrics"][mode or _mode(results)][name]
+    return lambda results: results["metrics"][mode or judged_mode(results)][name]
 
 
 def _pattern_ap(pattern: str) -> Callable[[Results], float | None]:
     """Mean of the last row when every test record has this missing pattern."""
 
     def value(results: Results) -> float | None:
-        row = results["patterns"].get(pattern, {}).get(_mode(results), [[None]])[-1]
+        row = results["patterns"].get(pattern, {}).get(judged_mode(results), [[None]])[-1]
         return None if None in row else statistics.fmean(row)
 
     return value
@@ -102,21 +90,18 @@ def _columns(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
     for title, value in COLUMNS.items():
         values = [v for v in map(value, runs) if v is not None]
         if values:
-            std = statistics.stdev(values) if len(values) > 1 else None
-            columns[title] = {"mean": statistics.fmean(values), "std": std, "values": values}
+            found = spread(values)
+            columns[title] = {"mean": found.mean, "std": found.std, "values": values}
     return columns
 
 
 def _check_alike(runs: Mapping[str, Results]) -> None:
-    (first, reference), *others = runs.items()
-    for name, results in others:
-        for key in SAME:
-            if results[key] != reference[key]:
-                raise DeloError(
-                    f"{name} and {first} differ in {key}, so their numbers do not compare",
-                    given=results[key],
-                    fix="run them again alike",
-                )
+    apart = differences({name: _conditions(results) for name, results in runs.items()})
+    if apart:
+        raise DeloError(
+            "Runs of one row differ, so their numbers do not compare: " + "; ".join(map(str, apart)),
+            fix="run them again alike",
+        )
 
 
 def _markdown(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -12,9 +12,9 @@ from typing import Any, cast
 import torch
 from torch import distributed
 
-from delo_eval.derived import choice_statistics
+from delo_eval.derived import cell_score, choice_statistics, share
 from delo_eval.generate import Answerer
-from delo_eval.matrix import ZERO_SHOT
+from delo_eval.matrix import ZERO_SHOT, Mode
 from delo_eval.plots import PLOTS, draw
 from delo_eval.predictions import Row, merge_parts, prediction_file, prediction_row, write_part
 from delo_eval.questions import Cell, Questions, cells_of
@@ -303,17 +303,19 @@ def fill_cell(
     """Enter the scores of one cell's predictions into the matrix, for the modes that exist."""
     name, count = cell.task.name, len(rows)
 
-    def score(prediction: str, own: str) -> float:
-        if scorer.corpus is None:
-            return 100 * sum(float(row[own]) for row in rows) / count
-        return 100 * scorer.total([row[prediction] for row in rows], references)
+    def enter(mode: Mode, prediction: str, own: str, follows: str) -> None:
+        value, error = cell_score(
+            [row[prediction] for row in rows], [row[own] for row in rows], scorer, references
+        )
+        results.matrix.set(mode, stage, name, value, count=count, pattern=cell.pattern)
+        results.matrix.note("standard_errors", mode, stage, name, error, pattern=cell.pattern)
+        rate = share([row.get(follows) for row in rows])
+        results.matrix.note("instruction_following", mode, stage, name, rate, pattern=cell.pattern)
 
     if stage == ZERO_SHOT or not method.capabilities.needs_task:
-        value = score("prediction", "score")
-        results.matrix.set("matched", stage, name, value, count=count, pattern=cell.pattern)
+        enter("matched", "prediction", "score", "follows")
     if stage != ZERO_SHOT and all(row["oracle_score"] is not None for row in rows):
-        value = score("oracle_prediction", "oracle_score")
-        results.matrix.set("oracle", stage, name, value, count=count, pattern=cell.pattern)
+        enter("oracle", "oracle_prediction", "oracle_score", "oracle_follows")
 
 
 def scorer_of(task: TaskSpec, config: RunConfig) -> Scorer:

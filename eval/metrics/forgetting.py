@@ -9,5 +9,5 @@ def forgetting(grid: Grid, zero_shot: Row) -> float:
 
 
 METRIC = Metric(
-    "forgetting.v1", "(1/(T-1)) sum_{j<T} (a[j][j] - a[T][j])", forgetting, higher_is_better=False
+    "forgetting.diag_Tm1.v1", "(1/(T-1)) sum_{j<T} (a[j][j] - a[T][j])", forgetting, higher_is_better=False
 )

@@ -1,6 +1,7 @@
-"""Forgetting, max form (Chaudhry et al. 2018): (1/(T-1)) Σ_{j<T} (max_{j<=i<T} a[i][j] − a[T][j]).
+"""Forgetting, max form over trained stages: (1/(T-1)) Σ_{j<T} (max_{j<=i<T} a[i][j] − a[T][j]).
 
-The maximum runs over stages that had trained task j: it does not depend on cells above the diagonal.
+The maximum runs over stages that had trained task j: it does not depend on cells above the diagonal. The
+literal form, over all stages before the last, is `forgetting_max_all`.
 """
 
 import numpy as np
@@ -15,7 +16,7 @@ def forgetting_max(grid: Grid, zero_shot: Row) -> float:
 
 
 METRIC = Metric(
-    "forgetting_max.v1",
+    "forgetting_max.trained_Tm1.v1",
     "(1/(T-1)) sum_{j<T} (max_{j<=i<T} a[i][j] - a[T][j])",
     forgetting_max,
     higher_is_better=False,

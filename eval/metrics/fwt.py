@@ -13,4 +13,4 @@ def forward_transfer(grid: Grid, zero_shot: Row) -> float:
     return mean_or_nan(grid.diagonal(offset=1) - zero_shot[1:])
 
 
-METRIC = Metric("fwt.v1", "(1/(T-1)) sum_{j>=2} (a[j-1][j] - zero_shot[j])", forward_transfer)
+METRIC = Metric("fwt.polaris_Tm1.v1", "(1/(T-1)) sum_{j>=2} (a[j-1][j] - zero_shot[j])", forward_transfer)

@@ -1,11 +1,9 @@
 """What is wrong with wrong answers, as tables: kinds of error by task, and what is mistaken for what."""
 
-import importlib
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from delo_eval import errors
 from delo_eval.matrix import RUN_PATTERN
 from delo_eval.predictions import prediction_file
 from delo_eval.report.content import RunContent
@@ -31,9 +29,8 @@ def error_tables(content: RunContent) -> list[Grid]:
         DeloError: predictions are damaged.
     """
     stage = content.latest
-    if stage is None or importlib.util.find_spec("delo_eval.errors") is None:
+    if stage is None:
         return []
-    errors: Any = importlib.import_module("delo_eval.errors")
     tasks = [
         task
         for task in content.tasks[: stage + 1]
@@ -54,7 +51,7 @@ def error_tables(content: RunContent) -> list[Grid]:
     ]
 
 
-def _pairs(confusions: Sequence[Any]) -> list[str]:
+def _pairs(confusions: Sequence[errors.Confusion]) -> list[str]:
     """The first `TOP` as `reference → answer ×count`, padded with blanks."""
     texts = [f"{pair.answer} → {pair.prediction} ×{pair.count}" for pair in confusions[:TOP]]
     return texts + [""] * (TOP - len(texts))

@@ -50,6 +50,7 @@ class Scorer:
             mean over records (macro-F1, CIDEr, pairing by position); None means the mean of `function`.
         compat: the rule of the benchmark's official script, where there is one.
         needs: keys of `Reference.extra` that every record must have.
+        resamples: how often `corpus` is called for a cell's standard error; 0 gives none, for slow rules.
         details: (predictions, references) -> further named numbers of the whole task, as shares.
         unanswered: what a question without prediction counts where missing ones are allowed: the script of
             a compat rule may leave them out of the denominator.
@@ -64,6 +65,7 @@ class Scorer:
     corpus: Callable[[Sequence[str], Sequence[Reference]], float] | None = None
     compat: "Scorer | None" = None
     needs: tuple[str, ...] = ()
+    resamples: int = 100
     details: Callable[[Sequence[str], Sequence[Reference]], dict[str, float]] | None = None
     unanswered: Literal["wrong", "skipped"] = "wrong"
     by_position: bool = False

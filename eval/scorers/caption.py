@@ -29,6 +29,7 @@ SCORER = Scorer(
     corpus=corpus_metric("CIDEr", java=True),
     details=all_metrics(java=True),
     ready=require_java,
+    resamples=0,
     compat=Scorer(
         "caption.mcitlib.v1",
         "mean of BLEU-1..4, METEOR, ROUGE-L and CIDEr, paired by line number",
@@ -37,5 +38,6 @@ SCORER = Scorer(
         details=all_metrics(java=True),
         ready=require_java,
         by_position=True,
+        resamples=0,
     ),
 )

@@ -10,4 +10,5 @@ SCORER = Scorer(
     corpus=corpus_metric("CIDEr", java=False),
     details=all_metrics(java=False),
     ready=require_captions,
+    resamples=20,
 )

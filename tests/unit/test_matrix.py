@@ -31,9 +31,28 @@ def test_json_round_trip_keeps_every_cell() -> None:
     matrix.set("oracle", 2, "a", 2 / 3, count=4, pattern="image")
     for task in TASKS:
         matrix.set("matched", ZERO_SHOT, task, 3.5, count=5)
+    matrix.note("standard_errors", "matched", 2, "a", 1.5, pattern="image")
+    matrix.note("standard_errors", "matched", ZERO_SHOT, "c", 0.5)
+    matrix.note("instruction_following", "oracle", 2, "b", 98.0)
+    matrix.note("instruction_following", "oracle", 2, "a", None)
     again = AccuracyMatrix.from_json(json.loads(json.dumps(matrix.to_json(), allow_nan=False)))
     assert again == matrix
+    assert again.to_json()["standard_errors"]["image"]["matched"][2] == [1.5, None, None]
     assert again.patterns == ["run", "image"]
+
+
+def test_files_from_before_standard_errors_are_read() -> None:
+    data = filled(2).to_json()
+    assert data.pop("standard_errors") is None and data.pop("instruction_following") is None
+    assert AccuracyMatrix.from_json(data) == filled(2)
+
+
+def test_what_stands_beside_a_cell_is_cleared_with_it() -> None:
+    matrix = filled(2)
+    for stage in (0, 1):
+        matrix.note("standard_errors", "matched", stage, "a", 1.0)
+    matrix.clear(1, ["run"])
+    assert matrix.beside["standard_errors"] == {("matched", 0, "a", "run"): 1.0}
 
 
 def test_json_form() -> None:

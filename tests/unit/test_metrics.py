@@ -1,5 +1,7 @@
 """Metrics on a matrix computed by hand, on the tables CoIN and others print, and on the edges."""
 
+import re
+
 import numpy as np
 import pytest
 
@@ -62,7 +64,24 @@ def test_every_metric_has_a_file_an_id_with_version_and_a_formula() -> None:
         found
     )
     for name, metric in found.items():
-        assert metric.id == f"{name}.v1" and metric.formula
+        assert re.fullmatch(rf"{name}(\.\w+)?\.v\d+", metric.id) and metric.formula
+    assert len({metric.id for metric in found.values()}) == len(found)
+
+
+def test_ids_name_the_divisor_where_conventions_differ() -> None:
+    found = metrics()
+    for name in ("forgetting", "forgetting_max", "forgetting_max_all", "bwt_Tm1", "fwt"):
+        assert "Tm1" in found[name].id and "1/(T-1)" in found[name].formula
+    assert found["bwt_T"].formula.startswith("(1/T)")
+
+
+def test_the_literal_maximum_counts_what_a_task_scored_before_its_training() -> None:
+    grid = np.array([[80.0, 95.0, NAN], [70.0, 90.0, 33.0], [74.0, 60.0, 50.0]])
+    assert value("forgetting_max", grid) == pytest.approx(((80 - 74) + (90 - 60)) / 2)
+    assert value("forgetting_max_all", grid) == pytest.approx(((80 - 74) + (95 - 60)) / 2)
+    assert value("forgetting_max_all", np.array([[80.0, NAN], [70.0, 90.0]])) == 10
+    assert value("forgetting_max_all", np.array([[80.0]])) is None
+    assert value("forgetting_max_all", np.where(np.tri(3, dtype=bool), HAND, NAN)) is None
 
 
 @pytest.mark.parametrize(
@@ -127,5 +146,5 @@ def test_cells_that_were_not_run_make_a_metric_undefined_not_wrong() -> None:
 
 def test_cells_above_the_diagonal_change_nothing_but_forward_transfer() -> None:
     lower = np.where(np.tri(3, dtype=bool), HAND, NAN)
-    for name in metrics().keys() - {"fwt"}:
+    for name in metrics().keys() - {"fwt", "forgetting_max_all"}:
         assert value(name, lower, ZERO_SHOT) == value(name, HAND, ZERO_SHOT)

@@ -1,8 +1,10 @@
 """The page about several runs: leaderboard, matrices side by side, curves over each other."""
 
+import comparison_support
 import pytest
 from test_report import Page
 
+from delo_eval.compare import compare
 from delo_eval.report.compare import SECTIONS, mean_course, render_comparison
 from delo_llava.config import RunConfig
 
@@ -11,8 +13,6 @@ SCORES = {"first": (0.9, 0.6), "second": (0.4, 0.5)}
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    compare = pytest.importorskip("delo_eval.compare", reason="the comparison of runs is not there").compare
-    comparison_support = pytest.importorskip("comparison_support")
     root = tmp_path_factory.mktemp("runs")
     folders = [
         comparison_support.write_run(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,9 @@ from delo_eval.matrix import ZERO_SHOT, AccuracyMatrix
 from delo_eval.plots import draw
 from delo_eval.predictions import merge_parts, part_file, prediction_row, write_part
 from delo_eval.results import FILE, SCHEMA, Results, read_results, results_json, resume_results, write_results
+from delo_eval.scorers.base import Reference
 from delo_eval.scorers.exact_match import SCORER
+from delo_eval.stage import fill_cell
 from delo_eval.table import final_table, stage_table
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
@@ -170,8 +173,10 @@ def test_a_prediction_line_says_all() -> None:
         "answer": "MANGO",
         "prediction": "mango\u2028.",
         "score": 1.0,
+        "follows": None,
         "oracle_prediction": "mango",
         "oracle_score": 1.0,
+        "oracle_follows": None,
         "task_used": "naming",
         "task_without_instruction": "ocr",
         "choice_scores": {"ocr": 0.25, "naming": 0.75},
@@ -225,3 +230,38 @@ def test_plots_are_written_for_finished_and_running_sequences(tmp_path: Path) ->
         assert [path.name for path in written] == ["heatmap.png", "forgetting.png"]
         assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
     assert draw(content(stages=0), tmp_path / "none") == []
+
+
+def test_a_prediction_line_says_whether_the_instruction_is_followed() -> None:
+    asked = Record("x", "ocr", "test", None, None, "Is it red? Answer with yes or no.", "yes")
+    said = Answer("a long story", "Yes.", "naming", "ocr", None)
+    row = prediction_row(Question(asked, (False, False)), said, SCORER, 1, "run")
+    assert (row["follows"], row["oracle_follows"]) == (False, True)
+    alone = prediction_row(
+        Question(asked, (False, False)), Answer("no", None, None, None, None), SCORER, 1, "run"
+    )
+    assert (alone["follows"], alone["oracle_follows"]) == (True, None)
+
+
+def test_a_cell_has_its_error_its_format_share_and_the_price_of_choosing() -> None:
+    found = Results(AccuracyMatrix(("ocr",)), {"0": {"run": {}}})
+    right, told = [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]
+    lines = [
+        {
+            "prediction": "", "oracle_prediction": "", "score": score, "oracle_score": oracle,
+            "follows": follows, "oracle_follows": None,
+        }
+        for score, oracle, follows in zip(right, told, [True, True, True, False], strict=True)
+    ]  # fmt: skip
+    cell: Any = SimpleNamespace(task=SimpleNamespace(name="ocr"), pattern="run")
+    method: Any = SimpleNamespace(capabilities=SimpleNamespace(needs_task=False))
+    fill_cell(found, method, 0, cell, lines, SCORER, [Reference(str(i), "") for i in range(4)])
+    content = results_json(found, RunConfig(method="delo"), FACTS)
+    assert content["matrix"] == {"matched": [[50.0]], "oracle": [[75.0]]}
+    errors = content["standard_errors"]["run"]
+    assert errors["matched"][0][0] == pytest.approx(100 * (0.25 / 3) ** 0.5)
+    assert errors["oracle"][0][0] == pytest.approx(100 * (0.75 * 0.25 / 3) ** 0.5)
+    assert content["instruction_following"]["run"] == {
+        "matched": [[75.0]], "oracle": [[None]], "zero_shot": [None],
+    }  # fmt: skip
+    assert content["oracle_gap"] == {"ocr": 25.0}

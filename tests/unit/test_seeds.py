@@ -7,8 +7,22 @@ from typing import Any
 import pytest
 
 from delo_eval.results import SCHEMA
-from delo_eval.seeds import SAME, summarise_seeds
+from delo_eval.seeds import summarise_seeds
 from delo_llava.errors import DeloError
+
+#: What results say of how they were made, and another value for each.
+CONDITIONS: dict[str, Any] = {
+    "task_seq": "mini", "quant": "none", "tasks": ["a", "b"], "split": "test", "limit": None,
+    "scoring": "native", "metric_ids": {"ap": "ap.v1"}, "scorer_ids": {"a": "s.v1", "b": "s.v1"},
+    "start_weights": {"name": "base", "sha256": "a"}, "data_hashes": {"a": {"test": "1"}},
+    "missing": {"spec": {"ratio": 0.7, "kind": "both", "seed": 0, "image": "absent"}},
+}  # fmt: skip
+OTHERS: dict[str, Any] = {
+    "task_seq": "other", "quant": "nf4", "tasks": ["b", "a"], "split": "val", "limit": 5,
+    "scoring": "compat", "metric_ids": {"ap": "ap.v2"}, "scorer_ids": {"a": "s.v1", "b": "s.v2"},
+    "start_weights": {"name": "base", "sha256": "b"}, "data_hashes": {"a": {"test": "2"}},
+    "missing": {"spec": {"ratio": 0.5, "kind": "both", "seed": 0, "image": "absent"}},
+}  # fmt: skip
 
 
 def write(folder: Path, ap: float, mode: str = "matched", **changes: Any) -> None:
@@ -16,7 +30,7 @@ def write(folder: Path, ap: float, mode: str = "matched", **changes: Any) -> Non
     folder.mkdir(parents=True)
     both = {"matched": {"ap": None, "forgetting": None}, "oracle": {"ap": ap + 1, "forgetting": 0.0}}
     both[mode] = {"ap": ap, "forgetting": 2.0}
-    content = dict.fromkeys(SAME, 1) | {
+    content = CONDITIONS | {
         "schema": SCHEMA,
         "modes": [mode],
         "metrics": {**both, "complete": True},
@@ -45,9 +59,17 @@ def test_unfinished_runs_are_left_out(tmp_path: Path) -> None:
     assert "delo" not in summarise_seeds(tmp_path, ["easy"], ["delo"])
 
 
-@pytest.mark.parametrize("key", SAME)
+@pytest.mark.parametrize("key", OTHERS)
 def test_runs_made_differently_are_not_merged(tmp_path: Path, key: str) -> None:
     write(tmp_path / "easy" / "delo-s0", 10.0)
-    write(tmp_path / "easy" / "delo-s1", 10.0, **{key: 2})
+    write(tmp_path / "easy" / "delo-s1", 10.0, **{key: OTHERS[key]})
     with pytest.raises(DeloError, match=key):
         summarise_seeds(tmp_path, ["easy"], ["delo"])
+
+
+def test_each_seed_may_draw_its_own_missing_records_and_old_ids_are_known(tmp_path: Path) -> None:
+    write(tmp_path / "easy" / "delo-s0", 10.0, metric_ids={"forgetting": "forgetting.v1"})
+    spec = CONDITIONS["missing"]["spec"] | {"seed": 1}
+    ids = {"forgetting": "forgetting.diag_Tm1.v1", "forgetting_max_all": "forgetting_max_all.Tm1.v1"}
+    write(tmp_path / "easy" / "delo-s1", 30.0, missing={"spec": spec}, metric_ids=ids)
+    assert "20.0 ± 14.1" in summarise_seeds(tmp_path, ["easy"], ["delo"])

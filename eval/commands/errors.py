@@ -1,0 +1,43 @@
+"""Sort the wrong answers of a run by kind (empty, wrong format, off by one, ...) and show confusions."""
+
+import argparse
+from pathlib import Path
+
+from delo_llava.commands.base import Command, say
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Which predictions."""
+    parser.add_argument("--run", required=True, type=Path, help="folder with predictions/ and results.json")
+    parser.add_argument("--stage", type=int, help="index from 0 (default: the last finished one)")
+    parser.add_argument("--pattern", default="run", help="missing pattern (default: %(default)s)")
+    parser.add_argument("--mode", choices=("matched", "oracle"), help="default: as the method is judged")
+    parser.add_argument("--output", type=Path, help="JSON file (default: <run>/errors.json)")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Read, show and write.
+
+    Raises:
+        DeloError: no results, a stage that was not evaluated, or damaged predictions.
+    """
+    from delo_eval.errors import confusion_lines, errors_table, run_errors, write_errors
+    from delo_eval.rows import load_runs
+    from delo_eval.table import show
+    from delo_llava.errors import DeloError
+
+    (found,) = load_runs([options.run])
+    stage = found.stages - 1 if options.stage is None else options.stage
+    if not 0 <= stage < found.stages:
+        raise DeloError("This stage is not evaluated.", given=stage, allowed=range(found.stages))
+    mode, tasks = options.mode or found.mode, found.results["tasks"][: stage + 1]
+    errors = run_errors(found.folder, stage, tasks, pattern=options.pattern, oracle=mode == "oracle")
+    title = f"wrong answers after stage {stage}, pattern {options.pattern}, {mode}"
+    show(errors_table(errors, title), *confusion_lines(errors))
+    file = options.output or options.run / "errors.json"
+    write_errors(file, errors, stage=stage, pattern=options.pattern, mode=mode)
+    say(f"{file}\n")
+    return 0
+
+
+COMMAND = Command(arguments, run)

@@ -1,0 +1,223 @@
+"""Published tables: read, recompute what their rows allow, and stand beside runs where the protocol matches.
+
+Every number is a publication's; nothing here was measured by this project.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import numpy as np
+from pydantic import model_validator
+
+from delo_eval.alike import Protocol, Results
+from delo_eval.comparison import Row, Value
+from delo_eval.derived import metrics
+from delo_llava.registry import load_plugin
+from delo_llava.schema import Section, checked, read_yaml
+
+#: How sure the numbers are.
+CERTAINTY = {
+    "V": "read at its source",
+    "C": "recalled, then confirmed by arithmetic against aggregates that were read",
+    "R": "recalled, not read again",
+    "I": "inferred",
+    "unstated": "not recorded",
+}
+
+Cells = tuple[float | None, ...]
+
+
+class PublishedProtocol(Section):
+    """How the numbers were made, as far as it is known.
+
+    Attributes:
+        task_seq: the recipe of the same data, or None when it is not known to be the same.
+        data: the data as the source names it.
+        start_weights: in words.
+        start_names: hub ids of these weights; a run from another model never shares the table.
+        scoring: `compat` is the benchmark's official scripts.
+        training: what else is known of it.
+        order: `training`, or what the columns' order is instead.
+    """
+
+    task_seq: str | None
+    data: str
+    start_weights: str
+    start_names: tuple[str, ...] = ()
+    scoring: Literal["native", "compat"]
+    split: str
+    training: str = ""
+    order: str
+
+
+class PublishedRow(Section):
+    """One method.
+
+    Attributes:
+        kind: `zero_shot` rows are no result of training.
+        immediate, final: score of each column's task right after its training, after the last one; null where
+            it is not at hand.
+        aggregates: printed name -> printed number.
+        decimals: to which aggregates are printed.
+        unchecked: printed name -> why it cannot be recomputed from the row.
+    """
+
+    method: str
+    kind: Literal["trained", "zero_shot"] = "trained"
+    immediate: Cells | None = None
+    final: Cells | None = None
+    aggregates: dict[str, float] = {}
+    decimals: int = 2
+    unchecked: dict[str, str] = {}
+    note: str = ""
+
+
+class PublishedTable(Section):
+    """A table as its source prints it.
+
+    Attributes:
+        certainty: a key of `CERTAINTY`.
+        tasks: columns.
+        aggregates: printed name -> metric of this project with the same divisor and convention.
+        unchecked: printed name -> why it cannot be recomputed from any row.
+    """
+
+    title: str
+    source: str
+    certainty: Literal["V", "C", "R", "I", "unstated"]
+    protocol: PublishedProtocol
+    tasks: tuple[str, ...]
+    aggregates: dict[str, str]
+    unchecked: dict[str, str] = {}
+    rows: tuple[PublishedRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PublishedTable":
+        """Rows are as long as the table is wide, and print nothing that the table does not explain."""
+        for row in self.rows:
+            given = [cells for cells in (row.immediate, row.final) if cells is not None]
+            if any(len(cells) != len(self.tasks) for cells in given):
+                raise ValueError(f"{row.method}: {len(self.tasks)} cells are needed")
+            if len({cells[-1] for cells in given}) > 1:
+                raise ValueError(f"{row.method}: the last task's two scores are one cell and differ")
+            if unknown := set(row.aggregates) - set(self.aggregates):
+                raise ValueError(f"{row.method}: no metric is named for {sorted(unknown)}")
+        return self
+
+
+@dataclass(frozen=True)
+class Check:
+    """A printed aggregate against what its row gives.
+
+    Attributes:
+        tolerance: the largest difference that rounding of printed numbers explains.
+        via: what it was recomputed from: `cells`, or the printed `means` of final and immediate scores.
+    """
+
+    method: str
+    name: str
+    metric: str
+    printed: float
+    recomputed: float
+    tolerance: float
+    via: Literal["cells", "means"]
+
+    @property
+    def follows(self) -> bool:
+        """Whether the printed number follows from the row."""
+        return abs(self.printed - self.recomputed) <= self.tolerance + 1e-9
+
+
+def load_table(name: str) -> PublishedTable:
+    """A table by name, or the YAML file of one's own.
+
+    Raises:
+        DeloError: no such table, or a file that is not one.
+    """
+    path = Path(name) if Path(name).suffix == ".yaml" else cast(Path, load_plugin("published", name))
+    return checked(PublishedTable, read_yaml(path), where=f"the published table {path.name}")
+
+
+def checks(table: PublishedTable) -> Iterator[Check]:
+    """Recompute every printed aggregate that its row allows.
+
+    From cells: rounding moves a mean by half a unit of the last place, a difference of two means by one.
+    From printed means (final − immediate, times T/(T−1) or 1): the same, scaled.
+    """
+    count = len(table.tasks)
+    for row in table.rows:
+        half = 0.5 * 10.0**-row.decimals
+        by_metric = {table.aggregates[name]: value for name, value in row.aggregates.items()}
+        for name, printed in row.aggregates.items():
+            metric = table.aggregates[name]
+            value = _from_cells(row, metric, count)
+            if value is not None:
+                spread = 0.005 * (1 if metric in ("ap", "mft") else 2 * count / (count - 1))
+                yield Check(row.method, name, metric, printed, value, half + spread, "cells")
+            elif metric in (scale := _scales(count)) and {"ap", "mft"} <= set(by_metric):
+                value = scale[metric] * (by_metric["ap"] - by_metric["mft"])
+                yield Check(
+                    row.method, name, metric, printed, value, half + 2 * half * abs(scale[metric]), "means"
+                )
+
+
+def published_rows(
+    table: PublishedTable, reference: Results, protocol: Protocol
+) -> Iterator[tuple[Row, Protocol]]:
+    """The table's trained rows for a comparison, each with its protocol.
+
+    What a publication does not tell (hashes, versions of scorers) is taken to be as in the reference run: the
+    match is one of names. A metric is shown under this project's name of the same convention.
+    """
+    told = table.protocol
+    same_start = reference["start_weights"].get("name") in told.start_names
+    same_data = told.task_seq is not None and Path(str(reference["task_seq"])).stem == told.task_seq
+    declared = {
+        "tasks": list(table.tasks),
+        "stages": len(table.tasks),
+        "split": told.split,
+        "limit": None,
+        "scoring": told.scoring,
+        "missing.ratio": 0,
+        "start_weights": protocol["start_weights"] if same_start else told.start_weights,
+    }
+    kept = {key: value for key, value in protocol.items() if key != "missing.seed" and key != "missing.kind"}
+    found = {**kept, **declared} if same_data else {**kept, **declared, "published data": told.data}
+    for row in table.rows:
+        if row.kind == "trained":
+            yield _row(table, row), found
+
+
+def _row(table: PublishedTable, row: PublishedRow) -> Row:
+    cells = zip(table.tasks, row.final or [None] * len(table.tasks), strict=True)
+    tag = f"[{table.certainty}] {CERTAINTY[table.certainty]}"
+    return Row(
+        name=f"{row.method} ({table.source})",
+        method=row.method,
+        mode="published",
+        scores={task: Value(cell) for task, cell in cells if cell is not None},
+        metrics={table.aggregates[name]: Value(value) for name, value in row.aggregates.items()},
+        published=f"{table.title}; {table.source}; {tag}",
+        notes=tuple(filter(None, (row.note, *table.notes))),
+    )
+
+
+def _from_cells(row: PublishedRow, metric: str, count: int) -> float | None:
+    """The metric of the matrix of which only the diagonal and the last row may be known."""
+    if metric not in metrics():
+        return None
+    grid = np.full((count, count), np.nan)
+    if row.immediate is not None:
+        np.fill_diagonal(grid, [np.nan if cell is None else cell for cell in row.immediate])
+    if row.final is not None:
+        grid[-1] = [np.nan if cell is None else cell for cell in row.final]
+    return metrics()[metric](grid)
+
+
+def _scales(count: int) -> dict[str, float]:
+    """Metric -> its factor on (mean of final − mean of immediate scores)."""
+    over = count / (count - 1)
+    return {"bwt_T": 1.0, "bwt_Tm1": over, "forgetting": -over}
