@@ -31,7 +31,12 @@ def write_use_part(file: Path, rank: int, use: dict[str, Any] | None) -> None:
         return
     part = file.with_name(f".{file.stem}.part{rank}")
     if part.is_file():  # of an interrupted evaluation, which this one goes on with
-        use = {**use, "pools": add_pools([json.loads(part.read_text()), use])}
+        use = {
+            **use,
+            "pools": add_pools(
+                [read_json(part, "A part of routing counts", "remove it and evaluate again"), use]
+            ),
+        }
     part.parent.mkdir(parents=True, exist_ok=True)
     _write(part, use)
 
@@ -41,7 +46,7 @@ def merge_use_parts(file: Path) -> None:
     parts = sorted(file.parent.glob(f".{file.stem}.part*"))
     if not parts:
         return
-    uses = [json.loads(part.read_text()) for part in parts]
+    uses = [read_json(part, "A part of routing counts", "remove it and evaluate again") for part in parts]
     merged = {"schema": SCHEMA, "layers": uses[0]["layers"], "pools": add_pools(uses)}
     if not file.is_file() or _rows(read_use(file)) <= _rows(merged):
         _write(file, merged)

@@ -348,6 +348,31 @@ def test_the_first_frame_counts_and_exif_turns_nothing(tmp_path: Path) -> None:
     assert load_image(tmp_path / "x.jpg", RECORD).size == (6, 4)
 
 
+# ---- answers and references
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": NaN}', "9" * 10_000, '{"text": ', "\x80\x04"])
+def test_answers_and_references_beyond_json_are_told(tmp_path: Path, text: str) -> None:
+    from delo_eval.answers import read_answers
+    from delo_eval.references import read_references
+
+    for suffix in (".json", ".jsonl"):
+        file = tmp_path / f"x{suffix}"
+        file.write_text(text)
+        for read in (lambda given: read_answers([given]), read_references):
+            with pytest.raises(DeloError):
+                read(file)
+
+
+def test_captions_of_another_shape_are_told(tmp_path: Path) -> None:
+    from delo_eval.references import read_references
+
+    file = tmp_path / "captions.json"
+    file.write_text(json.dumps({"annotations": [{"caption": "a", "image_id": "../x"}]}))
+    with pytest.raises(DeloError, match="no image number"):
+        read_references(file)
+
+
 # ---- terminals
 
 

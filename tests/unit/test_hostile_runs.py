@@ -13,6 +13,7 @@ import tiny_models
 import torch
 import training_support as support
 from peft import LoraConfig
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from delo_eval.cli import main as evaluate
@@ -197,6 +198,33 @@ def test_an_adapter_in_a_models_folder_cannot_change_the_base(model: Path) -> No
     (model / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "org/other"}))
     with pytest.raises(DeloError, match="holds an adapter too"):
         find_backbone(model)
+
+
+def test_the_state_of_pretraining_comes_back_bit_by_bit_and_is_no_pickle(tmp_path: Path) -> None:
+    from delo_llava.mini.pretrain.loop import STATE, Stage
+
+    layer = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, betas=(0.9, 0.98))
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    stage = Stage(tmp_path)
+    saved = {"model": layer.state_dict(), "optimizer": optimizer.state_dict()}
+    stage.save(saved | {"step": 1, "spent": 0.1, "loss": 2.5})
+    found = stage.load()
+    assert found is not None and (found["step"], found["spent"], found["loss"]) == (1, 0.1, 2.5)
+    again = torch.nn.Linear(3, 2)
+    other = torch.optim.AdamW(again.parameters(), lr=0.5)
+    again.load_state_dict(found["model"])
+    other.load_state_dict(found["optimizer"])
+    for model, rule in ((layer, optimizer), (again, other)):
+        model.zero_grad()
+        model(torch.full((1, 3), 0.5)).sum().backward()
+        rule.step()
+    assert torch.equal(layer.weight, again.weight)
+    (tmp_path / STATE).write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    with pytest.raises(SafetensorError):
+        stage.load()
+    assert not (tmp_path / "owned").exists()
 
 
 # ---- run folders

@@ -88,7 +88,7 @@ class Stage:
         model: dict[str, Tensor] = {}
         kept: dict[int, dict[str, Tensor]] = {}
         with safe_open(self.folder / STATE, "pt") as file:
-            numbers = json.loads(file.metadata()["state"])
+            numbers: dict[str, Any] = json.loads(file.metadata()["state"])
             for name in file.keys():  # noqa: SIM118
                 part, _, rest = name.partition("/")
                 if part == "model":
