@@ -41,6 +41,8 @@ class DataConfig(Section):
         sub: share of every training set that is used, drawn by the run's seed.
         max_length: longest prompt with answer, in tokens; context is cut first.
         group_by_length: build batches of similar length.
+        on_bad_image: an image that training cannot read is an `error`, or its record is left out (`skip`), up
+            to `max_bad_images` records of a stage; never replaced by another.
     """
 
     root: Path | None = None
@@ -48,6 +50,8 @@ class DataConfig(Section):
     sub: float = Field(default=1.0, gt=0.0, le=1.0)
     max_length: int = Field(default=2048, ge=16)
     group_by_length: bool = True
+    on_bad_image: Literal["error", "skip"] = "error"
+    max_bad_images: int = Field(default=10, ge=0)
 
 
 class TrainConfig(Section):
@@ -61,6 +65,12 @@ class TrainConfig(Section):
         warmup: share of the steps spent warming up linearly, before a cosine to zero.
         clip: largest gradient norm; 0 switches clipping off.
         log_every: steps between two lines of metrics.
+        save_every: steps between two checkpoints inside a stage (0: only when a signal asks the run to
+            leave); the newest `keep` of them stay until the stage's adapter is published.
+        on_nonfinite: a loss or gradient that is not finite ends the run (`stop`), or its step is left out
+            (`skip`), up to `max_nonfinite` steps of a stage.
+        on_oom: out of memory ends the run (`stop`), or the stage goes on from its last checkpoint with half
+            the micro-batch and twice the accumulation (`halve`).
     """
 
     epochs: Positive = 1.0
@@ -77,6 +87,11 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     log_every: int = Field(default=10, ge=1)
     tensorboard: bool = False
+    save_every: int = Field(default=500, ge=0)
+    keep: int = Field(default=2, ge=1)
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    max_nonfinite: int = Field(default=10, ge=0)
+    on_oom: Literal["stop", "halve"] = "stop"
 
 
 class EvalConfig(Section):

@@ -118,12 +118,31 @@ class Interrupted(Exception):
     """Raised by a job's evaluation to end a run between two stages without ending the process."""
 
 
-def run_job(job: dict[str, Any]) -> None:
-    """Train one sequence; `kill` says where this process kills itself, `stop` after which stage it leaves."""
-    from delo_llava.cli import resolve
-    from delo_llava.training import logging, stages
+def ask_to_leave(stage: int, step: int, rank: int = 0) -> None:
+    """Send this process a signal, if it is `rank`, at the end of one step."""
+    from delo_llava.training import observer, signals
 
-    kill, stop = job.get("kill"), job.get("stop")
+    done = observer.StageObserver.step
+    signals.install()
+
+    def asked(self: observer.StageObserver, report: Any) -> None:
+        done(self, report)
+        if (self.stage.index, report.step, self.ranks.rank) == (stage, step, rank):
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    observer.StageObserver.step = asked  # type: ignore[method-assign]
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """Train one sequence; `kill` says where this process kills itself, `stop` after which stage it leaves,
+    `ask` at which step which rank gets a signal."""
+    from delo_llava.cli import resolve
+    from delo_llava.training import logging, observer, signals, stages
+
+    step = observer.StageObserver.step
+    kill, stop, ask = job.get("kill"), job.get("stop"), job.get("ask")
+    if ask is not None:
+        ask_to_leave(**ask)
     if kill is not None:
         write = logging.MetricsLog.write
 
@@ -142,8 +161,11 @@ def run_job(job: dict[str, Any]) -> None:
 
     try:
         stages.run_sequence(resolve(job["words"]), evaluate)
-    except Interrupted:
+    except (Interrupted, signals.Preempted):
         return
+    finally:
+        signals.clear()
+        observer.StageObserver.step = step  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

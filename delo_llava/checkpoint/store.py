@@ -28,8 +28,8 @@ class RunStore:
     """A run's folder.
 
     `config.yaml` (resolved configuration) · `run.json` (versions, hashes, seeds, stages) · `adapters/<task>/`
-    · `predictions/` · `logs/metrics.jsonl` · `results.json` · `complete.json` (written when the last stage is
-    evaluated).
+    · `checkpoints/<task>/step-…/` (of the stage that is being trained) · `predictions/` ·
+    `logs/metrics.jsonl` · `results.json` · `complete.json` (written when the last stage is evaluated).
     """
 
     def __init__(self, root: Path) -> None:
@@ -46,6 +46,10 @@ class RunStore:
     def adapter(self, task: str) -> Path:
         """Where the adapter published after `task` lies."""
         return self.adapters / task
+
+    def step_checkpoints(self, task: str) -> Path:
+        """Where the step checkpoints lie while `task` is being trained."""
+        return self.root / "checkpoints" / task
 
     def create(self) -> None:
         """Make the folders and clear what an interrupted publishing left."""

@@ -12,7 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from delo_llava.data.images import EncodedImage, ImageCache, dummy_image, image_error, load_image
+from delo_llava.data.images import (
+    EncodedImage,
+    ImageCache,
+    UnusableImage,
+    dummy_image,
+    image_error,
+    load_image,
+)
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -65,6 +72,7 @@ class Batch:
         answers: reference answers.
         dropped: the complete rows once more, each with one modality removed (the student's view), or None.
         dropped_rows: int64, rows of this batch that `dropped` shows, in its order.
+        filler: no record of this batch could be used; it keeps the ranks in step and trains nothing.
     """
 
     inputs: dict[str, Tensor]
@@ -78,6 +86,7 @@ class Batch:
     answers: list[str]
     dropped: "Batch | None" = None
     dropped_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    filler: bool = False
 
     def __len__(self) -> int:
         return len(self.record_ids)
@@ -127,6 +136,7 @@ class Collator:
         seed: decides, with task and record id alone, which modality a record loses in the dropped view; may
             be reassigned, say for each epoch.
         cache_bytes: bound of the memory of encoded images.
+        skip_bad_images: leave records out whose image cannot be used, and note them in `bad_images`.
     """
 
     def __init__(
@@ -140,6 +150,7 @@ class Collator:
         drop_view: bool = False,
         seed: int = 0,
         cache_bytes: int = 256 * 2**20,
+        skip_bad_images: bool = False,
     ) -> None:
         if image_mode not in ("absent", "dummy"):
             raise DeloError(
@@ -149,6 +160,9 @@ class Collator:
         self.max_length, self.image_mode, self.seed = max_length, image_mode, seed
         self.generation, self.drop_view = generation, drop_view
         self.truncated: Counter[str] = Counter()
+        self.skip_bad_images = skip_bad_images
+        #: task/record id -> why its image cannot be used.
+        self.bad_images: dict[str, str] = {}
         self._cache = ImageCache(cache_bytes)
         self._image_id = int(self.tokenizer.convert_tokens_to_ids(backbone.image_token))
         pad = self.tokenizer.pad_token_id
@@ -162,6 +176,11 @@ class Collator:
         Raises:
             DeloError: nothing to train on, an image that cannot be used, or a record that does not fit.
         """
+        items, lost = self._usable(items)
+        if not items:
+            batch = self._batch([(lost[0][0], (False, lost[0][1][1]))])
+            assert batch.labels is not None
+            return replace(batch, labels=torch.full_like(batch.labels, IGNORE), filler=True)
         batch = self._batch(items)
         if batch.labels is not None and not bool((batch.labels != IGNORE).any()):
             raise DeloError(
@@ -177,6 +196,19 @@ class Collator:
         return batch
 
     __call__ = collate
+
+    def _usable(self, items: Sequence[Item]) -> tuple[Sequence[Item], list[Item]]:
+        """The items to train on and those left out, whose images cannot be used."""
+        if not self.skip_bad_images:
+            return items, []
+        lost = []
+        for record, has in items:
+            try:
+                self._image(record, has[0] and record.image is not None)
+            except UnusableImage as error:
+                self.bad_images[f"{record.task}/{record.id}"] = error.message
+                lost.append((record, has))
+        return [item for item in items if item not in lost], lost
 
     def _without_one(self, record: Record) -> Item:
         """A complete record with the modality removed that its id and the seed decide."""

@@ -28,6 +28,10 @@ FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP":
 DUMMY_SIZE = (336, 336)
 
 
+class UnusableImage(DeloError):
+    """A record's image cannot be used."""
+
+
 class EncodedImage(NamedTuple):
     """One image as the model takes it: inputs (batched along dimension 0) and how many tokens it becomes."""
 
@@ -91,12 +95,12 @@ def _require_file(path: Path) -> None:
         raise ImageTooLarge(f"{status.st_size} bytes are more than {MAX_BYTES}")
 
 
-def image_error(path: Path | None, record: Record, reason: str) -> DeloError:
+def image_error(path: Path | None, record: Record, reason: str) -> UnusableImage:
     """The error for an image that cannot be used."""
-    return DeloError(
+    return UnusableImage(
         f"The image of record {record.id!r} ({record.task}/{record.split}) cannot be used: {reason}",
         given=path,
-        fix="replace the file, or remove the record",
+        fix="replace the file, remove the record, or train without such records: --data.on_bad_image=skip",
     )
 
 

@@ -9,13 +9,16 @@ import torch
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from delo_llava.errors import DeloError
 from delo_llava.experts.config import DeloConfig
 from delo_llava.experts.model import tuner
 from delo_llava.experts.own import require_own_adapter
+
+#: The tensors of an adapter, under PEFT's name.
+FILE = "adapter_model.safetensors"
 
 
 def save_adapter(
@@ -37,7 +40,7 @@ def save_adapter(
     )
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / FILE, metadata={"format": "pt"})
     config: Any = delo.peft_config[task]
     trained, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
@@ -54,7 +57,7 @@ def load_adapters(base: nn.Module, folders: Mapping[str, Path]) -> PeftModel:
     if not folders:
         raise DeloError("No adapters to load", given="an empty list of folders", fix="train a stage first")
     for task, folder in folders.items():
-        if not (folder / "adapter_model.safetensors").is_file():
+        if not (folder / FILE).is_file():
             raise DeloError(
                 f"The experts of task {task} are missing", given=folder, fix="train the stage again"
             )
@@ -67,18 +70,55 @@ def load_adapters(base: nn.Module, folders: Mapping[str, Path]) -> PeftModel:
         for task, folder in others:
             model.load_adapter(str(folder), adapter_name=task, is_trainable=False)
     for task, folder in folders.items():
-        _check_complete(model, task, folder)
+        check_complete(model, task, folder)
     return model
 
 
-def _check_complete(model: nn.Module, task: str, folder: Path) -> None:
-    """PEFT only warns of missing tensors; a half-loaded expert must not answer."""
-    expected = get_peft_model_state_dict(model, adapter_name=task, save_embedding_layers=False).keys()
-    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-        differing = sorted(expected ^ set(file.keys()))
-    if differing:
+def check_complete(model: nn.Module, task: str, folder: Path) -> None:
+    """Compare an adapter's file with the model: PEFT only warns of missing tensors, and a half-loaded adapter
+    must not answer.
+
+    Raises:
+        DeloError: naming each tensor that is missing, unexpected or of another shape.
+    """
+    expected = get_peft_model_state_dict(model, adapter_name=task, save_embedding_layers=False)
+    with safe_open(folder / FILE, "pt") as file:
+        found = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    report = tensor_report({name: tensor.shape for name, tensor in expected.items()}, found)
+    if report:
         raise DeloError(
-            f"The experts of task {task} do not fit the base model",
-            given=f"{len(differing)} tensors, such as {differing[0]}",
+            "\n".join([f"The adapter {task} does not fit the base model:", *report]),
+            given=folder,
             fix="use the base and configuration of the run",
         )
+
+
+def require_same_tensors(memory: Mapping[str, Tensor], path: Path) -> None:
+    """Compare the tensors in memory with those of a file just written, bit by bit.
+
+    Raises:
+        DeloError: naming each tensor that is missing, unexpected or different.
+    """
+    written = load_file(path)
+    report = tensor_report({n: t.shape for n, t in memory.items()}, {n: t.shape for n, t in written.items()})
+    report += [
+        f"  {name}: its values differ"
+        for name in sorted(memory.keys() & written.keys())
+        if not torch.equal(memory[name].detach().cpu(), written[name])
+    ]
+    if report:
+        raise DeloError(
+            "\n".join(["What was written is not the adapter in memory:", *report]),
+            given=path,
+            fix="check the disk; the same command trains on from the last checkpoint",
+        )
+
+
+def tensor_report(expected: Mapping[str, torch.Size], found: Mapping[str, torch.Size]) -> list[str]:
+    """One line for every tensor that is missing, unexpected or of another shape; empty when all fit."""
+    lines = [f"  {name}: missing" for name in sorted(expected.keys() - found.keys())]
+    lines += [f"  {name}: unexpected" for name in sorted(found.keys() - expected.keys())]
+    for name in sorted(expected.keys() & found.keys()):
+        if tuple(expected[name]) != tuple(found[name]):
+            lines.append(f"  {name}: shape {tuple(found[name])}, expected {tuple(expected[name])}")
+    return lines

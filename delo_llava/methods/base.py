@@ -21,6 +21,9 @@ from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
 
+#: Names in `Method.state_dict` that begin so are one rank's part of a sum over ranks.
+SUMMED = "sum/"
+
 #: Sums a tensor over all ranks and returns the sum (the identity in one process).
 Reduce = Callable[[Tensor], Tensor]
 
@@ -141,6 +144,22 @@ class Method(ABC):
         """
         return None
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the method holds between two steps of a stage beside the trainable parameters, for a step
+        checkpoint.
+
+        Names that begin with `SUMMED` are this rank's part of sums: each rank stores its own, and they are
+        added up when the stage goes on with another number of ranks. The others are equal on every rank.
+        """
+        return {}
+
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        """Go on from what `state_dict` gave: called after `begin_task`, in place of `prepare`.
+
+        Buffers that `prepare` sets must be set again here.
+        """
+        return None
+
     def end_task(self, model: nn.Module, reduce: Reduce) -> None:
         """Close the task: statistics that live on several ranks are summed here."""
         return None
@@ -148,6 +167,18 @@ class Method(ABC):
     @abstractmethod
     def save(self, model: nn.Module, stage: Stage, folder: Path) -> None:
         """Write what this stage adds into `folder` (safetensors, JSON). Parameters are gathered already."""
+
+    def adapter_tensors(self, model: Any, stage: Stage) -> dict[str, Tensor]:
+        """What `save` writes into `adapter_model.safetensors`, by name, as it is in memory: published files
+        are compared with it. A method whose adapter is not PEFT's own overrides it.
+        """
+        from peft.utils import get_peft_model_state_dict
+
+        name = stage.task if stage.task in model.peft_config else next(iter(model.peft_config))
+        found: dict[str, Tensor] = get_peft_model_state_dict(
+            model, adapter_name=name, save_embedding_layers=False
+        )
+        return found
 
     @abstractmethod
     def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:

@@ -33,6 +33,7 @@ from delo_llava.experts import (
 )
 from delo_llava.losses import align_loss_sum, consistency_loss_sum
 from delo_llava.methods.base import (
+    SUMMED,
     Capabilities,
     Footprint,
     Method,
@@ -145,8 +146,11 @@ class Delo(Method):
             )
         summed = RidgeStatistics(**{name: reduce(tensor) for name, tensor in here.tensors().items()})
         self._ridge = self._ridge.merge(summed)
+        self._fit(model)
+
+    def _fit(self, model: nn.Module) -> None:
         cross = tuner(model).delo_cross[self._task]
-        assert isinstance(cross, CrossModal)
+        assert isinstance(cross, CrossModal) and self._ridge is not None
         cross.fit(self._ridge, self.options.ridge)
 
     def counts(self, batch: Batch) -> dict[str, float]:
@@ -202,6 +206,27 @@ class Delo(Method):
         assert self._keys is not None and self._seen is not None
         self._keys.observe(self._task, *self._seen)
         self._seen = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The keys' sums of this rank since the stage began, and the ridge statistics, which ranks share."""
+        assert self._keys is not None
+        keys = self._keys.pending(self._task).tensors()
+        ridge = {} if self._ridge is None else self._ridge.tensors()
+        named = {f"{SUMMED}keys/{name}": tensor for name, tensor in keys.items()}
+        return named | {f"ridge/{name}": tensor for name, tensor in ridge.items()}
+
+    def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
+        assert self._keys is not None
+
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+        pending = self._keys.pending(self._task)
+        for name, tensor in under(f"{SUMMED}keys/").items():
+            pending.tensors()[name].copy_(tensor)
+        if self._ridge is not None:
+            self._ridge = RidgeStatistics(**under("ridge/"))
+            self._fit(model)
 
     def end_task(self, model: nn.Module, reduce: Reduce) -> None:
         assert self._keys is not None

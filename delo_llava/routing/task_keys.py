@@ -88,13 +88,17 @@ class TaskKeyMemory:
         A view counts where it is present in the data; a sample whose instruction has no words gives no
         instruction.
         """
-        here = self._pending.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance))
+        here = self.pending(task)
         for view, (query, seen) in enumerate(zip(queries, _seen(queries, presence), strict=True)):
             q = query.detach()[seen].double().cpu()
             here.count[view] += len(q)
             here.sums[view] += q.sum(0)
             if here.products is not None:
                 here.products[view] += q.T @ q
+
+    def pending(self, task: str) -> KeyStatistics:
+        """What this rank observed of `task` since it was last settled; the sums may be written to."""
+        return self._pending.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance))
 
     def settle(self, task: str, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Add what was observed of `task` since the last call to its keys, summed over ranks by `reduce`.

@@ -43,10 +43,12 @@ class TaskBatches:
             group_by_length=config.data.group_by_length,
         )
 
-    def mine(self, rank: int, world: int, collator: Collator) -> Iterator[list[Batch]]:
-        """This rank's micro-batches of every global batch; a thread collates the next ones meanwhile."""
+    def mine(self, rank: int, world: int, collator: Collator, start: int = 0) -> Iterator[list[Batch]]:
+        """This rank's micro-batches of every global batch from step `start` on; a thread collates the next
+        ones meanwhile.
+        """
         micro = self.config.train.micro_batch
-        shares = (deal(step, self._images(step), world, micro)[rank] for step in self.steps)
+        shares = (deal(step, self._images(step), world, micro)[rank] for step in self.steps[start:])
         yield from _ahead(shares, lambda share: [collator(self._items(indices)) for indices in share])
 
     def shard(
@@ -66,7 +68,8 @@ class TaskBatches:
         mine = chosen[rank::world]
         size = self.config.train.micro_batch
         parts = (list(mine[start : start + size]) for start in range(0, len(mine), size))
-        yield from _ahead(parts, lambda indices: collator(self._items(indices)))
+        batches = _ahead(parts, lambda indices: collator(self._items(indices)))
+        yield from (batch for batch in batches if not batch.filler)
 
     def require_matching_ranks(self, world: int) -> None:
         """Check for ZeRO-3 that in every forward pass either all ranks have an image or none has.

@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from math import nan
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +23,15 @@ from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin
 from delo_llava.training.optim import build_optimizer
 from delo_llava.training.ranks import Ranks
+from delo_llava.training.shards import (
+    OptimizerState,
+    Piece,
+    deal_state,
+    gather_state,
+    whole_pieces,
+    zero3_pieces,
+    zero12_pieces,
+)
 
 #: Sections of a DeepSpeed file that would silently replace our optimiser and schedule.
 OVERRIDING = ("optimizer", "scheduler")
@@ -56,12 +66,25 @@ class Engine(Protocol):
     def step(self) -> float | None:
         """Called after every micro-batch; at the last one of a global batch: clip, update, clear.
 
-        Returns the global gradient norm before clipping if it updated, else None.
+        Returns the global gradient norm before clipping at the last one, else None. Where it is not finite,
+        nothing was updated, on any rank.
         """
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """A block in which trainable parameters are whole on every rank (read-only)."""
+
+    def gather_optimizer(self) -> OptimizerState:
+        """The optimiser's state as whole tensors on the first rank; every rank must call it."""
+
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """Go on from `state`; called before the first step, with the whole tensors on every rank."""
+
+    def schedule_state(self) -> dict[str, Any] | None:
+        """The state of the file's own schedule, as JSON holds it; None without one."""
+
+    def load_schedule(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `schedule_state` gave."""
 
     def close(self) -> None:
         """Free everything the engine holds but the module."""
@@ -99,7 +122,8 @@ class SingleEngine:
         if self._micro:
             return None
         norm = nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
-        self._optimizer.step()
+        if bool(norm.isfinite()):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
@@ -107,6 +131,23 @@ class SingleEngine:
     def gathered(self) -> Iterator[None]:
         """Parameters are always whole here."""
         yield
+
+    def gather_optimizer(self) -> OptimizerState:
+        """The state as it is."""
+        return gather_state(
+            self._optimizer, whole_pieces(self._trained), trained_parameters(self.module), lambda t: t, True
+        )
+
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """Copy the state in."""
+        deal_state(self._optimizer, whole_pieces(self._trained), trained_parameters(self.module), state)
+
+    def schedule_state(self) -> dict[str, Any] | None:
+        """The loop schedules."""
+        return None
+
+    def load_schedule(self, state: dict[str, Any] | None) -> None:
+        """Nothing to load."""
 
     def close(self) -> None:
         """Drop optimiser state and gradients."""
@@ -128,14 +169,16 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(ranks.device)
         settings = deepspeed_settings(config, accumulation, ranks.device)
         self.module, self._deepspeed, self._scale = module, deepspeed, ranks.world * accumulation
+        self._ranks = ranks
         self.schedules = "scheduler" in settings
+        # Taken before DeepSpeed sees the groups: ZeRO-3 empties them.
+        self._trained = [p for group in groups for p in group["params"]]
         ours: dict[str, Any] = {"optimizer": build_optimizer(groups, config.train)}
         if "optimizer" in settings:
             ours = {"model_parameters": groups}
         self._engine, *_ = deepspeed.initialize(
             model=module, config=settings, dist_init_required=False, **ours
         )
-        self._trained = [p for group in groups for p in group["params"]]
         self._check(settings["zero_optimization"]["stage"], ranks.world)
 
     @property
@@ -156,7 +199,11 @@ class DeepSpeedEngine:
         """DeepSpeed counts micro-batches itself and updates at the accumulation boundary."""
         last = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() or 0.0) if last else None
+        if not last:
+            return None
+        # DeepSpeed leaves an update with a gradient that is not finite out, without a word; ZeRO-3 then still
+        # tells the norm of the step before.
+        return float(self._engine.get_global_grad_norm() or 0.0) if self._engine.was_step_applied() else nan
 
     @contextmanager
     def gathered(self) -> Iterator[None]:
@@ -164,6 +211,35 @@ class DeepSpeedEngine:
         parts = [p for p in self._trained if hasattr(p, "ds_id")]
         with self._deepspeed.zero.GatheredParameters(parts, modifier_rank=None, enabled=bool(parts)):
             yield
+
+    def gather_optimizer(self) -> OptimizerState:
+        """Gathered from the ranks' partitions, one parameter after the other."""
+        return gather_state(
+            self._inner(), self._pieces(), trained_parameters(self.module), self._ranks.sum, self._ranks.first
+        )
+
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """Fill this rank's partitions."""
+        deal_state(self._inner(), self._pieces(), trained_parameters(self.module), state)
+
+    def schedule_state(self) -> dict[str, Any] | None:
+        """That of the scheduler in the DeepSpeed file."""
+        state: dict[str, Any] | None = self._engine.lr_scheduler.state_dict() if self.schedules else None
+        return state
+
+    def load_schedule(self, state: dict[str, Any] | None) -> None:
+        """Set that scheduler, and the rates it gives."""
+        if state is not None:
+            self._engine.lr_scheduler.load_state_dict(state)
+
+    def _inner(self) -> Any:
+        return self._engine.optimizer.optimizer
+
+    def _pieces(self) -> dict[int, Piece]:
+        optimizer = self._engine.optimizer
+        if self._engine.zero_optimization_stage() == 3:
+            return zero3_pieces(optimizer, self._trained, self._ranks.rank)
+        return zero12_pieces(optimizer)
 
     def close(self) -> None:
         """Destroy the engine, so that the next stage's starts on free memory."""
@@ -185,6 +261,12 @@ class DeepSpeedEngine:
                 given=found,
                 allowed=[("DeepSpeedEngine", stage, world)],
             )
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a `MethodModule`'s model by their names in it."""
+    model = module.get_submodule("model")
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def build_engine(
@@ -222,6 +304,12 @@ def read_deepspeed_file(config: RunConfig) -> dict[str, Any]:
                 given=path,
                 fix=f"remove `{key}`",
             )
+    if settings.get("zero_optimization", {}).get("compute_grad_norm") is False:
+        raise DeloError(
+            "The gradient norm is needed to notice gradients that are not finite",
+            given=path,
+            fix="remove `compute_grad_norm`",
+        )
     if "stage" not in settings.get("zero_optimization", {}):
         raise DeloError(
             "The DeepSpeed file names no ZeRO stage", given=path, fix='add "zero_optimization": {"stage": 2}'

@@ -1,14 +1,25 @@
-"""What stops a run that went wrong: unlabelled batches, non-finite losses, frozen weights that moved."""
+"""What stops a run that went wrong: unlabelled batches, non-finite losses, full memory, frozen weights that
+moved."""
 
 import hashlib
-from collections.abc import Iterable
+import os
+import resource
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from delo_llava.config import TrainConfig
 from delo_llava.errors import DeloError
 
 SHOWN_IDS = 8
+#: How the CPU's allocators say that there is no more; CUDA's has an exception of its own.
+OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory")
+
+
+class OutOfMemory(DeloError):
+    """A step did not fit into memory."""
 
 
 def require_trained_tokens(counts: dict[str, float], record_ids: list[str]) -> None:
@@ -25,19 +36,85 @@ def require_trained_tokens(counts: dict[str, float], record_ids: list[str]) -> N
         )
 
 
-def require_finite(loss: Tensor | float, step: int, record_ids: list[str]) -> None:
-    """Stop at a loss or gradient norm that is not finite: one such step destroys the adapter.
+def judge_nonfinite(train: TrainConfig, step: int, record_ids: list[str], skipped: int) -> None:
+    """Whether a step that was left out, as its loss or gradient is not finite, may be passed over.
+
+    Args:
+        record_ids: the records whose loss is not finite, or all of the step if only the gradient is not.
+        skipped: steps left out in this stage, this one included.
 
     Raises:
-        DeloError: naming the step and the records.
+        DeloError: naming the step and the records, unless the policy is `skip` and the limit not reached.
     """
-    value = float(loss)
-    if value != value or value in (float("inf"), float("-inf")):
+    if train.on_nonfinite == "skip" and skipped <= train.max_nonfinite:
+        return
+    limit = "" if train.on_nonfinite == "stop" else f" ({skipped} steps of this stage, too many)"
+    raise DeloError(
+        f"Loss or gradient is not finite at step {step}{limit}",
+        given=f"records {_ids(record_ids)}",
+        fix="lower train.lr, check these records, or leave such steps out: --train.on_nonfinite=skip",
+    )
+
+
+def judge_bad_images(count: int, limit: int, names: dict[str, str]) -> None:
+    """Stop when too many records of a stage have images that cannot be read.
+
+    Raises:
+        DeloError: naming them.
+    """
+    if count > limit:
         raise DeloError(
-            f"The loss is not finite at step {step}",
-            given=f"{value} with records {_ids(record_ids)}",
-            fix="lower train.lr, or check these records",
+            f"{count} records have images that cannot be used; data.max_bad_images allows {limit}",
+            given=_ids([f"{name}: {why}" for name, why in sorted(names.items())]),
+            fix="mend the files, or raise data.max_bad_images",
         )
+
+
+@contextmanager
+def memory_told(train: TrainConfig, device: torch.device, planned: int | None) -> Iterator[None]:
+    """Tell that memory is full in one message.
+
+    Args:
+        planned: bytes per device that a plan expected, or None without one.
+
+    Raises:
+        OutOfMemory: the block ran out of memory; what it used, what was planned, and what helps.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        told = str(error).lower()
+        if not isinstance(error, MemoryError) and not any(text in told for text in OUT_OF_MEMORY):
+            raise
+        plan = "no plan was made" if planned is None else f"planned {gib(planned)}"
+        raise OutOfMemory(
+            f"Out of memory on {device}",
+            given=f"{memory_used(device)}; {plan}; train.micro_batch={train.micro_batch}",
+            fix=f"--train.micro_batch={max(1, train.micro_batch // 2)} (the global batch stays), "
+            "--train.gradient_checkpointing=true, --zero 3, or --train.on_oom=halve",
+        ) from error
+
+
+def memory_used(device: torch.device) -> str:
+    """Peak and total memory of the device, or of this process on the CPU."""
+    if device.type == "cuda":
+        peak, total = torch.cuda.max_memory_reserved(device), torch.cuda.mem_get_info(device)[1]
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return f"used {gib(peak)} of {gib(total)}"
+
+
+def gib(count: int) -> str:
+    """Bytes as GiB."""
+    return f"{count / 2**30:.1f} GiB"
+
+
+def smaller_micro_batch(train: TrainConfig, world: int) -> int | None:
+    """The largest micro-batch of at most half the size that divides a rank's share; None below 1."""
+    share = train.global_batch // world
+    fits = [size for size in range(1, train.micro_batch // 2 + 1) if share % size == 0]
+    return max(fits, default=None)
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:

@@ -1,6 +1,7 @@
 """What a run tells: JSON lines of metrics, TensorBoard when asked for, one bar for the whole sequence."""
 
 import json
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,20 +24,20 @@ class MetricsLog:
 
     Args:
         path: the JSONL file.
-        stage: lines of this stage and later ones are dropped: an interrupted stage starts again from its
-            first step.
-        tensorboard: also write event files beside it.
+        stage, step: lines from this step of this stage on are dropped: there an interrupted stage goes on.
+        tensorboard: also write event files beside it, a folder for each stage.
 
     Raises:
         DeloError: TensorBoard asked for and not installed.
     """
 
-    def __init__(self, path: Path, stage: int, tensorboard: bool = False) -> None:
+    def __init__(self, path: Path, stage: int, step: int = 0, tensorboard: bool = False) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-        write_text_atomic(path, "".join(line for line in lines if _stage_of(line) < stage))
+        write_text_atomic(path, "".join(line for line in lines if _place_of(line) < (stage, step)))
         self._file = path.open("a", encoding="utf-8", buffering=1)
-        self._writer = _summary_writer(path.parent / "tensorboard") if tensorboard else None
+        folder = path.parent / "tensorboard" / f"stage{stage}"
+        self._writer = _summary_writer(folder, step) if tensorboard else None
 
     def write(self, entry: Mapping[str, Any]) -> None:
         """Append one entry; it must hold `stage`, `task` and `step`."""
@@ -44,6 +45,13 @@ class MetricsLog:
         if self._writer is not None:
             for name, value in _scalars(entry):
                 self._writer.add_scalar(f"{entry['task']}/{name}", value, entry["step"])
+
+    def flush(self) -> None:
+        """Bring what was written to the disk, before a checkpoint that relies on it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        if self._writer is not None:
+            self._writer.flush()
 
     def close(self) -> None:
         """Flush and close."""
@@ -137,6 +145,11 @@ class RunProgress:
             left = clock(self.eta.seconds())
             self.say(f"{self._text}: step {done}/{self._total} of the sequence, loss {loss:.4f}, ETA {left}")
 
+    def resumed(self, steps: int) -> None:
+        """So many steps of the stage were done by an earlier launch."""
+        self.eta.steps -= steps
+        self._live.update(self._bar, advance=steps)
+
     def evaluated(self, seconds: float, cells: int) -> None:
         """Some evaluations were done."""
         self.eta.evaluated(seconds, cells)
@@ -196,12 +209,13 @@ def matrix_summary(results: Mapping[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-def _stage_of(line: str) -> int:
-    """The stage of a metrics line; a line that was cut off by a kill counts as the latest."""
+def _place_of(line: str) -> tuple[int, int]:
+    """Stage and step of a metrics line; a line that was cut off by a kill counts as the latest."""
     try:
-        return int(json.loads(line)["stage"])
+        entry = json.loads(line)
+        return int(entry["stage"]), int(entry["step"])
     except (ValueError, KeyError, TypeError):
-        return 10**9
+        return 10**9, 0
 
 
 def _scalars(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
@@ -214,7 +228,7 @@ def _scalars(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, floa
     return pairs
 
 
-def _summary_writer(folder: Path) -> Any:
+def _summary_writer(folder: Path, step: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
@@ -223,4 +237,4 @@ def _summary_writer(folder: Path) -> Any:
             given="train.tensorboard",
             fix='pip install "delo-llava[track]", or leave it off',
         ) from error
-    return SummaryWriter(str(folder))
+    return SummaryWriter(str(folder), purge_step=step)

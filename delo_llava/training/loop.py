@@ -1,9 +1,10 @@
 """The steps of one stage: the same arithmetic for every engine, rank count and accumulation."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from math import isfinite, nan
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -11,8 +12,9 @@ from torch import Tensor
 from delo_llava.config import TrainConfig
 from delo_llava.data.collate import Batch
 from delo_llava.methods.base import Method
+from delo_llava.training import signals
 from delo_llava.training.engine import Engine
-from delo_llava.training.guards import require_finite, require_trained_tokens
+from delo_llava.training.guards import judge_nonfinite, require_trained_tokens
 from delo_llava.training.module import MethodModule
 from delo_llava.training.optim import cosine_with_warmup, rates, set_rates
 from delo_llava.training.ranks import Ranks
@@ -41,11 +43,36 @@ class StepReport:
 
 
 @dataclass
-class StageRates:
-    """The learning rates that really applied, for the run's record."""
+class Ledger:
+    """What a stage's steps leave for the run's record; it travels with the step checkpoints.
+
+    Attributes:
+        first, last: the learning rates that really applied, by group.
+        skipped: steps left out because loss or gradient was not finite, with the records at fault.
+        bad_images: records left out because their image cannot be read -> why.
+        seconds: spent in this stage before the checkpoint.
+        resumed: steps at which a launch went on.
+    """
 
     first: dict[str, float] = field(default_factory=dict)
     last: dict[str, float] = field(default_factory=dict)
+    skipped: list[dict[str, Any]] = field(default_factory=list)
+    bad_images: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    resumed: list[int] = field(default_factory=list)
+
+
+class Observer(Protocol):
+    """What the loop tells the stage that runs it; the same calls on every rank."""
+
+    def step(self, report: StepReport) -> None:
+        """A step was done."""
+
+    def skipped(self, step: int, record_ids: list[str]) -> None:
+        """A step was left out."""
+
+    def save(self, step: int) -> None:
+        """Store the stage as it stands before `step`."""
 
 
 def run_steps(
@@ -55,71 +82,124 @@ def run_steps(
     steps: int,
     train: TrainConfig,
     ranks: Ranks,
-    report: Callable[[StepReport], None],
-) -> StageRates:
-    """Train `steps` global batches; each element of `batches` is this rank's micro-batches of one of them.
+    observer: Observer,
+    *,
+    start: int = 0,
+    ledger: Ledger | None = None,
+) -> Ledger:
+    """Train the global batches from `start` to `steps`.
+
+    Args:
+        batches: this rank's micro-batches of each global batch, from `start` on.
 
     Raises:
-        DeloError: a micro-batch without trained tokens, or a loss or gradient that is not finite.
+        DeloError: a micro-batch without trained tokens, or a loss or gradient that is not finite; raised on
+            every rank.
+        Preempted: a rank was asked to leave; the stage is saved.
     """
-    applied = StageRates()
+    ledger = ledger or Ledger()
     began = time.monotonic()
-    for step, micros in enumerate(batches):
-        ranks.leave_if_asked(f"training, before step {step}")
+    for step, micros in enumerate(batches, start):
+        if ranks.any(signals.requested() is not None):
+            if step > start:
+                observer.save(step)
+            ranks.leave_if_asked(f"training, before step {step}")
         totals = _totals(module.method, micros, ranks)
         if engine.schedules:
             lr = rates(engine.optimizer)
         else:
             lr = set_rates(engine.optimizer, cosine_with_warmup(step, steps, train.warmup))
-        terms, norm = _step(engine, module, micros, totals, step, ranks)
-        weights = module.method.weights()
+        terms, norm, faulty = _step(engine, module, micros, totals, ranks)
         now = time.monotonic()
-        report(
-            StepReport(
-                step=step,
-                loss=sum(weights[k] * v for k, v in terms.items()),
-                terms=terms,
-                lr=lr,
-                grad_norm=norm,
-                answer_tokens=int(totals["answer"]),
-                seconds=now - began,
-                samples_per_second=train.global_batch / (now - began),
-            )
-        )
+        if isfinite(norm):
+            report = _report(step, terms, module.method.weights(), lr, norm, totals, now - began, train)
+            observer.step(report)
+        else:
+            _skip(step, micros, faulty, train, ranks, observer, ledger)
         began = now
-        applied.first, applied.last = applied.first or lr, lr
-    return applied
+        ledger.first, ledger.last = ledger.first or lr, lr
+        if train.save_every and (step + 1) % train.save_every == 0 and step + 1 < steps:
+            observer.save(step + 1)
+    return ledger
+
+
+def _report(
+    step: int,
+    terms: dict[str, float],
+    weights: dict[str, float],
+    lr: dict[str, float],
+    norm: float,
+    totals: dict[str, float],
+    seconds: float,
+    train: TrainConfig,
+) -> StepReport:
+    return StepReport(
+        step=step,
+        loss=sum(weights[k] * v for k, v in terms.items()),
+        terms=terms,
+        lr=lr,
+        grad_norm=norm,
+        answer_tokens=int(totals["answer"]),
+        seconds=seconds,
+        samples_per_second=train.global_batch / seconds,
+    )
 
 
 def _step(
-    engine: Engine,
-    module: MethodModule,
-    micros: list[Batch],
-    totals: dict[str, float],
-    step: int,
-    ranks: Ranks,
-) -> tuple[dict[str, float], float]:
-    """Forward and backward of every micro-batch, then the update; returns the terms' means and the norm."""
+    engine: Engine, module: MethodModule, micros: list[Batch], totals: dict[str, float], ranks: Ranks
+) -> tuple[dict[str, float], float, list[str]]:
+    """Forward and backward of every micro-batch, then the update.
+
+    Returns:
+        the terms' means; the gradient norm, which is not finite where nothing was updated; and this rank's
+        records whose loss is not finite.
+    """
     method, names = module.method, sorted(totals)
-    weights = method.weights()
+    weights, faulty = method.weights(), list[str]()
     summed = torch.zeros(len(names), dtype=torch.float64)
-    norm: float | None = None
+    norm = 0.0
     for micro in micros:
         batch = micro.to(ranks.device)
         sums = engine.forward(batch)
         loss = _weighted(sums, weights, totals)
-        require_finite(loss.detach(), step, micro.record_ids)
+        finite = bool(loss.detach().isfinite())
+        if not finite:
+            # An infinite loss may have a finite gradient on this rank, and the others cannot know. Every
+            # engine leaves an update out, on all ranks, when the gradient is not finite: so make it that.
+            loss = loss * nan
+            faulty += micro.record_ids
         summed += torch.tensor(
             [float(sums[name].detach()) if name in sums else 0.0 for name in names], dtype=torch.float64
         )
         engine.backward(loss)
-        method.after_backward(module.model, batch)
-        norm = engine.step()
-    require_finite(norm if norm is not None else 0.0, step, [i for micro in micros for i in micro.record_ids])
+        if finite and not micro.filler:
+            method.after_backward(module.model, batch)
+        norm = engine.step() or 0.0
     whole = ranks.sum(summed).tolist()
-    return {name: value / max(totals[name], 1.0) for name, value in zip(names, whole, strict=True)}, float(
-        norm or 0.0
-    )
+    means = {name: value / max(totals[name], 1.0) for name, value in zip(names, whole, strict=True)}
+    return means, norm, faulty
+
+
+def _skip(
+    step: int,
+    micros: list[Batch],
+    faulty: list[str],
+    train: TrainConfig,
+    ranks: Ranks,
+    observer: Observer,
+    ledger: Ledger,
+) -> None:
+    """Record a step that was left out.
+
+    Raises:
+        DeloError: the run's policy is to stop, or there were too many.
+    """
+    found = [name for ids in ranks.each(faulty) for name in ids]
+    everything = [i for ids in ranks.each([i for m in micros for i in m.record_ids]) for i in ids]
+    records = found or everything
+    ledger.skipped.append({"step": step, "records": records})
+    observer.skipped(step, records)
+    judge_nonfinite(train, step, records, len(ledger.skipped))
 
 
 def _weighted(sums: dict[str, Tensor], weights: dict[str, float], totals: dict[str, float]) -> Tensor:
@@ -133,7 +213,8 @@ def _totals(method: Method, micros: list[Batch], ranks: Ranks) -> dict[str, floa
     """How many items each loss term averages over in the whole global batch."""
     counts = [method.counts(batch) for batch in micros]
     for batch, count in zip(micros, counts, strict=True):
-        require_trained_tokens(count, batch.record_ids)
+        if not batch.filler:
+            require_trained_tokens(count, batch.record_ids)
     names = sorted(method.weights())
     own = torch.tensor([sum(count.get(name, 0.0) for count in counts) for name in names], dtype=torch.float64)
     return dict(zip(names, ranks.sum(own).tolist(), strict=True))

@@ -3,7 +3,6 @@
 import gc
 import random
 import time
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -11,21 +10,36 @@ import torch
 from torch import nn
 
 from delo_llava.backbones.base import Backbone
+from delo_llava.checkpoint.steps import StepStore
 from delo_llava.checkpoint.store import RunStore
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Collator
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.errors import DeloError
+from delo_llava.experts.store import FILE, require_same_tensors
 from delo_llava.methods.base import Method, Stage
 from delo_llava.tasks import TaskSpec
 from delo_llava.training.batches import TaskBatches
 from delo_llava.training.engine import Engine, build_engine, zero_stage
-from delo_llava.training.guards import fingerprint, frozen_parameters, require_unchanged
-from delo_llava.training.logging import MetricsLog, RunProgress
-from delo_llava.training.loop import StageRates, StepReport, run_steps
+from delo_llava.training.guards import (
+    OutOfMemory,
+    fingerprint,
+    frozen_parameters,
+    memory_told,
+    require_unchanged,
+    smaller_micro_batch,
+)
+from delo_llava.training.logging import RunProgress
+from delo_llava.training.loop import Ledger, run_steps
 from delo_llava.training.module import MethodModule
+from delo_llava.training.observer import StageObserver
 from delo_llava.training.optim import parameter_groups
 from delo_llava.training.ranks import Ranks
+from delo_llava.training.signals import Preempted
+from delo_llava.training.step_state import Resumed, StepCheckpoints
+
+#: Ranks that a checkpoint has no random state for, as there were fewer, are seeded this far apart by step.
+RANK_SEEDS = 1_000_003
 
 
 class StageTrainer:
@@ -39,51 +53,146 @@ class StageTrainer:
     def __init__(
         self, config: RunConfig, store: RunStore, ranks: Ranks, backbone: Backbone, path: str, method: Method
     ) -> None:
-        self.run_config, self.config, self.store, self.ranks = config, config, store, ranks
+        self.run_config, self.store, self.ranks = config, store, ranks
+        #: The run's, with what differs for the task that is being trained: `per_task`, a halved micro-batch.
+        self.config = config
         self.backbone, self.path, self.method = backbone, path, method
         self.processor = backbone.load_processor(path)
 
     def train(self, task: TaskSpec, stage: Stage, progress: RunProgress) -> None:
-        """Train `task` and publish `adapters/<task>`.
+        """Train `task`, from its last checkpoint if there is one, and publish `adapters/<task>`.
 
         Raises:
             DeloError: anything the guards find; nothing is published then.
+            Preempted: a rank was asked to leave, or the micro-batch was halved on several ranks; the same
+                command goes on.
         """
-        self.config = self.run_config.for_task(task.name)
+        while True:
+            self.config = self.run_config.for_task(task.name)
+            smaller = self.ranks.same(self.store.stage(stage.task).get("micro_batch"))
+            if smaller is not None:
+                train = self.config.train.model_copy(update={"micro_batch": smaller})
+                self.config = self.config.model_copy(update={"train": train})
+            planned = self.store.read_run().get("planned_bytes")
+            try:
+                with memory_told(self.config.train, self.ranks.device, planned):
+                    self._train(task, stage, progress)
+                break
+            except OutOfMemory as error:
+                self._halve(stage, error, progress)
+                free_memory()
+        self.config = self.run_config
+
+    def _halve(self, stage: Stage, error: OutOfMemory, progress: RunProgress) -> None:
+        """Note a smaller micro-batch for the rest of the stage, if the run may use one.
+
+        Raises:
+            OutOfMemory: it may not, or there is none.
+            Preempted: on several ranks, whose common state is lost when one of them fails.
+        """
+        smaller = smaller_micro_batch(self.config.train, self.ranks.world)
+        if self.config.train.on_oom == "stop" or smaller is None:
+            raise error
+        self.store.update_stage(stage.task, micro_batch=smaller)
+        progress.say(f"{error.message}: going on with train.micro_batch={smaller}")
+        if self.ranks.world > 1:
+            reason = f"a lack of memory (now train.micro_batch={smaller})"
+            raise Preempted(reason, f"training {stage.task}", together=False)
+
+    def _train(self, task: TaskSpec, stage: Stage, progress: RunProgress) -> None:
         began, seed = time.monotonic(), stage_seed(self.config.seed, stage.index)
         self.ranks.run_first(lambda: self.store.verify_published(stage.earlier))
         batches = TaskBatches(self.config, task, seed)
         self._check_plan(batches)
+        checkpoints = self._checkpoints(stage)
+        resumed = self._find(checkpoints, stage, progress)
         seed_everything(seed)
         model = self._build(stage)
-        if self.method.wants_preparation:
+        collator = self._collator(seed, self.method.wants_dropped_view)
+        if resumed is not None:
+            resumed.load_weights(model)
+            self.method.load_state_dict(model, resumed.method)
+        elif self.method.wants_preparation:
             self.method.prepare(model, self._preparation(batches, seed), self.ranks.sum)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         engine, module = self._engine(model)
-        seed_everything(seed + 1 + self.ranks.rank)
-        rates = self._run(engine, module, batches, stage, progress)
-        self.method.end_task(model, self.ranks.sum)
-        self._publish(engine, model, stage)
-        engine.close()
+        start, ledger = self._start(resumed, engine, seed, progress)
+        observer = StageObserver(
+            self.config, self.store, self.ranks, stage, engine, checkpoints, collator, ledger, progress,
+            steps=len(batches.steps), records=len(batches.records), start=start, began=began,
+        )  # fmt: skip
+        try:
+            self._run(engine, module, batches, stage, observer)
+            self.method.end_task(model, self.ranks.sum)
+            self._publish(engine, model, stage)
+        finally:
+            engine.close()
         facts = {
             "index": stage.index,
             "steps": len(batches.steps),
             "samples": len(batches.records),
             "seed": seed,
             "trainable_parameters": trainable,
-            "lr_first": rates.first,
-            "lr_last": rates.last,
+            "lr_first": ledger.first,
+            "lr_last": ledger.last,
             "missing": batches.effective,
             "world": self.ranks.world,
-            "train_seconds": time.monotonic() - began,
+            "train_seconds": observer.seconds(),
+            "skipped_steps": ledger.skipped,
+            "bad_images": self.ranks.union(ledger.bad_images),
+            "resumed_at": ledger.resumed,
         }
         self.ranks.run_first(lambda: self._close_record(stage, facts))
+        checkpoints.discard()
+
+    def _checkpoints(self, stage: Stage) -> StepCheckpoints:
+        steps = StepStore(self.store.step_checkpoints(stage.task), self.config.train.keep)
+        facts = {"task": stage.task, "stage": stage.index, "zero": self.config.zero}
+        return StepCheckpoints(steps, self.ranks, self.method, facts)
+
+    def _find(self, checkpoints: StepCheckpoints, stage: Stage, progress: RunProgress) -> Resumed | None:
+        """The checkpoint to go on from; bad ones are told and noted in run.json."""
+        resumed = checkpoints.find()
+        where = "the beginning of the stage" if resumed is None else f"step {resumed.step}"
+        if checkpoints.faults:
+            told = "; ".join(checkpoints.faults)
+            progress.say(f"{stage.task}: a checkpoint is damaged, going on from {where}: {told}")
+            self.ranks.run_first(
+                lambda: self.store.update_stage(stage.task, bad_checkpoints=checkpoints.faults)
+            )
+        elif resumed is not None:
+            progress.say(f"{stage.task}: going on from {where}")
+        return resumed
+
+    def _start(
+        self, resumed: Resumed | None, engine: Engine, seed: int, progress: RunProgress
+    ) -> tuple[int, Ledger]:
+        """The first step to train and what is known of the steps before it; sets the random states."""
+        start = 0 if resumed is None else resumed.step
+        seed_everything(seed + 1 + self.ranks.rank + RANK_SEEDS * start)
+        if resumed is None:
+            return 0, Ledger()
+        resumed.load_engine(engine)
+        resumed.load_random()
+        progress.resumed(start)
+        ledger = resumed.ledger()
+        ledger.resumed.append(start)
+        if not self.ranks.first:
+            ledger.bad_images = {}  # the first rank keeps those of all; this one's own come again
+        return start, ledger
 
     def _check_plan(self, batches: TaskBatches) -> None:
         """What ZeRO-3 cannot run on several ranks, told before the base is loaded."""
         if zero_stage(self.config) < 3 or self.ranks.world == 1:
             return
         batches.require_matching_ranks(self.ranks.world)
+        if self.config.data.on_bad_image == "skip" and self.config.missing.image == "absent":
+            raise DeloError(
+                "ZeRO-3 needs the same passes on all ranks, and a record that is left out may have a pass's "
+                "only image",
+                given="data.on_bad_image=skip",
+                fix="use --zero 2, --missing.image dummy, or --data.on_bad_image=error",
+            )
         if self.method.wants_dropped_view:
             raise DeloError(
                 "A second view of some rows differs between ranks, which ZeRO-3 cannot run",
@@ -112,6 +221,7 @@ class StageTrainer:
             config.missing.image,
             drop_view=drop_view,
             seed=seed,
+            skip_bad_images=config.data.on_bad_image == "skip",
         )
 
     def _preparation(self, batches: TaskBatches, seed: int) -> Any:
@@ -128,41 +238,28 @@ class StageTrainer:
         return build_engine(module, groups, config, ranks, accumulation), module
 
     def _run(
-        self, engine: Engine, module: MethodModule, batches: TaskBatches, stage: Stage, progress: RunProgress
-    ) -> StageRates:
-        train, steps = self.config.train, len(batches.steps)
-        log = MetricsLog(self.store.metrics, stage.index, train.tensorboard) if self.ranks.first else None
-        progress.describe(f"{stage.index + 1}. {stage.task}")
-
-        def report(step: StepReport) -> None:
-            progress.step(step.seconds, step.loss)
-            if log is not None and (step.step % train.log_every == 0 or step.step == steps - 1):
-                epoch = (step.step + 1) * train.global_batch / len(batches.records)
-                log.write(
-                    {
-                        "stage": stage.index,
-                        "task": stage.task,
-                        "epoch": epoch,
-                        "time": time.time(),
-                        **asdict(step),
-                    }
-                )
-
-        collator = self._collator(stage_seed(self.config.seed, stage.index), self.method.wants_dropped_view)
+        self,
+        engine: Engine,
+        module: MethodModule,
+        batches: TaskBatches,
+        stage: Stage,
+        observer: StageObserver,
+    ) -> None:
+        observer.progress.describe(f"{stage.index + 1}. {stage.task}")
         before = fingerprint(frozen_parameters(module.model))
-        try:
-            mine = batches.mine(self.ranks.rank, self.ranks.world, collator)
-            rates = run_steps(engine, module, mine, steps, train, self.ranks, report)
-        finally:
-            if log is not None:
-                log.close()
+        mine = batches.mine(self.ranks.rank, self.ranks.world, observer.collator, observer.start)
+        with observer.logging():
+            run_steps(
+                engine, module, mine, len(batches.steps), self.config.train, self.ranks, observer,
+                start=observer.start, ledger=observer.ledger,
+            )  # fmt: skip
         require_unchanged(before, fingerprint(frozen_parameters(module.model)), stage.task)
-        return rates
 
     def _publish(self, engine: Engine, model: nn.Module, stage: Stage) -> None:
         def save() -> None:
             with self.store.publish(stage.task) as folder:
                 self.method.save(model, stage, folder)
+                require_same_tensors(self.method.adapter_tensors(model, stage), folder / FILE)
 
         with engine.gathered():
             self.ranks.run_first(save)

@@ -5,6 +5,7 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
@@ -13,6 +14,8 @@ from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
 from delo_llava.training import signals
 from delo_llava.training.signals import Preempted
+
+T = TypeVar("T")
 
 #: Under this key of the process group's store a rank tells the others that it was asked to leave.
 LEAVE = "delo_llava/leave"
@@ -85,6 +88,44 @@ class Ranks:
             store.set(LEAVE, "1")
         return own or bool(store.check([LEAVE]))
 
+    def same(self, value: T) -> T:
+        """The first rank's `value`, on every rank."""
+        if self.world == 1:
+            return value
+        told = [value]
+        distributed.broadcast_object_list(told, src=0, device=self.device)
+        return told[0]
+
+    def each(self, value: T) -> list[T]:
+        """Every rank's `value`, in their order, on every rank."""
+        if self.world == 1:
+            return [value]
+        told: list[Any] = [None] * self.world
+        distributed.all_gather_object(told, value)
+        return told
+
+    def union(self, entries: dict[str, str]) -> dict[str, str]:
+        """The entries of all ranks together, on every rank."""
+        return {key: value for found in self.each(entries) for key, value in found.items()}
+
+    def run_each(self, action: Callable[[], None]) -> None:
+        """Run `action` on every rank; a DeloError of any of them is raised on all.
+
+        Raises:
+            DeloError: the first one, by rank.
+        """
+        fault: DeloError | None = None
+        try:
+            action()
+        except DeloError as error:
+            fault = error
+        told = self.each(None if fault is None else str(fault))
+        if fault is not None:
+            raise fault
+        for rank, text in enumerate(told):
+            if text is not None:
+                raise DeloError(f"rank {rank}: {text}")
+
     def run_first(self, action: Callable[[], None]) -> None:
         """Run `action` on the first rank while the others wait; its DeloError is raised on all of them.
 
@@ -98,10 +139,9 @@ class Ranks:
             except DeloError as error:
                 fault = error
         if self.world > 1:
-            told: list[str | None] = [str(fault) if fault else None]
-            distributed.broadcast_object_list(told, src=0, device=self.device)
-            if told[0] is not None and fault is None:
-                raise DeloError(told[0])
+            told = self.same(str(fault) if fault else None)
+            if told is not None and fault is None:
+                raise DeloError(told)
         if fault is not None:
             raise fault
 

@@ -18,7 +18,14 @@ from delo_llava.tasks import TaskSequence
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
 #: Settings that may change between two launches of one run, since no number depends on them.
-FREE = ("output", "train.log_every", "train.tensorboard", "eval.batch_size")
+FREE = (
+    "output",
+    "eval.batch_size",
+    *(f"train.{key}" for key in ("log_every", "tensorboard", "save_every", "keep")),
+    # What to do with a fault: a run that stopped at one may go on past it, and says so in its record.
+    *(f"train.{key}" for key in ("on_nonfinite", "max_nonfinite", "on_oom")),
+    *(f"data.{key}" for key in ("on_bad_image", "max_bad_images")),
+)
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 

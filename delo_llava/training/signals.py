@@ -24,11 +24,12 @@ class Preempted(SystemExit):
     Args:
         reason: the signal, or that another rank got one.
         where: what was being done.
+        together: every rank raises it at the same place, so they can still talk.
     """
 
-    def __init__(self, reason: str, where: str) -> None:
+    def __init__(self, reason: str, where: str, together: bool = True) -> None:
         super().__init__(EXIT_CODE)
-        self.reason, self.where = reason, where
+        self.reason, self.where, self.together = reason, where, together
 
     def __str__(self) -> str:
         return f"asked to leave by {self.reason} while {self.where}; the same command goes on from there"

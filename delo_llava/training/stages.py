@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from delo_llava.checkpoint.manifest import MANIFEST, sha256_file, write_json_atomic
+from delo_llava.checkpoint.steps import StepStore
 from delo_llava.checkpoint.store import RunStore
 from delo_llava.config import RunConfig
 from delo_llava.data.recipe import load_sequence
@@ -68,8 +69,9 @@ def run_sequence(config: RunConfig, evaluate: Evaluate | None = None) -> Path:
         ranks.run_first(lambda: open_run(store, config, sequence, path))
         _Sequence(config, store, ranks, sequence, evaluate).run(backbone, path)
     except Preempted as asked:
-        ranks.run_first(partial(_note_stop, store, asked))
-        stop_ranks(ranks)
+        if asked.together:
+            ranks.run_first(partial(_note_stop, store, asked))
+            stop_ranks(ranks)
         raise
     stop_ranks(ranks)
     return store.results
@@ -172,6 +174,8 @@ class _Sequence:
                     # The last launch was killed between publishing and noting it.
                     self.store.update_stage(name, manifest=sha256_file(self.store.adapter(name) / MANIFEST))
             self.store.verify_published(done)
+            for name in done:  # the last launch may have been killed before it deleted them
+                StepStore(self.store.step_checkpoints(name), keep=1).discard()
 
         self.ranks.run_first(look)
         return [name for name in self.sequence.names if self.store.adapter(name).exists()]

@@ -1,7 +1,7 @@
 """Engines and loop against a plain float64 computation; what DeepSpeed files may not say; dealing."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,27 @@ class Rows:
     x: Tensor
     y: Tensor
     record_ids: list[str]
+    filler: bool = False
 
     def to(self, device: object) -> "Rows":
         return self
+
+
+@dataclass
+class Notes:
+    """An observer that remembers."""
+
+    reports: list[StepReport] = field(default_factory=list)
+    left_out: list[tuple[int, list[str]]] = field(default_factory=list)
+
+    def step(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    def skipped(self, step: int, record_ids: list[str]) -> None:
+        self.left_out.append((step, record_ids))
+
+    def save(self, step: int) -> None:
+        raise AssertionError("nothing asks to save here")
 
 
 class Toy:
@@ -76,17 +94,17 @@ def config(**train: Any) -> RunConfig:
 
 
 def trained(
-    batches: list[Rows], sizes: list[int], settings: RunConfig
+    batches: list[Rows], sizes: list[int], settings: RunConfig, notes: Notes | None = None
 ) -> tuple[nn.Module, list[StepReport], Toy]:
     torch.manual_seed(0)
     model, toy = nn.Linear(2, 1), Toy()
     module = MethodModule(model, toy, touch_all=True)  # type: ignore[arg-type]
     groups = [{"params": list(model.parameters()), "name": "language", "peak": settings.train.lr, "lr": 0.0}]
     engine = SingleEngine(module, groups, settings, len(sizes))
-    reports: list[StepReport] = []
+    notes = notes or Notes()
     shares: Any = [pieces(batch, sizes) for batch in batches]
-    run_steps(engine, module, shares, len(batches), settings.train, ALONE, reports.append)
-    return model, reports, toy
+    run_steps(engine, module, shares, len(batches), settings.train, ALONE, notes)
+    return model, notes.reports, toy
 
 
 def reference(batches: list[Rows], settings: RunConfig) -> tuple[nn.Module, list[float], list[float]]:
@@ -162,7 +180,22 @@ def test_an_unlabelled_micro_batch_is_an_error() -> None:
     )
     share: Any = [[rows(2, 0)]]
     with pytest.raises(DeloError, match="no trained answer token"):
-        run_steps(engine, module, share, 1, config().train, ALONE, lambda report: None)
+        run_steps(engine, module, share, 1, config().train, ALONE, Notes())
+
+
+def test_steps_that_are_not_finite_are_left_out_by_policy_up_to_a_limit() -> None:
+    good, bad, infinite = rows(6, 1), rows(6, 2), rows(6, 3)
+    bad.x[0, 0] = float("nan")
+    infinite.y[4] = float("inf")
+    notes, settings = Notes(), config(on_nonfinite="skip", max_nonfinite=2)
+    model, reports, toy = trained([good, bad, infinite], [3, 3], settings, notes)
+    assert notes.left_out == [(1, ["id0"] * 3), (2, ["id1"] * 3)]
+    assert [report.step for report in reports] == [0]
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert not any(p.grad is not None for p in model.parameters()), "gradients of a step left out are gone"
+    assert toy.seen == ["id0"] * 3 + ["id1"] * 3 + ["id1"] * 3 + ["id0"] * 3, "statistics only of finite ones"
+    with pytest.raises(DeloError, match="3 steps of this stage"):
+        trained([bad, infinite, bad], [3, 3], settings)
 
 
 def test_touching_gives_unused_parameters_a_zero_gradient_and_changes_nothing_else() -> None:

@@ -9,11 +9,15 @@ from torch import nn
 from delo_llava.config import TrainConfig
 from delo_llava.errors import DeloError
 from delo_llava.training.guards import (
+    OutOfMemory,
     fingerprint,
     frozen_parameters,
-    require_finite,
+    judge_bad_images,
+    judge_nonfinite,
+    memory_told,
     require_trained_tokens,
     require_unchanged,
+    smaller_micro_batch,
 )
 from delo_llava.training.logging import Eta, MetricsLog, clock, matrix_row, matrix_summary
 from delo_llava.training.optim import (
@@ -91,12 +95,44 @@ def test_batches_without_labels_are_named() -> None:
         require_trained_tokens({"answer": 0.0}, [f"r{i}" for i in range(10)])
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_a_loss_that_is_not_finite_stops_the_run(bad: float) -> None:
-    require_finite(torch.tensor(1.0), 3, ["a"])
+def test_a_step_that_is_not_finite_is_judged_by_policy() -> None:
+    stop, skip = TrainConfig(), TrainConfig(on_nonfinite="skip", max_nonfinite=2)
     with pytest.raises(DeloError, match="step 3") as caught:
-        require_finite(torch.tensor(bad), 3, ["a", "b"])
+        judge_nonfinite(stop, 3, ["a", "b"], 1)
     assert "a, b" in str(caught.value)
+    judge_nonfinite(skip, 3, ["a"], 2)
+    with pytest.raises(DeloError, match="3 steps of this stage"):
+        judge_nonfinite(skip, 3, ["a"], 3)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory."), MemoryError(), RuntimeError("not enough memory: you …")],
+)
+def test_full_memory_is_told_with_what_helps(error: Exception) -> None:
+    with (
+        pytest.raises(OutOfMemory, match=r"used .* GiB of .*; planned 2.0 GiB; train.micro_batch=16") as told,
+        memory_told(TrainConfig(), torch.device("cpu"), 2 * 2**30),
+    ):
+        raise error
+    assert "--train.micro_batch=8" in str(told.value)
+    with pytest.raises(RuntimeError, match="^other$"), memory_told(TrainConfig(), torch.device("cpu"), None):
+        raise RuntimeError("other")
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "world", "smaller"), [(32, 16, 2, 8), (30, 15, 1, 6), (32, 1, 1, None), (6, 3, 2, 1)]
+)
+def test_a_smaller_micro_batch_divides_the_share(
+    batch: int, micro: int, world: int, smaller: int | None
+) -> None:
+    assert smaller_micro_batch(TrainConfig(global_batch=batch, micro_batch=micro), world) == smaller
+
+
+def test_too_many_bad_images_are_named() -> None:
+    judge_bad_images(2, 2, {})
+    with pytest.raises(DeloError, match="3 records have images(.|\n)*t/a: torn"):
+        judge_bad_images(3, 2, {"t/a": "torn"})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
@@ -119,14 +155,12 @@ def test_only_frozen_parameters_are_watched() -> None:
 
 def test_metrics_of_an_interrupted_stage_are_dropped(tmp_path) -> None:  # type: ignore[no-untyped-def]
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"stage": 0, "step": 0}\n{"stage": 1, "step": 0}\n{"stage": 1, "st')
-    log = MetricsLog(path, stage=1)
-    log.write({"stage": 1, "task": "b", "step": 0})
+    first = '{"stage": 0, "step": 7}\n{"stage": 1, "step": 0}\n'
+    path.write_text(first + '{"stage": 1, "step": 1}\n{"stage": 1, "st')
+    log = MetricsLog(path, stage=1, step=1)
+    log.write({"stage": 1, "task": "b", "step": 1})
     log.close()
-    assert path.read_text().splitlines() == [
-        '{"stage": 0, "step": 0}',
-        '{"stage": 1, "task": "b", "step": 0}',
-    ]
+    assert path.read_text() == first + '{"stage": 1, "task": "b", "step": 1}\n'
 
 
 def test_the_eta_counts_steps_and_evaluations_apart() -> None:
