@@ -6,6 +6,7 @@ import pickle
 import shutil
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from delo_eval.cli import main as evaluate
 from delo_eval.results import read_results
 from delo_llava.backbones.base import find_backbone
 from delo_llava.checkpoint.manifest import MANIFEST, manifest_faults, write_manifest
+from delo_llava.checkpoint.steps import StepStore
 from delo_llava.checkpoint.store import RunStore
 from delo_llava.cli import main, main_train, resolve
 from delo_llava.errors import DeloError
@@ -27,6 +29,7 @@ from delo_llava.experts.config import DeloConfig
 from delo_llava.experts.own import TENSORS, require_own_adapter
 from delo_llava.strict import read_json, read_tensors
 from delo_llava.training.stages import run_sequence
+from delo_llava.training.step_state import SCHEMA, StepCheckpoints
 
 
 class Payload:
@@ -159,6 +162,36 @@ def test_what_follows_a_link_out_of_a_published_folder_is_told_when_it_changes(t
     write_manifest(folder)
     (tmp_path / "outside").write_text("b")
     assert "differ" in manifest_faults(folder)[0]
+
+
+# ---- step checkpoints
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "rank-00000.safetensors"])
+def test_a_pickle_in_a_checkpoint_is_not_executed(tmp_path: Path, name: str) -> None:
+    """Also where the manifest vouches for it: who can write the folder can write its manifest."""
+    folder = tmp_path / "step-000001"
+    folder.mkdir()
+    facts = {"task": "a"}
+    state = {"schema": SCHEMA, **facts, "step": 1, "world": 1, "optimizer": {"scalars": {}, "groups": []}}
+    (folder / "state.json").write_text(json.dumps(state))
+    for file in ("weights.safetensors", "optimizer.safetensors", "rank-00000.safetensors"):
+        save_file({"a": torch.ones(1)}, folder / file)
+    (folder / name).write_bytes(pickle.dumps(Payload(tmp_path / "owned")))
+    write_manifest(folder)
+    ranks: Any = SimpleNamespace(run_first=lambda call: call(), same=lambda value: value, world=1, rank=0)
+    checkpoints = StepCheckpoints(StepStore(tmp_path, keep=1), ranks, SimpleNamespace(), facts)  # type: ignore[arg-type]
+    with pytest.raises(DeloError, match="file of a checkpoint cannot be read"):
+        found = checkpoints.find()
+        assert found is not None
+        if name == "weights.safetensors":
+            found.load_weights(torch.nn.Linear(1, 1))
+        found.load_engine(SimpleNamespace())  # type: ignore[arg-type]
+    (folder / "state.json").write_text("[" * 100_000)
+    write_manifest(folder)
+    with pytest.raises(DeloError, match="state of a checkpoint cannot be read"):
+        checkpoints.find()
+    assert not (tmp_path / "owned").exists()
 
 
 # ---- models
