@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 from delo_llava.data.missing import MissingSpec
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
-from delo_llava.schema import Section, checked, dotted_keys, merged, read_yaml
+from delo_llava.schema import Section, checked, dotted_keys, merged, parse_yaml, read_yaml
 
 __all__ = [
     "MissingSpec",
@@ -255,8 +255,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 def _value(key: str, text: str) -> object:
     """A command-line value, read as YAML so that lists, numbers, booleans and null can be written."""
     try:
-        return yaml.safe_load(text) if text else ""
-    except yaml.YAMLError as error:
+        return parse_yaml(text) if text else ""
+    except (yaml.YAMLError, ValueError) as error:
         raise DeloError(f"The value of --{key} cannot be read.", given=text, fix="quote it") from error
 
 

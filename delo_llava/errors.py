@@ -1,8 +1,12 @@
 """One error type for everything a user can get wrong: what was given, what is allowed, how to fix it."""
 
+import re
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+#: Characters that a terminal acts on (but line ends and tabs), or that turn the direction of the text.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
 
 class DeloError(Exception):
@@ -50,7 +54,13 @@ def closest(given: str, allowed: Iterable[str]) -> str | None:
     return next(iter(get_close_matches(given, list(allowed), n=1, cutoff=0.5)), None)
 
 
+def printable(text: str) -> str:
+    """`text` with control characters written out: ids and answers come from data and model, and may hold
+    sequences that a terminal obeys."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
 def report_and_exit(error: DeloError) -> None:
     """Print the error to stderr and leave with its exit code (used by command-line entry points only)."""
-    sys.stderr.write(f"error: {error.render()}\n")
+    sys.stderr.write(f"error: {printable(error.render())}\n")
     raise SystemExit(error.exit_code)

@@ -1,5 +1,6 @@
 """Reading YAML and checking it against a pydantic model; a fault is told with the closest key."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -11,6 +12,12 @@ from pydantic_core import ErrorDetails
 from delo_llava.errors import DeloError
 
 Model = TypeVar("Model", bound=BaseModel)
+
+#: Values that a YAML file may stand for.
+MAX_VALUES = 100_000
+
+#: Kinds of YAML values that are read.
+TAGS = {"str", "int", "float", "bool", "null", "map", "seq", "merge"}
 
 
 class Section(BaseModel):
@@ -28,12 +35,63 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DeloError("There is no such YAML file.", given=path, fix="check the path")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:  # the latter for text that is not UTF-8 and huge numbers
         raise DeloError(f"This file is not valid YAML: {error}", given=path) from error
     if content is not None and not isinstance(content, dict):
         raise DeloError("A YAML file here holds keys and values.", given=f"{path}: {type(content).__name__}")
     return content or {}
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a YAML text, without what YAML has beyond texts, numbers, lists and mappings.
+
+    Raises:
+        yaml.YAMLError: not YAML, a tag, a repeated key, or a value that holds itself or more than
+            `MAX_VALUES` values once aliases are written out (a kilobyte of them can stand for terabytes).
+        ValueError: a number of thousands of digits.
+    """
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise yaml.YAMLError("it is nested too deeply") from error
+    finally:
+        loader.dispose()
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """How many values a node stands for; `known` holds those of other nodes, 0 while they are counted."""
+    if id(node) in known:
+        if not known[id(node)]:
+            raise yaml.YAMLError(f"a value holds itself\n{node.start_mark}")
+        return known[id(node)]
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in TAGS:
+        raise yaml.YAMLError(f"{node.tag} is not accepted here; quote what is text\n{node.start_mark}")
+    known[id(node)] = 0
+    count = 1
+    for child in _children(node):
+        count += _count(child, known)
+        if count > MAX_VALUES:
+            raise yaml.YAMLError(f"it stands for more than {MAX_VALUES} values\n{node.start_mark}")
+    known[id(node)] = count
+    return count
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    """Items of a sequence; keys and values of a mapping, whose keys differ."""
+    if isinstance(node, yaml.SequenceNode):
+        return list(node.value)
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    keys = [str(key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+        raise yaml.YAMLError(f"the key {repeated[0]!r} stands there twice\n{node.start_mark}")
+    return [part for pair in node.value for part in pair]
 
 
 def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

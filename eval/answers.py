@@ -5,7 +5,6 @@ line, or is a JSON array of rows, or one of ScienceQA's two result files, which 
 """
 
 import glob
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from delo_eval.scorers.base import Reference
 from delo_llava.errors import DeloError
+from delo_llava.strict import parse_json
 
 ID_KEYS = ("question_id", "record_id", "questionId", "id", "image_id", "image")
 TEXT_KEYS = ("text", "prediction", "pred", "answer", "caption")
@@ -206,7 +206,7 @@ def _rows(file: Path) -> Iterator[Any]:
             yield from _lines(handle, file)
             return
         try:
-            content = json.load(handle) if first else []
+            content = parse_json(handle.read()) if first else []
         except ValueError as error:
             raise DeloError(
                 f"This is neither JSON lines nor JSON: {error}", given=file, fix="fetch or write it again"
@@ -217,7 +217,7 @@ def _rows(file: Path) -> Iterator[Any]:
 def _is_row(line: str) -> bool:
     """Whether a first line is a whole object, and not a whole result file of ScienceQA."""
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError:
         return False
     return isinstance(row, dict) and not _wrapping(row)
@@ -227,7 +227,7 @@ def _lines(handle: Iterable[str], file: Path) -> Iterator[Any]:
     for number, line in enumerate(handle, start=1):
         if line.strip():
             try:
-                yield json.loads(line)
+                yield parse_json(line)
             except ValueError as error:
                 raise DeloError(f"{file}, line {number} is not JSON: {error}", given=line[:80]) from error
 

@@ -14,6 +14,7 @@ from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.scorers.mif import obeys
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
+from delo_llava.strict import parse_json
 
 Row = dict[str, Any]
 
@@ -70,8 +71,15 @@ def read_rows(file: Path) -> list[Row]:
         raise DeloError("Predictions are missing.", given=file, fix="evaluate this stage again")
     try:
         with file.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+            return [_row(line) for line in lines]
     except ValueError as error:
         raise DeloError(
             f"A predictions file is damaged: {error}", given=file, fix="evaluate this stage again"
         ) from error
+
+
+def _row(line: str) -> Row:
+    row = parse_json(line)
+    if not isinstance(row, dict) or not {"record_id", "task", "prediction"} <= row.keys():
+        raise ValueError("a line is no prediction")
+    return row

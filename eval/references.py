@@ -9,7 +9,6 @@
 | `{id: entry}` | GQA's questions, ScienceQA's problems.json |
 """
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
@@ -17,6 +16,7 @@ from typing import Any
 
 from delo_eval.scorers.base import Reference
 from delo_llava.errors import DeloError
+from delo_llava.strict import parse_json
 
 ID_KEYS = ("question_id", "questionId", "id", "record_id", "image_id", "image")
 ANSWER_KEYS = ("answer", "multiple_choice_answer", "answer_bbox", "label")
@@ -54,8 +54,8 @@ def _content(path: Path) -> Any:
     try:
         with path.open(encoding="utf-8-sig") as file:
             if path.suffix == ".jsonl":
-                return [json.loads(line) for line in file if line.strip()]
-            return json.load(file)
+                return [parse_json(line) for line in file if line.strip()]
+            return parse_json(file.read())
     except FileNotFoundError:
         raise DeloError("There is no such file of references.", given=path) from None
     except ValueError as error:
@@ -84,7 +84,10 @@ def _captions(rows: Iterable[Entry]) -> Iterable[tuple[str, Any]]:
     """One entry an image, by number."""
     by_image: dict[int, list[str]] = {}
     for row in rows:
-        by_image.setdefault(int(row["image_id"]), []).append(str(row["caption"]))
+        try:
+            by_image.setdefault(int(row["image_id"]), []).append(str(row["caption"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise DeloError("A caption has no image number or no text.", given=repr(row)[:80]) from error
     return ((str(image), {"captions": by_image[image]}) for image in sorted(by_image))
 
 

@@ -10,9 +10,15 @@ from delo_eval.matrix import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix, stag
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
+from delo_llava.strict import read_json
 
 SCHEMA = "delo-llava/results/1"
 FILE = "results.json"
+#: What readers of the file rely on.
+REQUIRED = (
+    "method", "seed", "split", "limit", "tasks", "matrix", "patterns", "zero_shot", "records", "modes",
+    "metrics", "task_choice", "missing", "seconds",
+)  # fmt: skip
 
 
 @dataclass
@@ -120,19 +126,25 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     """The content of `folder`/results.json, None when there is none.
 
     Raises:
-        DeloError: not JSON, or of another schema.
+        DeloError: not JSON, of another schema, without what the schema demands, or with names of tasks and
+            patterns that would lead out of the folder.
     """
     file = folder / FILE
     if not file.is_file():
         return None
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DeloError(
-            f"results.json cannot be read: {error}", given=file, fix="move it away and evaluate again"
-        ) from error
+    fix = "move it away and evaluate again"
+    content = read_json(file, FILE, fix)
     if content.get("schema") != SCHEMA:
         raise DeloError("results.json has another schema.", given=content.get("schema"), allowed=[SCHEMA])
+    if lacks := [key for key in REQUIRED if key not in content]:
+        raise DeloError(f"results.json lacks {', '.join(lacks)}.", given=file, fix=fix)
+    try:
+        AccuracyMatrix.from_json(content)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DeloError(f"The matrix in results.json is damaged: {error!r}", given=file, fix=fix) from error
+    names = [*content["tasks"], *content["patterns"]]
+    if outside := [name for name in names if "/" in name or "\0" in name or name in ("", ".", "..")]:
+        raise DeloError("A name in results.json is no name of a folder.", given=repr(outside[0]), fix=fix)
     return content
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
+from delo_llava.strict import read_json
 
 SCHEMA = "delo-llava/routing/1"
 FOLDER = "routing"
@@ -30,7 +31,12 @@ def write_use_part(file: Path, rank: int, use: dict[str, Any] | None) -> None:
         return
     part = file.with_name(f".{file.stem}.part{rank}")
     if part.is_file():  # of an interrupted evaluation, which this one goes on with
-        use = {**use, "pools": add_pools([json.loads(part.read_text()), use])}
+        use = {
+            **use,
+            "pools": add_pools(
+                [read_json(part, "A part of routing counts", "remove it and evaluate again"), use]
+            ),
+        }
     part.parent.mkdir(parents=True, exist_ok=True)
     _write(part, use)
 
@@ -40,7 +46,7 @@ def merge_use_parts(file: Path) -> None:
     parts = sorted(file.parent.glob(f".{file.stem}.part*"))
     if not parts:
         return
-    uses = [json.loads(part.read_text()) for part in parts]
+    uses = [read_json(part, "A part of routing counts", "remove it and evaluate again") for part in parts]
     merged = {"schema": SCHEMA, "layers": uses[0]["layers"], "pools": add_pools(uses)}
     if not file.is_file() or _rows(read_use(file)) <= _rows(merged):
         _write(file, merged)
@@ -71,12 +77,7 @@ def read_use(file: Path) -> dict[str, Any]:
     Raises:
         DeloError: not JSON, or of another schema.
     """
-    try:
-        content: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise DeloError(
-            f"Counts of routing cannot be read: {error}", given=file, fix="evaluate this stage again"
-        ) from error
+    content = read_json(file, "A file of routing counts", fix="evaluate this stage again")
     if content.get("schema") != SCHEMA:
         raise DeloError(
             "Counts of routing have another schema.", given=content.get("schema"), allowed=[SCHEMA]

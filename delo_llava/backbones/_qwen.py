@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from delo_llava.backbones.base import Backbone
+from delo_llava.backbones.base import OWN_CODE, Backbone
 from delo_llava.data.collate import SEGMENT_CONTEXT, SEGMENT_IMAGE, SEGMENT_INSTRUCTION, SEGMENT_OTHER
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -39,10 +39,10 @@ class QwenVL(Backbone):
     def load_processor(self, path: str) -> Any:
         """The stock processor; without torchvision, the same parts with PIL for images and no video."""
         if is_torchvision_available():
-            return AutoProcessor.from_pretrained(path)
+            return AutoProcessor.from_pretrained(path, **OWN_CODE)
         image_processor, tokenizer = (
-            AutoImageProcessor.from_pretrained(path),
-            AutoTokenizer.from_pretrained(path),
+            AutoImageProcessor.from_pretrained(path, **OWN_CODE),
+            AutoTokenizer.from_pretrained(path, **OWN_CODE),
         )
         return ImageTextProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
 

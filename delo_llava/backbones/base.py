@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from delo_llava.backbones import _quant
@@ -21,6 +22,8 @@ from delo_llava.registry import load_plugin, plugin_names
 SHIPPED = {"mini-llava": "mini/assets/mini_llava"}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+#: For every `from_pretrained`: code that a checkpoint brings is never run, and no one is asked about it.
+OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
 Quant = Literal["nf4", "none"]
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
@@ -77,7 +80,8 @@ class Backbone(ABC):
 
         place = resolve_device(device)
         number = resolve_dtype(dtype, place)
-        options: dict[str, Any] = {
+        options: dict[str, Any] = OWN_CODE | {
+            "use_safetensors": True,
             "dtype": number,
             "attn_implementation": resolve_attention(attn, place, number),
         }
@@ -85,7 +89,14 @@ class Backbone(ABC):
             options["quantization_config"] = _quant.nf4_config(number, self.unquantised)
         elif quant != "none":
             raise DeloError("Unknown quantisation.", given=quant, allowed=("nf4", "none"))
-        model = AutoModelForImageTextToText.from_pretrained(path, device_map={"": str(place)}, **options)
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(path, device_map={"": str(place)}, **options)
+        except (OSError, SafetensorError) as error:
+            raise DeloError(
+                f"The model's weights cannot be loaded: {error}",
+                given=path,
+                fix="weights must be safetensors; others can be converted with transformers' save_pretrained",
+            ) from error
         adapted_linears(model, self)
         if quant == "nf4":
             _quant.check_quantised(model, self.language_pattern)
@@ -255,6 +266,12 @@ def _resolve(name: str) -> str:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise DeloError("This folder holds no model: config.json is missing.", given=folder)
+        if (folder / "adapter_config.json").exists():
+            raise DeloError(
+                "This folder holds an adapter too, upon which another base would be loaded in its place.",
+                given=folder / "adapter_config.json",
+                fix="move the adapter's files into a folder of their own",
+            )
         return str(folder)
     if name not in SHIPPED and _HUB_ID.fullmatch(name) and not folder.parent.is_dir():
         return name

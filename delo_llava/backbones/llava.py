@@ -6,7 +6,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from delo_llava.backbones.base import Backbone
+from delo_llava.backbones.base import OWN_CODE, Backbone
 from delo_llava.data.collate import SEGMENT_CONTEXT, SEGMENT_IMAGE, SEGMENT_INSTRUCTION, SEGMENT_OTHER
 
 
@@ -25,9 +25,9 @@ class Llava(Backbone):
         """The stock processor. Fields that older checkpoints lack come from the model's config."""
         from transformers import AutoConfig, AutoProcessor
 
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, **OWN_CODE)
         if processor.patch_size is None or processor.vision_feature_select_strategy is None:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(path, **OWN_CODE)
             processor.patch_size = config.vision_config.patch_size
             processor.vision_feature_select_strategy = config.vision_feature_select_strategy
             # A CLIP tower puts its class token first; other towers have none.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from delo_llava.errors import DeloError
+from delo_llava.strict import parse_json, read_json
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -28,7 +29,10 @@ class HashCache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.known: dict[str, list[Any]] = json.loads(path.read_text()) if path.is_file() else {}
+        fix = "remove it: the files are hashed again"
+        self.known: dict[str, list[Any]] = (
+            read_json(path, "The memory of hashes", fix) if path.is_file() else {}
+        )
 
     def hash(self, path: Path) -> str:
         """The sha256 of one file.
@@ -44,7 +48,7 @@ class HashCache:
             )
         status = path.stat()
         entry = self.known.get(str(path))
-        if entry is None or entry[:2] != [status.st_size, status.st_mtime_ns]:
+        if not isinstance(entry, list) or entry[:2] != [status.st_size, status.st_mtime_ns]:
             entry = [status.st_size, status.st_mtime_ns, sha256_file(path)]
             self.known[str(path)] = entry
         return str(entry[2])
@@ -112,14 +116,15 @@ def write_manifest(folder: Path) -> None:
 def manifest_faults(folder: Path) -> list[str]:
     """What differs between `folder` and its manifest, one line per file; empty when all is well."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        entries = parse_json((folder / MANIFEST).read_bytes())["files"]
+        hashes = {str(name): str(entry["sha256"]) for name, entry in entries.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder / MANIFEST}: missing or unreadable ({error.__class__.__name__})"]
     present = {file.relative_to(folder).as_posix() for file in folder_files(folder)}
-    faults = [f"{folder / name}: not in the manifest" for name in sorted(present - set(entries))]
-    for name, entry in sorted(entries.items()):
+    faults = [f"{folder / name}: not in the manifest" for name in sorted(present - set(hashes))]
+    for name, expected in sorted(hashes.items()):
         if name not in present:
             faults.append(f"{folder / name}: missing")
-        elif sha256_file(folder / name) != entry["sha256"]:
+        elif sha256_file(folder / name) != expected:
             faults.append(f"{folder / name}: its bytes differ from the published ones")
     return faults

@@ -1,6 +1,5 @@
 """A run's folder: layout, atomic publishing of adapters, proof that published ones never change."""
 
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from delo_llava.checkpoint.manifest import (
     write_text_atomic,
 )
 from delo_llava.errors import DeloError
+from delo_llava.strict import read_json, read_tensors
 
 #: Parts of names of tensors that start at zero: if all of them are still zero, nothing was trained.
 ZERO_AT_START = ("lora_B", "delo_B")
@@ -63,17 +63,11 @@ class RunStore:
         """The content of run.json, empty for a new run.
 
         Raises:
-            DeloError: the file is not JSON.
+            DeloError: the file is no JSON object.
         """
         if not self.run.is_file():
             return {}
-        try:
-            content: dict[str, Any] = json.loads(self.run.read_text())
-        except ValueError as error:
-            raise DeloError(
-                f"run.json cannot be read: {error}", given=self.run, fix="start with another --output"
-            ) from error
-        return content
+        return read_json(self.run, "run.json", fix="put it back, or start with another --output")
 
     def update_run(self, **entries: Any) -> None:
         """Replace top-level entries of run.json."""
@@ -174,11 +168,9 @@ def check_tensors(folder: Path) -> None:
     Raises:
         DeloError: naming the tensor.
     """
-    from safetensors.torch import load_file
-
     start, moved, count = 0, 0, 0
     for file in sorted(folder.rglob("*.safetensors")):
-        for name, tensor in load_file(file).items():
+        for name, tensor in read_tensors(file, "An adapter file").items():
             count += 1
             if tensor.numel() == 0:
                 raise DeloError(f"An adapter tensor is empty: {name}", given=file.name, fix=_GATHER)

@@ -8,6 +8,7 @@ from delo_llava.cluster.memory import MemoryModel, Parts, Setup
 from delo_llava.config import RunConfig
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.errors import DeloError
+from delo_llava.strict import parse_json, read_json
 
 #: GPU memory that is sold, in GiB.
 GPU_SIZES = (24, 40, 80)
@@ -135,15 +136,17 @@ def measured_throughput(run: Path) -> tuple[float, int]:
     Raises:
         DeloError: the folder holds no log of steps.
     """
-    import json
     from statistics import median
 
     log, record = run / "logs" / "metrics.jsonl", run / "run.json"
     if not log.is_file() or not record.is_file():
         raise DeloError("There is no log of steps in this run", given=run, fix="name a run that was trained")
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    try:
+        lines = [parse_json(line) for line in log.read_text().splitlines()]
+    except ValueError as error:
+        raise DeloError(f"The log of steps is damaged: {error}", given=log) from error
     rates: Sequence[float] = [line["samples_per_second"] for line in lines if "samples_per_second" in line]
-    worlds = [stage["world"] for stage in json.loads(record.read_text())["stages"].values()]
+    worlds = [stage["world"] for stage in read_json(record, "run.json").get("stages", {}).values()]
     if not rates or not worlds:
         raise DeloError("No step of this run was logged", given=log)
     return float(median(rates)), int(worlds[-1])

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from delo_llava.backbones.base import Backbone, find_backbone
+from delo_llava.backbones.base import OWN_CODE, Backbone, find_backbone
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
 
@@ -75,7 +75,7 @@ def _given(name: str) -> Any:
 
     try:
         _, path = find_backbone(name)
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, **OWN_CODE)
     except DeloError as error:
         raise DeloError(
             f"This model cannot be planned: {error.message}",

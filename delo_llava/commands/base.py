@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from delo_llava.errors import printable
 from delo_llava.registry import load_plugin, plugin_summary
 
 
@@ -27,8 +28,8 @@ class Command:
 
 
 def say(text: str) -> None:
-    """Write to standard output."""
-    sys.stdout.write(text)
+    """Write to standard output, what a terminal would obey written out."""
+    sys.stdout.write(printable(text))
 
 
 def run_command(kind: str, words: Sequence[str], prog: str) -> int:

@@ -134,8 +134,9 @@ def _names_from_images(path: Path) -> list[str]:
                 given=f"{found[item['label']]}, {name}",
                 fix="write the names where `classes.names` of the recipe expects them",
             )
-    names = [found.get(index, "") for index in range(max(found) + 1)]
-    if "" in names or len(set(names)) < len(names):
+    # Compared first: a single label of 10^12 would otherwise make a list of that length.
+    names = [found[index] for index in sorted(found)]
+    if sorted(found) != list(range(len(found))) or "" in names or len(set(names)) < len(names):
         raise DeloError(
             f"The images in {path} do not tell one name for every class index.",
             given=", ".join(names),

@@ -8,9 +8,6 @@ from pathlib import Path
 
 from delo_llava.errors import DeloError
 
-#: Formats that are written out, and the suffix each gets; the name in the data decides nothing.
-SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
-
 #: The largest embedded picture that is accepted, in bytes as stored.
 MAX_BYTES = 64 * 1024 * 1024
 
@@ -39,13 +36,15 @@ class EmbeddedImages:
 
 
 def _suffix(content: bytes, where: str) -> str:
-    """The suffix of the format that the bytes really have; only the header is decoded."""
+    """The suffix of the format that the bytes really have, by any name; only the header is read."""
     from PIL import Image
+
+    from delo_llava.data.images import FORMATS
 
     if len(content) > MAX_BYTES:
         raise DeloError(f"{where}: the embedded image is too large.", given=f"{len(content)} bytes")
     try:
-        with Image.open(BytesIO(content), formats=list(SUFFIXES)) as picture:
-            return SUFFIXES[picture.format or ""]
+        with Image.open(BytesIO(content), formats=list(FORMATS)) as picture:
+            return FORMATS[picture.format or ""]
     except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
-        raise DeloError(f"{where}: the embedded image cannot be read: {error}", allowed=SUFFIXES) from error
+        raise DeloError(f"{where}: the embedded image cannot be read: {error}", allowed=FORMATS) from error

@@ -12,7 +12,9 @@ from typing import Any, BinaryIO
 
 import ijson
 
+from delo_llava.data.guard import MAX_TEXT, GuardedJson
 from delo_llava.errors import DeloError
+from delo_llava.strict import parse_json
 
 #: Rows of a parquet file that are decoded at once; pictures may be embedded in them.
 PARQUET_BATCH = 64
@@ -52,8 +54,8 @@ def read_members(path: Path, at: str = "") -> Iterator[tuple[str, Any]]:
     with _open(path) as file:
         try:
             _require(file, path, at, "{", "a JSON object")
-            yield from ijson.kvitems(file, at)
-        except ijson.JSONError as error:
+            yield from ijson.kvitems(GuardedJson(file, path), at)
+        except (ijson.JSONError, ArithmeticError) as error:  # the latter for exponents beyond Decimal's
             raise _not_json(path, error) from error
 
 
@@ -72,8 +74,8 @@ def _array(path: Path, at: str) -> Iterator[Any]:
     with _open(path) as file:
         try:
             _require(file, path, at, "[", "a JSON array")
-            yield from ijson.items(file, f"{at}.item" if at else "item")
-        except ijson.JSONError as error:
+            yield from ijson.items(GuardedJson(file, path), f"{at}.item" if at else "item")
+        except (ijson.JSONError, ArithmeticError) as error:  # the latter for exponents beyond Decimal's
             raise _not_json(path, error) from error
 
 
@@ -106,13 +108,22 @@ def _not_json(path: Path, error: Exception) -> DeloError:
 
 
 def _lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
+    with _open(path) as file:
+        for number, line in enumerate(iter(lambda: file.readline(MAX_TEXT + 1), b""), 1):
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    if len(line) > MAX_TEXT:
+                        raise ValueError(f"longer than {MAX_TEXT} bytes")
+                    yield _encodable(parse_json(line), line)
                 except ValueError as error:
                     raise _not_json(path, ValueError(f"line {number}: {error}")) from error
+
+
+def _encodable(value: Any, line: bytes) -> Any:
+    """`value`, unless an escape in it is half of a pair, which no UTF-8 can hold."""
+    if rb"\ud" in line.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
 
 
 def _parquet(path: Path) -> Iterator[Any]:
@@ -123,7 +134,7 @@ def _parquet(path: Path) -> Iterator[Any]:
     try:
         batches = parquet.ParquetFile(path, memory_map=True).iter_batches(PARQUET_BATCH)
         yield from chain.from_iterable(batch.to_pylist() for batch in batches)
-    except ArrowException as error:
+    except (ArrowException, OSError) as error:  # some faults of the format come as OSError
         raise DeloError(f"This file is not valid parquet: {error}", given=path) from error
 
 

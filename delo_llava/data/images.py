@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from pathlib import Path
+from stat import S_ISREG
 from typing import IO, TYPE_CHECKING, NamedTuple
 
 from PIL import Image
@@ -15,6 +16,13 @@ if TYPE_CHECKING:  # the data check decodes in processes that need no torch
 
 #: Larger pictures (in pixels) are refused before they are decoded: a small file can unpack to gigabytes.
 MAX_PIXELS = 64 * 1024 * 1024
+
+#: Larger files are refused unread: no photograph of a benchmark comes near.
+MAX_BYTES = 128 * 1024 * 1024
+
+#: What is decoded, and the suffix each gets where we write it. Pillow knows some forty formats more; one of
+#: them starts another program (EPS), and each is a decoder that hostile bytes can reach.
+FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
 
 #: The dummy for a missing image: constant white (CMML protocol), of one size, as a missing image has none.
 DUMMY_SIZE = (336, 336)
@@ -52,13 +60,19 @@ def load_image(path: Path, record: Record) -> Image.Image:
 
 
 def decode(source: Path | IO[bytes]) -> Image.Image:
-    """The picture in a file as RGB, decoded to its last row.
+    """The picture in a file as RGB, decoded to its last row; of several frames the first.
+
+    Pixels are taken as they are stored: an orientation noted in EXIF is not applied, as the models' own
+    training did not.
 
     Raises:
-        BadImage: no such file, no image, damaged, or (`ImageTooLarge`) more than `MAX_PIXELS`.
+        BadImage: no such file, no image in one of `FORMATS`, damaged, or (`ImageTooLarge`) more than
+            `MAX_PIXELS` or `MAX_BYTES`.
     """
     try:
-        with Image.open(source) as picture:
+        if isinstance(source, Path):
+            _require_file(source)
+        with Image.open(source, formats=list(FORMATS)) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height}"
                 raise ImageTooLarge(f"{size} is more than {MAX_PIXELS} pixels")
@@ -70,6 +84,15 @@ def decode(source: Path | IO[bytes]) -> Image.Image:
     # Pillow reports damage by these three: unknown format or truncation, broken PNG chunks, bad values.
     except (OSError, SyntaxError, ValueError) as error:
         raise BadImage(str(error)) from error
+
+
+def _require_file(path: Path) -> None:
+    """Refuse what is no regular file (a pipe would be waited for, for ever) or is too large to read."""
+    status = path.stat()
+    if not S_ISREG(status.st_mode):
+        raise BadImage("it is no file")
+    if status.st_size > MAX_BYTES:
+        raise ImageTooLarge(f"{status.st_size} bytes are more than {MAX_BYTES}")
 
 
 def image_error(path: Path | None, record: Record, reason: str) -> UnusableImage:

@@ -177,15 +177,23 @@ def _expanded(raw: dict[str, Any], path: Path, seen: tuple[Path, ...] = ()) -> d
         raise DeloError(f"The recipe {path.name} is like itself.", given=f"like: {raw['like']}")
     other = _path(str(raw["like"]))
     base = _expanded(read_yaml(other), other, (*seen, path.resolve()))
-    known = {task["name"]: task for task in base["tasks"]}
+    known = {task["name"]: task for task in _listed(base, other) if isinstance(task, dict) and "name" in task}
     tasks = []
-    for given in raw.get("tasks", list(known)):
+    for given in _listed({"tasks": list(known)} | raw, path):
         name = given if isinstance(given, str) else given.get("name")
         if isinstance(given, str) and name not in known:
             raise DeloError(f"The recipe {other.name} has no task {name!r}.", given=name, allowed=known)
         tasks.append(merged(known.get(name, {}), {} if isinstance(given, str) else given))
     own = {key: value for key, value in raw.items() if key != "like"}
     return merged(base, own) | {"tasks": tasks}
+
+
+def _listed(raw: dict[str, Any], path: Path) -> list[Any]:
+    """The tasks of a recipe as written: names or mappings."""
+    tasks = raw.get("tasks")
+    if not isinstance(tasks, list) or not all(isinstance(task, str | dict) for task in tasks):
+        raise DeloError(f"`tasks` of {path.name} is a list of names or mappings.", given=repr(tasks)[:80])
+    return tasks
 
 
 def _check_entry(entry: TaskEntry, recipe: Recipe, path: Path) -> None:

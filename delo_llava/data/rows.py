@@ -47,7 +47,7 @@ def rows(task: TaskSpec, split: Split, images: EmbeddedImages) -> Iterator[Row]:
         image = image_of(entry, task.image_root, images, where)
         texts, known = joined.of(entry, number, image)
         context = _context(entry, where)
-        extra = json.dumps(_others(entry) | known, default=plain)
+        extra = _as_json(_others(entry) | known, where)
         turns = list(_turns(entry, where))
         for turn, (instruction, answer) in enumerate(turns):
             yield {
@@ -82,7 +82,7 @@ def image_of(entry: Mapping[str, Any], root: Path, images: EmbeddedImages, where
     if not isinstance(given, str):
         raise DeloError(f"{where}: `image` must be one path.", given=repr(given)[:80])
     relative = os.path.relpath(os.path.normpath(root / given), root)
-    if Path(relative).parts[0] == "..":
+    if Path(relative).parts[:1] in ((), ("..",)) or "\0" in given:
         raise DeloError(f"{where}: the image lies outside the image folder {root}.", given=given)
     return relative
 
@@ -117,6 +117,14 @@ def _others(entry: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(entry.get("answer"), list):
         extra["answers"] = entry["answer"]
     return extra
+
+
+def _as_json(extra: Mapping[str, Any], where: str) -> str:
+    """`extra` as it is stored; only finite numbers, as only they are JSON."""
+    try:
+        return json.dumps(extra, default=plain, allow_nan=False)
+    except (ValueError, OverflowError) as error:
+        raise DeloError(f"{where}: a number is not finite or too large.") from error
 
 
 def _turns(entry: Mapping[str, Any], where: str) -> Iterator[tuple[str, str]]:

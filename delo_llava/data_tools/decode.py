@@ -12,11 +12,8 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from delo_llava.data.images import BadImage, ImageTooLarge, decode
+from delo_llava.data.images import MAX_BYTES, BadImage, ImageTooLarge, decode
 from delo_llava.errors import DeloError
-
-#: Larger files are refused unread: no photograph of a benchmark comes near.
-MAX_BYTES = 128 * 1024 * 1024
 
 #: Images for one call of a worker; so many calls per worker wait at most.
 CHUNK, AHEAD = 32, 3

@@ -7,7 +7,6 @@ comparable.
 
 import csv
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from delo_llava.data_tools.prepared import Preparation
 from delo_llava.errors import DeloError
+from delo_llava.strict import parse_json, read_json
 
 STATEMENT = (
     "This split was drawn here. The official one is defined by the JSON file that RebQ's authors publish, "
@@ -156,7 +156,7 @@ def _films(folder: Path, made: Preparation) -> dict[str, tuple[list[str], list[s
         content = file.read_bytes()
         digest.update(file.name.encode() + b"\0" + content)
         try:
-            film = json.loads(content)
+            film = parse_json(content)
             genres, plot = list(film["genres"]), film["plot"]
         except (ValueError, KeyError, TypeError) as error:
             raise DeloError(f"A film cannot be read: it lacks {error}.", given=file) from error
@@ -181,7 +181,7 @@ def _film_splits(raw: Path, films: dict[str, Any], seed: int, made: Preparation)
             name: "train" if i < ends[0] else "val" if i < ends[1] else "test"
             for i, name in enumerate(ranked)
         }
-    given = json.loads(made.source(file).read_text(encoding="utf-8"))
+    given = read_json(made.source(file), "The file of splits", "fetch it again")
     names = {"train": "train", "dev": "val", "val": "val", "test": "test"}
     found = {name: names[split] for split, members in given.items() if split in names for name in members}
     if unknown := set(films) - set(found):

@@ -10,6 +10,7 @@ from typing import Any
 from delo_llava import __version__
 from delo_llava.checkpoint.manifest import sha256_file, write_json_atomic
 from delo_llava.errors import DeloError
+from delo_llava.strict import read_json
 
 #: Name of the manifest: this, behind the name of the file when a single one is prepared.
 MANIFEST = "prepared.json"
@@ -73,9 +74,9 @@ class Preparation:
         """The manifest of the same preparation, finished or killed; None where there is none."""
         if not self.manifest.is_file():
             return None
-        before: Any = json.loads(self.manifest.read_text(encoding="utf-8"))
+        before = read_json(self.manifest, "The manifest of a preparation", "remove it and prepare anew")
         same = ("what", "options", "sources")
-        if not isinstance(before, dict) or any(before.get(key) != getattr(self, key) for key in same):
+        if any(before.get(key) != getattr(self, key) for key in same):
             return None
         return before
 

@@ -17,6 +17,7 @@ from delo_llava import __version__
 from delo_llava.data_tools.check import Check, Part
 from delo_llava.data_tools.faults import FAULTS, NOTES, Fault
 from delo_llava.data_tools.ledger import Ledger
+from delo_llava.errors import printable
 
 #: Version of the JSONL file's form.
 SCHEMA = 1
@@ -124,5 +125,5 @@ def _list(console: Console, ledger: Ledger, notes: bool, most: int, word: str, r
 
 
 def _line(fault: Fault, style: str) -> Text:
-    code, _, rest = str(fault).partition(": ")
+    code, _, rest = printable(str(fault)).partition(": ")
     return Text.assemble((code, style), ": ", rest)

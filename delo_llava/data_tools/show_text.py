@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from delo_llava.data_tools.shown import Segment, Shown
+from delo_llava.errors import printable
 
 #: Colours of what tokens are; trained ones are bold and underlined on top.
 STYLES = {"image": "magenta", "context": "cyan", "instruction": "green", "other": "dim"}
@@ -25,12 +26,12 @@ def show(console: Console, item: Shown, preview: bool, tokens: bool) -> None:
         tokens: write every token instead of each segment's text.
     """
     record = item.record
-    console.rule(Text(f"{record.task}/{record.split}  {record.id}"), align="left")
+    console.rule(Text(printable(f"{record.task}/{record.split}  {record.id}")), align="left")
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
     facts.add_column(overflow="fold")
     for name, value in rows(item):
-        facts.add_row(name, Text(value))
+        facts.add_row(name, Text(printable(value)))
     console.print(facts)
     if preview and item.picture is not None and console.color_system is not None:
         console.print(half_blocks(item.picture))
@@ -72,7 +73,7 @@ def _tokens(segments: list[Segment], every: bool) -> Table:
         style = TRAINED if segment.trained else STYLES[segment.kind]
         mark = "TRAINED" if segment.trained else "-"
         pieces = "|".join(segment.pieces) if every and segment.kind != "image" else visible(segment.text)
-        table.add_row(Text(segment.kind, style), mark, str(segment.size), Text(pieces, style))
+        table.add_row(Text(segment.kind, style), mark, str(segment.size), Text(printable(pieces), style))
     return table
 
 

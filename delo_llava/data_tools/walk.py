@@ -4,14 +4,16 @@ The reader has the last word: the check also reads each file with it and tells w
 """
 
 import io
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from delo_llava.data.guard import GuardedJson
 from delo_llava.data.images import BadImage, decode
+from delo_llava.errors import DeloError
+from delo_llava.strict import parse_json
 from delo_llava.tasks import SPLITS, Record, Split, TaskSpec
 
 #: What stands for the image in a conversation.
@@ -95,12 +97,14 @@ def _array(path: Path) -> Iterator[Any]:
 
     with path.open("rb") as file:
         try:
-            begin = next(ijson.basic_parse(file), ("nothing", None))[0]
+            begin = next(ijson.basic_parse(GuardedJson(file, path)), ("nothing", None))[0]
             if begin != "start_array":
                 raise BrokenFile(f"is no JSON array: it begins with {begin.replace('_', ' ')}")
             file.seek(0)
-            yield from ijson.items(file, "item", use_float=True)
-        except ijson.JSONError as error:
+            yield from ijson.items(GuardedJson(file, path), "item", use_float=True)
+        except DeloError as error:
+            raise BrokenFile(error.message) from error
+        except (ijson.JSONError, ArithmeticError) as error:
             raise BrokenFile(f"is not valid JSON: {' '.join(str(error).split())[:200]}") from error
 
 
@@ -110,7 +114,7 @@ def _lines(path: Path) -> Iterator[Any]:
         for line in file:
             if line.strip():
                 try:
-                    yield json.loads(line)
+                    yield parse_json(line)
                 except ValueError as error:
                     yield BadLine(f"{error}: {line.strip()[:80]}")
 

@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from delo_llava.errors import DeloError
+from delo_llava.experts.config import DeloConfig
 from delo_llava.experts.model import tuner
+from delo_llava.experts.own import require_own_adapter
 
 #: The tensors of an adapter, under PEFT's name.
 FILE = "adapter_model.safetensors"
@@ -59,6 +61,7 @@ def load_adapters(base: nn.Module, folders: Mapping[str, Path]) -> PeftModel:
             raise DeloError(
                 f"The experts of task {task} are missing", given=folder, fix="train the stage again"
             )
+        require_own_adapter(folder, DeloConfig)
     (first, first_folder), *others = folders.items()
     with torch.random.fork_rng(
         devices=[]

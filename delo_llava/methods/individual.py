@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
+from delo_llava.experts.own import require_own_adapter
 from delo_llava.methods._lora import LoraMethod, bare, no_grad_parameters
 from delo_llava.methods.base import Capabilities, Stage
 
@@ -24,7 +25,9 @@ class Individual(LoraMethod):
     def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
         if not adapters:
             return bare(base)
-        (first, folder), *rest = adapters.items()
+        (first, folder), *rest = (
+            (task, require_own_adapter(place, LoraConfig)) for task, place in adapters.items()
+        )
         model = PeftModel.from_pretrained(base, folder, adapter_name=first)
         for task, other in rest:
             model.load_adapter(other, adapter_name=task)

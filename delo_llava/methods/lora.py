@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from torch import nn
 
 from delo_llava.data.collate import Batch
+from delo_llava.experts.own import require_own_adapter
 from delo_llava.methods._lora import LoraMethod, bare, no_grad_parameters
 from delo_llava.methods.base import Capabilities, Stage
 
@@ -35,7 +36,7 @@ class Lora(LoraMethod):
 
 
 def _last(adapters: dict[str, Path]) -> Path:
-    return list(adapters.values())[-1]
+    return require_own_adapter(list(adapters.values())[-1], LoraConfig)
 
 
 METHOD = Lora

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
 from delo_llava.routing.queries import Queries
+from delo_llava.strict import read_tensors
 
 CrossModalKind = Literal["identity", "linear", "ridge"]
 
@@ -176,4 +177,4 @@ class RidgeStatistics:
             raise DeloError(
                 "Ridge statistics are missing", given=folder / cls.FILE, fix="train the stage again"
             )
-        return cls(**load_file(folder / cls.FILE))
+        return cls(**read_tensors(folder / cls.FILE, "Ridge statistics"))

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
 from delo_llava.routing.queries import VIEWS, Queries
+from delo_llava.strict import read_tensors
 
 Matcher = Literal["cosine", "lda"]
 
@@ -201,7 +202,7 @@ class TaskKeyMemory:
                 raise DeloError(
                     f"The keys of task {task} are missing", given=file, fix="train the stage again"
                 )
-            self.tasks[task] = self._read(load_file(folder / self.FILE), task)
+            self.tasks[task] = self._read(read_tensors(folder / self.FILE, f"The keys of task {task}"), task)
 
     def _read(self, tensors: dict[str, Tensor], task: str) -> KeyStatistics:
         if tensors["sums"].shape != (3, self.hidden):

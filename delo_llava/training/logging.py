@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn,
 from rich.text import Text
 
 from delo_llava.checkpoint.manifest import write_text_atomic
-from delo_llava.errors import DeloError
+from delo_llava.errors import DeloError, printable
 
 #: Without a terminal, a line of progress is written this often (seconds).
 QUIET = 15.0
@@ -128,7 +128,7 @@ class RunProgress:
 
     def say(self, text: str) -> None:
         """A line above the bar."""
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def describe(self, text: str) -> None:
         """What is being done now."""

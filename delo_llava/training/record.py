@@ -13,6 +13,7 @@ from delo_llava.checkpoint.manifest import HashCache, combined_hash
 from delo_llava.checkpoint.store import RunStore
 from delo_llava.config import RunConfig, dump_config
 from delo_llava.errors import DeloError
+from delo_llava.schema import read_yaml
 from delo_llava.tasks import TaskSequence
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
@@ -67,9 +68,9 @@ def refuse_differences(
     Raises:
         DeloError: one line for each difference.
     """
-    stored = flat(yaml.safe_load(store.config.read_text())) if store.config.is_file() else {}
+    stored = flat(read_yaml(store.config)) if store.config.is_file() else {}
     given = flat(yaml.safe_load(dump_config(config)))
-    keys = sorted((stored.keys() | given.keys()) - set(FREE)) if stored else []
+    keys = sorted((stored.keys() | given.keys()) - set(FREE)) if store.config.is_file() else []
     lines = [
         f"  {k}: the run has {stored.get(k)}, given {given.get(k)}"
         for k in keys

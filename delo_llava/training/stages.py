@@ -4,7 +4,6 @@ Everything a user can get wrong is checked before torch, DeepSpeed or a model is
 imports them late.
 """
 
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from delo_llava.data.recipe import load_sequence
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin
+from delo_llava.strict import read_json
 from delo_llava.tasks import TaskSequence
 from delo_llava.training.signals import Preempted
 
@@ -260,7 +260,14 @@ class _Sequence:
         from delo_llava.training.logging import matrix_row
 
         if self.ranks.first and self.store.results.is_file():
-            progress.say(matrix_row(json.loads(self.store.results.read_text()), stage))
+            progress.say(matrix_row(self._results(), stage))
+
+    def _results(self) -> dict[str, Any]:
+        fix = "move it away and evaluate again: delo-eval --stage all"
+        content = read_json(self.store.results, "results.json", fix)
+        if not {"tasks", "matrix", "metrics"} <= content.keys():
+            raise DeloError("results.json is damaged.", given=self.store.results, fix=fix)
+        return content
 
     def _finish(self, progress: "RunProgress") -> None:
         from delo_llava.training.logging import matrix_summary
@@ -268,5 +275,5 @@ class _Sequence:
         marker = {"tasks": self.sequence.names, "evaluated": self.evaluate is not None, "time": time.time()}
         self.ranks.run_first(lambda: write_json_atomic(self.store.complete, marker))
         if self.ranks.first and self.store.results.is_file():
-            progress.say(matrix_summary(json.loads(self.store.results.read_text())))
+            progress.say(matrix_summary(self._results()))
             progress.say(f"results: {self.store.results}")

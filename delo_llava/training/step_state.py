@@ -5,7 +5,6 @@ A checkpoint holds whole tensors, so it serves every engine and any number of ra
 states and the method's running sums), `state.json`, and `manifest.json`, written last.
 """
 
-import json
 import random
 import time
 import uuid
@@ -15,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from delo_llava.checkpoint.manifest import fsync, write_json_atomic
@@ -23,12 +22,14 @@ from delo_llava.checkpoint.steps import StepStore, told_if_refused
 from delo_llava.errors import DeloError
 from delo_llava.experts.store import tensor_report
 from delo_llava.methods.base import SUMMED, Method
+from delo_llava.strict import read_json, read_tensors
 from delo_llava.training.engine import Engine, trained_parameters
 from delo_llava.training.loop import Ledger
 from delo_llava.training.ranks import Ranks
 from delo_llava.training.shards import OptimizerState
 
 SCHEMA = "delo-llava/step/1"
+REMOVE = "remove it to start the stage again"
 #: Seconds until files of other ranks must show on a network file system that caches folders.
 PATIENCE = 90.0
 
@@ -65,7 +66,7 @@ class Resumed:
             DeloError: names or shapes differ; each one is told.
         """
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        found = load_file(self.folder / "weights.safetensors")
+        found = _tensors(self.folder / "weights.safetensors")
         report = tensor_report({n: p.shape for n, p in named.items()}, {n: t.shape for n, t in found.items()})
         if report:
             raise DeloError(
@@ -81,7 +82,7 @@ class Resumed:
         """Give the optimiser and the file's schedule their state back."""
         kept = self.state["optimizer"]
         scalars = {key: (value, kind) for key, (value, kind) in kept["scalars"].items()}
-        tensors = load_file(self.folder / "optimizer.safetensors")
+        tensors = _tensors(self.folder / "optimizer.safetensors")
         engine.load_optimizer(OptimizerState(tensors, scalars, kept["groups"]))
         engine.load_schedule(self.state["schedule"])
 
@@ -124,12 +125,12 @@ class StepCheckpoints:
         if name is None:
             return None
         folder = self.steps.folder / name
-        state = json.loads((folder / "state.json").read_text())
+        state = read_json(folder / "state.json", "The state of a checkpoint", REMOVE)
         if state.get("schema") != SCHEMA or {key: state.get(key) for key in self.facts} != self.facts:
             raise DeloError(
                 "A checkpoint is not of this stage, or of another version of this program",
                 given=folder,
-                fix="remove it to start the stage again",
+                fix=REMOVE,
             )
         self.saved = state["step"]
         return Resumed(
@@ -197,13 +198,13 @@ class StepCheckpoints:
     def _rank_state(self, folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
         """This rank's tensors. With another number of ranks, the first one takes all of the sums."""
         own, world = self.ranks.rank, state["world"]
-        mine = load_file(folder / rank_file(min(own, world - 1)))
+        mine = _tensors(folder / rank_file(min(own, world - 1)))
         if world == self.ranks.world:
             return mine
         sums = [name for name in mine if name.startswith(f"method/{SUMMED}")]
         if own == 0:
             for rank in range(1, world):
-                other = load_file(folder / rank_file(rank))
+                other = _tensors(folder / rank_file(rank))
                 for name in sums:
                     mine[name] += other[name]
         else:
@@ -244,6 +245,10 @@ def set_random_state(state: dict[str, Tensor]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    return read_tensors(path, "A file of a checkpoint", REMOVE)
 
 
 def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

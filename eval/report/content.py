@@ -1,17 +1,16 @@
 """What a run's folder holds for its report, read once: results, record, settings, logged steps."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from delo_eval.matrix import RUN_PATTERN
 from delo_eval.results import read_results
 from delo_llava.checkpoint.store import RunStore
 from delo_llava.errors import DeloError
+from delo_llava.schema import read_yaml
+from delo_llava.strict import parse_json
 
 Json = dict[str, Any]
 
@@ -77,7 +76,7 @@ def read_content(run: Path, output: Path | None = None) -> RunContent:
             given=folder,
             fix="evaluate a stage first: delo-eval --run …",
         )
-    config = yaml.safe_load(store.config.read_text(encoding="utf-8")) if store.config.is_file() else {}
+    config = read_yaml(store.config) if store.config.is_file() else {}
     return RunContent(store, folder, results, store.read_run(), config, _steps(store.metrics))
 
 
@@ -93,11 +92,17 @@ def _steps(file: Path) -> list[Json]:
     steps = []
     for index, line in enumerate(lines):
         try:
-            steps.append(json.loads(line))
+            steps.append(_object(parse_json(line)))
         except ValueError as error:
             if index < len(lines) - 1:
                 raise DeloError(f"Line {index + 1} of the log is damaged: {error}", given=file) from error
     return steps
+
+
+def _object(value: Any) -> Json:
+    if not isinstance(value, dict):
+        raise ValueError("no object")
+    return value
 
 
 def value_at(tree: Mapping[str, Any] | None, *path: str | int) -> Any:

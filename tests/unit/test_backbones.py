@@ -273,7 +273,9 @@ def test_stock_processor_is_used_where_torchvision_is(kind: str, monkeypatch: py
 
     backbone, path = find_backbone(tiny_models.session(kind))
     stock = loaded(kind)[2]
-    monkeypatch.setattr(AutoProcessor, "from_pretrained", lambda given: stock if given == path else None)
+    monkeypatch.setattr(
+        AutoProcessor, "from_pretrained", lambda given, **options: stock if given == path else None
+    )
     monkeypatch.setattr(_qwen, "is_torchvision_available", lambda: True)
     assert backbone.load_processor(path) is stock
 

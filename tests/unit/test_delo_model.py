@@ -359,7 +359,7 @@ def test_half_a_file_is_refused(tmp_path: Path) -> None:
     tensors = load_file(file)
     tensors.pop(next(n for n in tensors if "delo_B" in n))
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.warns(UserWarning), pytest.raises(DeloError, match="do not fit"):
+    with pytest.warns(UserWarning), pytest.raises(DeloError, match="does not fit"):
         load_adapters(base(), {"one": tmp_path})
 
 

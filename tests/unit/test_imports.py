@@ -14,8 +14,9 @@ ROOT = Path(delo_llava.__file__).parent
 
 #: The parts of the library from the ground up; each may import only what stands before it.
 ORDER = (
-    "errors", "tasks", "registry", "schema", "mini", "data", "config", "routing", "experts", "losses",
-    "checkpoint", "backbones", "gate", "data_tools", "methods", "training", "cluster", "commands", "cli",
+    "errors", "strict", "tasks", "registry", "schema", "mini", "data", "config", "routing", "experts",
+    "losses", "checkpoint", "backbones", "gate", "data_tools", "methods", "training", "cluster", "commands",
+    "cli",
 )  # fmt: skip
 
 #: Modules that judge the small base by training adapters on it: on top of data and backbones, below nothing.
@@ -23,11 +24,11 @@ GATE = {("mini", "adapt"), ("mini", "gate")}
 
 #: Parts that must stay usable without most of what is below them.
 ONLY = {
-    "data": {"errors", "tasks", "registry", "schema"},
-    "routing": {"errors"},
-    "experts": {"errors", "routing"},
+    "data": {"errors", "strict", "tasks", "registry", "schema"},
+    "routing": {"errors", "strict"},
+    "experts": {"errors", "strict", "routing"},
     "losses": {"errors"},
-    "checkpoint": {"errors"},
+    "checkpoint": {"errors", "strict"},
     "mini": {"errors", "tasks"},
 }
 

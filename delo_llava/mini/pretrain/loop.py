@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+STATE = "state.safetensors"
+"""A stage's weights and optimizer; the step and the rest are JSON in its metadata."""
 SAVE_EVERY = 60.0
 """Seconds between state files."""
 LOG_EVERY = 50
@@ -41,8 +45,8 @@ class Plan:
 
 
 class Stage:
-    """A stage's folder: `state.pt` (to go on from), `log.jsonl`, and `done.json` with the final measures
-    when finished.
+    """A stage's folder: `state.safetensors` (to go on from), `log.jsonl`, and `done.json` with the final
+    measures when finished.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -60,16 +64,42 @@ class Stage:
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a state to go on from."""
+        return (self.folder / STATE).exists()
+
     def save(self, state: dict[str, Any]) -> None:
         """Replace the state file in one move, so that a kill leaves the old or the new one."""
-        part = self.folder / "state.pt.part"
-        torch.save(state, part)
-        part.replace(self.folder / "state.pt")
+        part = self.folder / f"{STATE}.part"
+        kept: dict[int, dict[str, Tensor]] = state["optimizer"]["state"]
+        tensors = {f"model/{name}": tensor for name, tensor in state["model"].items()}
+        tensors |= {f"optimizer/{i}/{key}": t for i, entry in kept.items() for key, t in entry.items()}
+        numbers = {key: state[key] for key in ("step", "spent", "loss")}
+        numbers["groups"] = state["optimizer"]["param_groups"]
+        own = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}  # tied ones apart
+        save_file(own, part, metadata={"state": json.dumps(numbers)})
+        part.replace(self.folder / STATE)
 
     def load(self) -> dict[str, Any] | None:
         """The last saved state, if any."""
-        path = self.folder / "state.pt"
-        return torch.load(path, weights_only=True) if path.exists() else None
+        if not self.begun:
+            return None
+        model: dict[str, Tensor] = {}
+        kept: dict[int, dict[str, Tensor]] = {}
+        with safe_open(self.folder / STATE, "pt") as file:
+            numbers: dict[str, Any] = json.loads(file.metadata()["state"])
+            for name in file.keys():  # noqa: SIM118
+                part, _, rest = name.partition("/")
+                if part == "model":
+                    model[rest] = file.get_tensor(name)
+                else:
+                    index, _, key = rest.partition("/")
+                    kept.setdefault(int(index), {})[key] = file.get_tensor(name)
+        return numbers | {
+            "model": model,
+            "optimizer": {"state": kept, "param_groups": numbers.pop("groups")},
+        }
 
 
 def train(
