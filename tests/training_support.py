@@ -160,7 +160,8 @@ def run_job(job: dict[str, Any]) -> None:
             file.write(f"{stage}\n")
 
     try:
-        stages.run_sequence(resolve(job["words"]), evaluate)
+        second = job.get("second") if os.environ.get("RANK") == "1" else None
+        stages.run_sequence(resolve(second or job["words"]), evaluate)
     except (Interrupted, signals.Preempted):
         return
     finally:

@@ -91,8 +91,12 @@ def refuse_differences(
         )
 
 
-def data_hashes(store: RunStore, sequence: TaskSequence) -> dict[str, dict[str, str]]:
-    """sha256 of each task's files and side files, by task and name; unchanged files are not read again."""
+def data_hashes(store: RunStore, sequence: TaskSequence, *, keep: bool = True) -> dict[str, dict[str, str]]:
+    """sha256 of each task's files and side files, by task and name; unchanged files are not read again.
+
+    Args:
+        keep: remember what was computed (one rank only may).
+    """
     cache = HashCache(store.logs / "hashes.json")
     hashes = {
         task.name: {
@@ -101,18 +105,20 @@ def data_hashes(store: RunStore, sequence: TaskSequence) -> dict[str, dict[str, 
         }
         for task in sequence.tasks
     }
-    cache.save()
+    if keep:
+        cache.save()
     return hashes
 
 
-def base_facts(store: RunStore, model_path: str) -> dict[str, str | None]:
+def base_facts(store: RunStore, model_path: str, *, keep: bool = True) -> dict[str, str | None]:
     """Where the base came from and one sha256 over its weight files; a hub id that is no folder has none."""
     folder = Path(model_path)
     if not folder.is_dir():
         return {"path": model_path, "sha256": None}
     cache = HashCache(store.logs / "hashes.json")
     found = combined_hash(cache, {file for pattern in WEIGHTS for file in folder.glob(pattern)})
-    cache.save()
+    if keep:
+        cache.save()
     return {"path": model_path, "sha256": found}
 
 

@@ -4,12 +4,15 @@ Everything a user can get wrong is checked before torch, DeepSpeed or a model is
 imports them late.
 """
 
+import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from delo_llava.checkpoint.lock import locked
 from delo_llava.checkpoint.manifest import MANIFEST, sha256_file, write_json_atomic
 from delo_llava.checkpoint.steps import StepStore
 from delo_llava.checkpoint.store import RunStore
@@ -59,22 +62,33 @@ def run_sequence(config: RunConfig, evaluate: Evaluate | None = None) -> Path:
     check_engine(config, world)
     from transformers.utils.logging import disable_progress_bar
 
+    from delo_llava.training.agree import require_agreement
     from delo_llava.training.ranks import start_ranks, stop_ranks
 
     disable_progress_bar()  # one bar for each load of weights would tear ours apart
     store = RunStore(config.run_dir)
     ranks = start_ranks(config)
-    try:
-        ranks.leave_if_asked("starting")
-        ranks.run_first(lambda: open_run(store, config, sequence, path))
-        _Sequence(config, store, ranks, sequence, evaluate).run(backbone, path)
-    except Preempted as asked:
-        if asked.together:
-            ranks.run_first(partial(_note_stop, store, asked))
-            stop_ranks(ranks)
-        raise
-    stop_ranks(ranks)
+    with ExitStack() as held:
+        try:
+            ranks.leave_if_asked("starting")
+            ranks.run_first(lambda: _take(store, held))
+            ranks.run_first(lambda: open_run(store, config, sequence, path))
+            require_agreement(ranks, store, config, sequence, path)
+            _Sequence(config, store, ranks, sequence, evaluate).run(backbone, path)
+        except Preempted as asked:
+            if asked.together:
+                ranks.run_first(partial(_note_stop, store, asked))
+                stop_ranks(ranks)
+            raise
+        stop_ranks(ranks)
     return store.results
+
+
+def _take(store: RunStore, held: ExitStack) -> None:
+    """Lock the run's folder until `held` ends, and say from whom it was taken, if from anybody."""
+    taken = held.enter_context(locked(store.root))
+    if taken:
+        sys.stderr.write(f"{taken}\n")
 
 
 def _note_stop(store: RunStore, asked: Preempted) -> None:
