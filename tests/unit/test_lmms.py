@@ -141,12 +141,17 @@ def test_answers_do_not_depend_on_the_batch_and_end_where_they_should(
     assert not one._folder.exists()
 
 
-def test_its_answers_are_those_of_the_harness(lmms: Any, run: Path, tmp_path: Path) -> None:
+def test_its_answers_are_those_of_the_harness(
+    lmms: Any,
+    run: Path,
+    recipe: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
     evaluate_stage(
         run, 1, request=Request(output=tmp_path, patterns=("text",))
     )  # no context, as lmms-eval has none
     rows = predictions(tmp_path, 1, "text")["words"]
-    picture = Image.open(next(run.parents[1].rglob("picture.png"), run))
+    picture = Image.open(next(recipe.parent.rglob("picture.png")))
     document = {"image": picture, "asked": "what card says ?"}
     model = made(lmms, {"shown": {"test": [document]}}, f"run={run},stage=1,task=words")
     (said,) = model.generate_until(asked(model.task_dict, {"max_new_tokens": 3}))
