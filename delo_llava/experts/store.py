@@ -1,12 +1,13 @@
 """One task, one folder: `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them
 (specification M10)."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -61,17 +62,49 @@ def load_adapters(base: nn.Module, folders: Mapping[str, Path]) -> PeftModel:
             raise DeloError(
                 f"The experts of task {task} are missing", given=folder, fix="train the stage again"
             )
-        require_own_adapter(folder, DeloConfig)
+    return open_adapters(base, folders, DeloConfig)
+
+
+def open_adapters(
+    base: nn.Module, folders: Mapping[str, Path], kind: type[PeftConfig], trainable: bool = False
+) -> PeftModel:
+    """The base with published adapters, each proven to be this project's and to fit tensor by tensor.
+
+    Args:
+        folders: PEFT's name of each adapter -> folder; at least one.
+        kind: the configuration that the method writes.
+        trainable: go on training it (a single one).
+
+    Raises:
+        DeloError: naming every tensor that is missing, unexpected or of another shape.
+    """
+    for folder in folders.values():
+        require_own_adapter(folder, kind)
     (first, first_folder), *others = folders.items()
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # PEFT draws initial weights before it loads; the caller's stream stays as it is
-        model = PeftModel.from_pretrained(base, str(first_folder), adapter_name=first, is_trainable=False)
-        for task, folder in others:
-            model.load_adapter(str(folder), adapter_name=task, is_trainable=False)
-    for task, folder in folders.items():
-        check_complete(model, task, folder)
+    # PEFT draws initial weights before it loads; the caller's stream stays as it is.
+    with torch.random.fork_rng(devices=[]), _told_by_tensor(folders):
+        model = PeftModel.from_pretrained(base, str(first_folder), adapter_name=first, is_trainable=trainable)
+        for name, folder in others:
+            model.load_adapter(str(folder), adapter_name=name, is_trainable=False)
+    for name, folder in folders.items():
+        check_complete(model, name, folder)
     return model
+
+
+@contextmanager
+def _told_by_tensor(folders: Mapping[str, Path]) -> Iterator[None]:
+    """Turn torch's complaint about shapes, which names every tensor, into an error with a remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if not lines:
+            raise
+        raise DeloError(
+            "\n".join(["An adapter does not fit the base model:", *(f"  {line}" for line in lines)]),
+            given=", ".join(str(folder) for folder in folders.values()),
+            fix="use the base and configuration of the run",
+        ) from error
 
 
 def check_complete(model: nn.Module, task: str, folder: Path) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
-from delo_llava.experts.own import require_own_adapter
+from delo_llava.experts.store import open_adapters
 from delo_llava.methods._lora import LoraMethod, bare, no_grad_parameters
 from delo_llava.methods.base import Capabilities, Stage
 
@@ -25,13 +25,7 @@ class Individual(LoraMethod):
     def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
         if not adapters:
             return bare(base)
-        (first, folder), *rest = (
-            (task, require_own_adapter(place, LoraConfig)) for task, place in adapters.items()
-        )
-        model = PeftModel.from_pretrained(base, folder, adapter_name=first)
-        for task, other in rest:
-            model.load_adapter(other, adapter_name=task)
-        return no_grad_parameters(model)
+        return no_grad_parameters(open_adapters(base, adapters, LoraConfig))
 
     @contextmanager
     def answering(

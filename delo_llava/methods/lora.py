@@ -4,12 +4,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 
 from delo_llava.data.collate import Batch
-from delo_llava.experts.own import require_own_adapter
-from delo_llava.methods._lora import LoraMethod, bare, no_grad_parameters
+from delo_llava.experts.store import open_adapters
+from delo_llava.methods._lora import ADAPTER, LoraMethod, bare, no_grad_parameters
 from delo_llava.methods.base import Capabilities, Stage
 
 
@@ -21,12 +21,12 @@ class Lora(LoraMethod):
     def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
         if not stage.earlier:
             return self.fresh(base)
-        return PeftModel.from_pretrained(base, _last(stage.earlier), is_trainable=True)
+        return open_adapters(base, _last(stage.earlier), LoraConfig, trainable=True)
 
     def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
         if not adapters:
             return bare(base)
-        return no_grad_parameters(PeftModel.from_pretrained(base, _last(adapters)))
+        return no_grad_parameters(open_adapters(base, _last(adapters), LoraConfig))
 
     @contextmanager
     def answering(
@@ -35,8 +35,9 @@ class Lora(LoraMethod):
         yield
 
 
-def _last(adapters: dict[str, Path]) -> Path:
-    return require_own_adapter(list(adapters.values())[-1], LoraConfig)
+def _last(adapters: dict[str, Path]) -> dict[str, Path]:
+    """The last stage's folder, under the name that PEFT gives the only adapter."""
+    return {ADAPTER: list(adapters.values())[-1]}
 
 
 METHOD = Lora
