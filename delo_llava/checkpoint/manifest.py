@@ -112,14 +112,15 @@ def write_manifest(folder: Path) -> None:
 def manifest_faults(folder: Path) -> list[str]:
     """What differs between `folder` and its manifest, one line per file; empty when all is well."""
     try:
-        entries = json.loads((folder / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        entries: dict[str, str] = {name: entry["sha256"] for name, entry in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{folder / MANIFEST}: missing or unreadable ({error.__class__.__name__})"]
     present = {file.relative_to(folder).as_posix() for file in folder_files(folder)}
     faults = [f"{folder / name}: not in the manifest" for name in sorted(present - set(entries))]
-    for name, entry in sorted(entries.items()):
+    for name, digest in sorted(entries.items()):
         if name not in present:
             faults.append(f"{folder / name}: missing")
-        elif sha256_file(folder / name) != entry["sha256"]:
+        elif sha256_file(folder / name) != digest:
             faults.append(f"{folder / name}: its bytes differ from the published ones")
     return faults
