@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -133,16 +134,47 @@ def ask_to_leave(stage: int, step: int, rank: int = 0) -> None:
     observer.StageObserver.step = asked  # type: ignore[method-assign]
 
 
+def sabotage(
+    poison: str | None = None, rows: int | None = None, rank: int | None = None
+) -> Callable[[], None]:
+    """Make forward passes fail; returns what undoes it.
+
+    Args:
+        poison: a record (`task/id`) whose loss is not a number.
+        rows: more of them than this do not fit into the memory, of `rank` if that is given.
+    """
+    from delo_llava.training.module import MethodModule
+
+    forward = MethodModule.forward
+
+    def failing(self: MethodModule, batch: Any) -> Any:
+        if rows is not None and len(batch) > rows and rank in (None, int(os.environ.get("RANK", "0"))):
+            raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate a lot")
+        sums = forward(self, batch)
+        names = [f"{task}/{name}" for task, name in zip(batch.tasks, batch.record_ids, strict=True)]
+        return {key: value * float("nan") for key, value in sums.items()} if poison in names else sums
+
+    MethodModule.forward = failing  # type: ignore[method-assign]
+
+    def undo() -> None:
+        MethodModule.forward = forward  # type: ignore[method-assign]
+
+    return undo
+
+
 def run_job(job: dict[str, Any]) -> None:
     """Train one sequence; `kill` says where this process kills itself, `stop` after which stage it leaves,
-    `ask` at which step which rank gets a signal."""
+    `ask` at which step which rank gets a signal, `sabotage` how forward passes fail; `error` names the file
+    for the text of a DeloError."""
     from delo_llava.cli import resolve
+    from delo_llava.errors import DeloError
     from delo_llava.training import logging, observer, signals, stages
 
     step = observer.StageObserver.step
     kill, stop, ask = job.get("kill"), job.get("stop"), job.get("ask")
     if ask is not None:
         ask_to_leave(**ask)
+    undo = sabotage(**job.get("sabotage", {}))
     if kill is not None:
         write = logging.MetricsLog.write
 
@@ -162,9 +194,17 @@ def run_job(job: dict[str, Any]) -> None:
     try:
         second = job.get("second") if os.environ.get("RANK") == "1" else None
         stages.run_sequence(resolve(second or job["words"]), evaluate)
-    except (Interrupted, signals.Preempted):
+    except Interrupted:
         return
+    except signals.Preempted as asked:
+        if not asked.together:
+            raise  # the others wait for this rank in vain: only the launcher can end them
+    except DeloError as error:
+        if "error" not in job:
+            raise
+        Path(f"{job['error']}{os.environ.get('RANK', '0')}").write_text(str(error))
     finally:
+        undo()
         signals.clear()
         observer.StageObserver.step = step  # type: ignore[method-assign]
 

@@ -65,14 +65,17 @@ class StepStore:
                 target.replace(aside)
             draft.replace(target)
             fsync(self.folder)
-            for _, path in self.published()[self.keep :]:
+            # Newer ones are there only if they are bad, and must not push a good one out.
+            upto = [path for found, path in self.published() if found <= step]
+            for path in upto[self.keep :]:
                 _delete(path)
         return target
 
     def clear(self) -> None:
         """Remove what killed launches left half written or half deleted."""
-        for path in (*self.folder.glob(f"{DRAFT}*"), *self.folder.glob(f"{TRASH}*")):
-            shutil.rmtree(path)
+        with told_if_refused(self.folder):
+            for path in (*self.folder.glob(f"{DRAFT}*"), *self.folder.glob(f"{TRASH}*")):
+                shutil.rmtree(path)
 
     def discard(self) -> None:
         """Delete all checkpoints: the stage's adapter is published."""

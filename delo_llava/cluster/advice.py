@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from delo_llava.cluster.memory import MemoryModel, Parts, Setup
+from delo_llava.cluster.models import planned_model
 from delo_llava.config import RunConfig
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.errors import DeloError
@@ -69,6 +70,12 @@ def setup_of(config: RunConfig, world: int) -> Setup:
     """The settings that a configuration asks for."""
     train = config.train
     return Setup(config.quant, config.zero, train.gradient_checkpointing, train.micro_batch, world)
+
+
+def planned_bytes(config: RunConfig, world: int, cuda: bool) -> int:
+    """What one rank needs at most while a stage trains, with sequences as long as they may be."""
+    memory = MemoryModel(planned_model(config.model), config, config.data.max_length, cuda)
+    return int(memory.training(setup_of(config, world)).total)
 
 
 def refuse_impossible(config: RunConfig, world: int) -> None:

@@ -4,14 +4,16 @@ moved."""
 import hashlib
 import os
 import resource
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
-from delo_llava.config import TrainConfig
+from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.errors import DeloError
+from delo_llava.training.ranks import Ranks
 
 SHOWN_IDS = 8
 #: How the CPU's allocators say that there is no more; CUDA's has an exception of its own.
@@ -56,26 +58,26 @@ def judge_nonfinite(train: TrainConfig, step: int, record_ids: list[str], skippe
     )
 
 
-def judge_bad_images(count: int, limit: int, names: dict[str, str]) -> None:
+def judge_bad_images(names: dict[str, str], limit: int) -> None:
     """Stop when too many records of a stage have images that cannot be read.
 
     Raises:
         DeloError: naming them.
     """
-    if count > limit:
+    if len(names) > limit:
         raise DeloError(
-            f"{count} records have images that cannot be used; data.max_bad_images allows {limit}",
+            f"{len(names)} records have images that cannot be used; data.max_bad_images allows {limit}",
             given=_ids([f"{name}: {why}" for name, why in sorted(names.items())]),
             fix="mend the files, or raise data.max_bad_images",
         )
 
 
 @contextmanager
-def memory_told(train: TrainConfig, device: torch.device, planned: int | None) -> Iterator[None]:
+def memory_told(train: TrainConfig, device: torch.device, planned: Callable[[], str]) -> Iterator[None]:
     """Tell that memory is full in one message.
 
     Args:
-        planned: bytes per device that a plan expected, or None without one.
+        planned: says what was to be expected; asked only when memory is full.
 
     Raises:
         OutOfMemory: the block ran out of memory; what it used, what was planned, and what helps.
@@ -86,13 +88,23 @@ def memory_told(train: TrainConfig, device: torch.device, planned: int | None) -
         told = str(error).lower()
         if not isinstance(error, MemoryError) and not any(text in told for text in OUT_OF_MEMORY):
             raise
-        plan = "no plan was made" if planned is None else f"planned {gib(planned)}"
         raise OutOfMemory(
             f"Out of memory on {device}",
-            given=f"{memory_used(device)}; {plan}; train.micro_batch={train.micro_batch}",
+            given=f"{memory_used(device)}; {planned()}; train.micro_batch={train.micro_batch}",
             fix=f"--train.micro_batch={max(1, train.micro_batch // 2)} (the global batch stays), "
             "--train.gradient_checkpointing=true, --zero 3, or --train.on_oom=halve",
         ) from error
+
+
+def memory_planned(config: RunConfig, ranks: Ranks) -> str:
+    """What the planner expects of a stage on each device, or why it cannot say."""
+    # By name, as planning stands above training.
+    advice = import_module("delo_llava.cluster.advice")
+    try:
+        count = advice.planned_bytes(config, ranks.world, ranks.device.type == "cuda")
+    except (DeloError, RuntimeError, ValueError, MemoryError) as error:
+        return f"no plan: {str(error).partition(chr(10))[0]}"
+    return f"planned {gib(count)} for data.max_length={config.data.max_length}"
 
 
 def memory_used(device: torch.device) -> str:

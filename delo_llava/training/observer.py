@@ -104,6 +104,5 @@ class StageObserver:
         if not self.collator.skip_bad_images:
             return
         self.ledger.bad_images |= dict(self.collator.bad_images)  # a copy: the collator's thread adds to it
-        count = sum(self.ranks.each(len(self.ledger.bad_images)))
-        limit = self.config.data.max_bad_images
-        judge_bad_images(count, limit, self.ranks.union(self.ledger.bad_images) if count > limit else {})
+        # A record comes to another rank in another epoch, and counts once.
+        judge_bad_images(self.ranks.union(self.ledger.bad_images), self.config.data.max_bad_images)

@@ -3,6 +3,7 @@
 import gc
 import random
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from delo_llava.training.guards import (
     OutOfMemory,
     fingerprint,
     frozen_parameters,
+    memory_planned,
     memory_told,
     require_unchanged,
     smaller_micro_batch,
@@ -73,14 +75,14 @@ class StageTrainer:
             if smaller is not None:
                 train = self.config.train.model_copy(update={"micro_batch": smaller})
                 self.config = self.config.model_copy(update={"train": train})
-            planned = self.store.read_run().get("planned_bytes")
+            planned = partial(memory_planned, self.config, self.ranks)
             try:
                 with memory_told(self.config.train, self.ranks.device, planned):
                     self._train(task, stage, progress)
                 break
             except OutOfMemory as error:
                 self._halve(stage, error, progress)
-                free_memory()
+            free_memory()  # only here: the error's traceback holds the model
         self.config = self.run_config
 
     def _halve(self, stage: Stage, error: OutOfMemory, progress: RunProgress) -> None:

@@ -112,11 +112,11 @@ def test_a_step_that_is_not_finite_is_judged_by_policy() -> None:
 def test_full_memory_is_told_with_what_helps(error: Exception) -> None:
     with (
         pytest.raises(OutOfMemory, match=r"used .* GiB of .*; planned 2.0 GiB; train.micro_batch=16") as told,
-        memory_told(TrainConfig(), torch.device("cpu"), 2 * 2**30),
+        memory_told(TrainConfig(), torch.device("cpu"), lambda: "planned 2.0 GiB"),
     ):
         raise error
     assert "--train.micro_batch=8" in str(told.value)
-    with pytest.raises(RuntimeError, match="^other$"), memory_told(TrainConfig(), torch.device("cpu"), None):
+    with pytest.raises(RuntimeError, match="^other$"), memory_told(TrainConfig(), torch.device("cpu"), str):
         raise RuntimeError("other")
 
 
@@ -130,9 +130,9 @@ def test_a_smaller_micro_batch_divides_the_share(
 
 
 def test_too_many_bad_images_are_named() -> None:
-    judge_bad_images(2, 2, {})
+    judge_bad_images({"t/a": "torn", "t/b": "torn"}, 2)
     with pytest.raises(DeloError, match="3 records have images(.|\n)*t/a: torn"):
-        judge_bad_images(3, 2, {"t/a": "torn"})
+        judge_bad_images({f"t/{name}": "torn" for name in "abc"}, 2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
