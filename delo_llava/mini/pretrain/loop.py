@@ -55,6 +55,11 @@ class Stage:
         """Whether the stage has ended."""
         return (self.folder / "done.json").exists()
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a state to go on from."""
+        return (self.folder / "state.pt").exists()
+
     def log(self, **entry: object) -> None:
         """Append one line to the log."""
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
@@ -68,8 +73,7 @@ class Stage:
 
     def load(self) -> dict[str, Any] | None:
         """The last saved state, if any."""
-        path = self.folder / "state.pt"
-        return torch.load(path, weights_only=True) if path.exists() else None
+        return torch.load(self.folder / "state.pt", weights_only=True) if self.begun else None
 
 
 def train(
