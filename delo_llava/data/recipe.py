@@ -17,7 +17,10 @@ from delo_llava.tasks import SPLITS, Split, TaskSequence, TaskSpec
 DATA_ENV = "DELO_LLAVA_DATA"
 
 #: Functions that make a recipe's data from installed packages: `builder` key -> (module, function).
-BUILDERS: dict[str, tuple[str, str]] = {"mini6": ("delo_llava.mini.build", "ensure_mini6")}
+BUILDERS: dict[str, tuple[str, str]] = {
+    "mini6": ("delo_llava.mini.build", "ensure_mini6"),
+    "mini8": ("delo_llava.mini.build", "ensure_mini8"),
+}
 
 
 def _inside(path: str) -> str:
@@ -66,7 +69,7 @@ class Recipe(Section):
     title: str = ""
     source: str = ""
     licence: str = ""
-    builder: Literal["mini6"] | None = None
+    builder: Literal["mini6", "mini8"] | None = None
     tasks: list[TaskEntry] = Field(min_length=1)
     defaults: dict[str, Any] = {}
 

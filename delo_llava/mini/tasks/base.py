@@ -1,4 +1,4 @@
-"""What the six tasks share: an example, and the draw of which modality carries its answer."""
+"""What the tasks share: an example, and the draw of which modality carries its answer."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +12,12 @@ from delo_llava.mini.entities import Split
 
 @dataclass(frozen=True)
 class Example:
-    """One example before it is written; `in_image`, `in_context`: who carries the answer (never neither)."""
+    """One example before it is written.
+
+    Attributes:
+        in_image, in_context: who carries the answer; neither only where the answer says that none does.
+        box: the answer is a box, `[x1, y1, x2, y2]` in shares of the picture's sides.
+    """
 
     image: Image.Image
     context: str
@@ -21,6 +26,7 @@ class Example:
     entity: str
     in_image: bool
     in_context: bool
+    box: bool = False
 
 
 class Records(Protocol):
