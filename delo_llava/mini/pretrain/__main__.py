@@ -32,7 +32,7 @@ def plans(scale: float, started: bool = False) -> dict[str, Plan]:
         scale: shortens all stages alike (for tests).
         started: language layers and the projector's aim are mini-llava's, so all stages may be short.
     """
-    steps = (2400, 500, 1200) if started else (4300, 2900, 5600)
+    steps = (2400, 500, 2000) if started else (4300, 2900, 5600)
     tower_steps, text_steps, joint_steps = (max(2, round(n * scale)) for n in steps)
     limit, text_rate = LIMIT * max(scale, 0.01), 1.5e-3 if started else 3e-3
     return {
