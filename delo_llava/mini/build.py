@@ -1,4 +1,4 @@
-"""Build mini6 and mini8 at first use: tasks of records and 64x64 pictures in CoIN's format, from packages' data.
+"""Build mini6 and mini8 at first use from data that packages ship: records in CoIN's format, 64x64 pictures.
 
 The folder appears at once or not at all (temporary folder, manifest, rename), so two processes that start
 together cannot harm each other: the slower one finds the finished folder and drops its own.
@@ -49,9 +49,7 @@ class Collection:
 _SIX = ("science", "ocr", "naming", "yesno", "attribute", "geography")
 MINI6 = Collection("mini6", "mini6-v1", {task: f"mini6-v1/{task}" for task in _SIX})
 _NEW = {task: f"mini8-v1/{task}" for task in ("unanswerable", "grounding")}
-MINI8 = Collection(
-    "mini8", "mini8-v1", {t: (MINI6.seeds | _NEW)[t] for t in (*_SIX[:4], *_NEW, *_SIX[4:])}
-)
+MINI8 = Collection("mini8", "mini8-v1", {t: (MINI6.seeds | _NEW)[t] for t in (*_SIX[:4], *_NEW, *_SIX[4:])})
 COLLECTIONS = {c.name: c for c in (MINI6, MINI8)}
 
 
@@ -137,7 +135,9 @@ def _write(root: Path, task: str, split: Split, index: int, example: Example) ->
 def describe(folder: Path, collection: Collection) -> dict[str, Any]:
     """The manifest: version, sha256 of every JSON file, and one over all pixels of each task and split."""
     files = {f"{t}/{s}.json": _sha256(folder / t / f"{s}.json") for t in collection.tasks for s in SPLITS}
-    pictures = {f"{t}/images/{s}": _pictures(folder / t / "images" / s) for t in collection.tasks for s in SPLITS}
+    pictures = {
+        f"{t}/images/{s}": _pictures(folder / t / "images" / s) for t in collection.tasks for s in SPLITS
+    }
     return {"version": collection.version, "files": files, "pictures": pictures}
 
 

@@ -27,7 +27,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from delo_llava.backbones._qwen import SYSTEM
 from delo_llava.backbones.qwen2_5_vl import BACKBONE
-from delo_llava.mini.pretrain import tokenizer, tokenizer_bytes
+from delo_llava.mini.pretrain import tokenizer_bytes
 from delo_llava.mini.pretrain.family import (
     HEADS,
     INTERMEDIATE,
@@ -143,7 +143,7 @@ class QwenFamily(Family):
             table[bare] = table[spaced] + torch.randn(table.shape[1]) * table.std()
 
     def start_from_llava(self, language: Any, tongue: Tongue, folder: Path) -> None:
-        """Take mini-llava's language layers over; a piece's embedding begins as the mean of its pieces there."""
+        """Take mini-llava's layers over; a piece's embedding begins as the mean of its pieces there."""
         old = LlavaForConditionalGeneration.from_pretrained(folder).model.language_model
         words = LlamaTokenizer.from_pretrained(folder, add_bos_token=False)
         state = {k: v for k, v in old.state_dict().items() if k != "embed_tokens.weight"}

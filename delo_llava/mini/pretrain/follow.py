@@ -1,6 +1,7 @@
 """Let a new base's projector begin where a finished mini-llava is: its image tokens are what is aimed at.
 
-Language layers that were taken over from mini-llava read these tokens already, so the joint stage can be short.
+Language layers that were taken over from mini-llava read these tokens already, so the joint stage can be
+short.
 """
 
 from pathlib import Path

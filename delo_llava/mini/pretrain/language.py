@@ -1,5 +1,5 @@
-"""Stage two, text only: a small language model learns to copy, look up, find an option's letter, compare, and recall
-facts.
+"""Stage two, text only: a small language model learns to copy, look up, find an option's letter, compare,
+and recall facts.
 
 Copying circuits appear suddenly and late when only answers are trained on, so the first tenth of the steps
 repeats random token strings (the second half is predictable from the first alone); then come the text talks

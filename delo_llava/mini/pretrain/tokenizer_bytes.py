@@ -1,8 +1,8 @@
 """The byte-level BPE of mini-qwen: lower-case words as pieces, capital words letter by letter.
 
 Words are learned without their leading space; then each piece that begins a word gets a twin with the space
-(merged last, so a word has the same pieces behind a space as at the beginning of an answer). A word in capitals
-has no merges but that of its first letter with a space: unseen words can be read and copied.
+(merged last, so a word has the same pieces behind a space as at the beginning of an answer). A word in
+capitals has no merges but that of its first letter with a space: unseen words can be read and copied.
 """
 
 import json
@@ -24,7 +24,7 @@ SPECIALS = (
 
 
 def train(corpus: Iterable[str], size: int, folder: Path) -> None:
-    """Write a stock Qwen2 tokenizer into `folder`: `size` pieces learned on lower-case lines, and their twins."""
+    """Write a stock Qwen2 tokenizer into `folder`: `size` learned pieces and the twins of word beginnings."""
     lines = [*corpus, *[FRAME] * 2000]
     bare = Tokenizer(models.BPE())
     regex = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")

@@ -1,4 +1,4 @@
-"""Stage one, supervised: a vision tower whose tokens hold, linearly, what each cell and the whole picture show.
+"""Stage one, supervised: a tower whose tokens hold, linearly, what each cell and the whole picture show.
 
 Linear heads read the tokens behind a BatchNorm without affine parameters. Its mean and standard deviation
 fold exactly into the first linear of the projector (`fold`), so the shipped model is a stock architecture and

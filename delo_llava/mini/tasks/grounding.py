@@ -1,4 +1,4 @@
-"""Where is the thing that is described? A box as text, as CoIN's Grounding: coordinates in shares of the sides.
+"""Where is the thing that is described? A box as text, as CoIN's Grounding, in shares of the sides.
 
 Shapes stand in cells of a grid of four rows and four columns and fill them, so that every box has coordinates
 out of .00, .25, .50, .75 and 1.00.
@@ -30,7 +30,7 @@ def box(cell: int) -> str:
 
 
 def records(split: Split, rng: Generator) -> Iterator[Example]:
-    """Two shapes that differ in colour and form, one asked for; a scene (cell, thing) is in one split only."""
+    """Two shapes that differ in colour and form, one asked for; an arrangement is in one split only."""
     things = [(colour, form) for colour in COLOURS for form in FORMS]
     while True:
         first, second = (things[int(i)] for i in rng.permutation(len(things))[:2])
