@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol, cast
 
 from delo_llava import __version__
 from delo_llava.errors import DeloError, report_and_exit
-from delo_llava.registry import plugin_names, plugin_summary
+from delo_llava.registry import load_plugin, plugin_names, plugin_summary
+from delo_llava.training import signals
 
 if TYPE_CHECKING:
     from delo_llava.config import RunConfig
@@ -37,6 +38,12 @@ class _Harness(Protocol):
     def evaluate_stage(self, run_dir: Path, stage: int) -> object: ...
 
 
+class _Scorer(Protocol):
+    """What the command line needs of a scorer: whether it has the mode that is asked for."""
+
+    def in_mode(self, scoring: str) -> object: ...
+
+
 # On some CPUs bitsandbytes warns that it has no ready-made kernel from a hub; we never fetch code at run
 # time.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -58,6 +65,7 @@ def main_train(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(words):
         _say(TRAIN_USAGE + _key_table())
         return 0
+    signals.install()
     return told(_train, words)
 
 
@@ -67,9 +75,9 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     Words are `--config FILE` and overrides; `--local_rank`, which the launcher appends, is ignored.
 
     Raises:
-        DeloError: an unknown key, value or recipe, or data that is missing.
+        DeloError: an unknown key, value or recipe, data that is missing, or official scoring where none is.
     """
-    from delo_llava.config import config_layers, core_config, with_methods
+    from delo_llava.config import check_tasks, config_layers, core_config, with_methods
     from delo_llava.data.recipe import load_sequence, recipe_defaults
 
     file, words = _take(words, "--config")
@@ -77,14 +85,25 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     layers = config_layers(Path(file) if file else None, words)
     defaults = recipe_defaults(str(layers.get("task_seq", _default_sequence())))
     config = core_config(layers, defaults)
-    load_sequence(config.task_seq, config.data.root)
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    check_tasks(config, sequence.names)
+    for task in sequence.tasks:
+        cast(_Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
     return with_methods(config)
 
 
 def told(command: Callable[..., int], *arguments: object) -> int:
-    """Run a command; a `DeloError` is printed and ends it, told by rank 0 alone if all ranks see it."""
+    """Run a command; a `DeloError` is printed and ends it, told by rank 0 alone if all ranks see it.
+
+    Returns:
+        its exit code; 75 if a signal asked it to leave and the same command will go on.
+    """
     try:
         return command(*arguments)
+    except signals.Preempted as asked:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"{asked}\n")
+        return signals.EXIT_CODE
     except DeloError as error:
         if int(os.environ.get("RANK", "0")) > 0:
             # Rank 0's exit ends this rank too: only a fault of this rank alone gets past.
@@ -115,6 +134,7 @@ def _train(words: Sequence[str]) -> int:
 
 def _eval(words: Sequence[str]) -> int:
     """Hand over to the harness, which has a command line of its own."""
+    signals.install()
     return _harness().main(words) or 0
 
 

@@ -15,6 +15,7 @@ from delo_llava.schema import Section, checked, dotted_keys, merged, read_yaml
 __all__ = [
     "MissingSpec",
     "RunConfig",
+    "check_tasks",
     "config_layers",
     "core_config",
     "dump_config",
@@ -36,19 +37,21 @@ class DataConfig(Section):
 
     Attributes:
         root: data folder of the sequence; None means the recipe's own default.
+        template: variant of the instructions, where the recipe has several; None means its first.
         sub: share of every training set that is used, drawn by the run's seed.
         max_length: longest prompt with answer, in tokens; context is cut first.
         group_by_length: build batches of similar length.
     """
 
     root: Path | None = None
+    template: str | None = None
     sub: float = Field(default=1.0, gt=0.0, le=1.0)
     max_length: int = Field(default=2048, ge=16)
     group_by_length: bool = True
 
 
 class TrainConfig(Section):
-    """One stage's training; the same for every task of the sequence.
+    """One stage's training; the same for every task unless `per_task` says otherwise.
 
     Attributes:
         epochs: passes over the task's records; `max_steps`, when given, ends the stage earlier.
@@ -107,6 +110,7 @@ class RunConfig(Section):
         zero: key of a file in `ds_configs/`, or `none` for the one-process engine.
         ds_config: a DeepSpeed file of the user's own, instead of `zero`.
         allow_ds_optimizer: accept `optimizer` and `scheduler` sections in DeepSpeed files.
+        per_task: settings of `train` that differ for single tasks, by task name; see `for_task`.
         methods: settings of each method by its name; validated by the method's own `Config`.
     """
 
@@ -126,12 +130,21 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    per_task: dict[str, dict[str, Any]] = {}
     methods: dict[str, dict[str, Any]] = {}
 
     @property
     def run_dir(self) -> Path:
         """Where the run is written: `output`, or its default."""
         return self.output or Path("runs") / f"{Path(self.task_seq).stem}-{self.method}-s{self.seed}"
+
+    def for_task(self, task: str) -> "RunConfig":
+        """This configuration with what `per_task` says of one task put into `train`."""
+        given = self.per_task.get(task)
+        if not given:
+            return self
+        train = TrainConfig.model_validate(self.train.model_dump() | given)
+        return self.model_copy(update={"train": train})
 
 
 class _HasConfig(Protocol):
@@ -168,8 +181,10 @@ def core_config(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
     Raises:
         DeloError: as `load_config`.
     """
-    tree = merged(_methods_collected(defaults or {}), given)
+    tree = merged(_without_overruled(_methods_collected(defaults or {}), given), given)
     config = checked(RunConfig, tree, where="the configuration", also=plugin_names("method"))
+    for task, section in config.per_task.items():
+        checked(TrainConfig, section, where="the configuration", prefix=f"per_task.{task}.")
     _known("method", config.method)
     if config.zero != "none" and config.ds_config is None:
         _known("zero", config.zero, extra=["none"])
@@ -244,6 +259,28 @@ def _methods_collected(given: Mapping[str, Any]) -> dict[str, Any]:
     names = {key for key in given if key not in RunConfig.model_fields} & set(plugin_names("method"))
     rest = {key: value for key, value in given.items() if key not in names}
     return merged(rest, {"methods": {name: given[name] for name in sorted(names)}}) if names else rest
+
+
+def _without_overruled(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's defaults without what it sets for single tasks and the user sets for all (`train.…`)."""
+    overruled = given.get("train", {})
+    tasks = {
+        task: left
+        for task, section in defaults.get("per_task", {}).items()
+        if (left := {key: value for key, value in section.items() if key not in overruled})
+    }
+    return {**defaults, "per_task": tasks}
+
+
+def check_tasks(config: RunConfig, names: Sequence[str]) -> None:
+    """Refuse settings of single tasks that the sequence does not have.
+
+    Raises:
+        DeloError: names the task.
+    """
+    for task in config.per_task:
+        if task not in names:
+            raise DeloError(f"`per_task` names no task of {config.task_seq}.", given=task, allowed=names)
 
 
 def _known(kind: str, name: str, extra: Sequence[str] = ()) -> None:

@@ -38,8 +38,63 @@ class Record:
 
 
 @dataclass(frozen=True)
+class SideFile:
+    """A file beside a task's records that is joined to them by a key; see `data/sides.py`.
+
+    Attributes:
+        name: what it holds, in a few words.
+        path: absolute.
+        splits: whose records it is joined to.
+        shape: `list` of rows, `map` from key to row, or `keys`: a list of bare keys, whose row is true.
+        at: dotted place of the rows inside a JSON file; empty: the top.
+        key: fields of a row that make its key (`list` only).
+        by: what of a record must equal the key: `id`, `number` (of the entry, from 1), `image`,
+            `image_name`, `image_stem`, `image_number` (the digits that end the stem), or an entry's field.
+        gather: rows of one key are collected: every value becomes a list.
+        context: place in a row of what is added to `Record.context`; None adds nothing.
+        prefix: put in front of that.
+        extra: key in `Record.extra` -> place in a row, as `answers`, `answers[].answer`, `.` (all of it).
+    """
+
+    name: str
+    path: Path
+    splits: tuple[Split, ...] = SPLITS
+    shape: Literal["list", "map", "keys"] = "list"
+    at: str = ""
+    key: tuple[str, ...] = ()
+    by: str = "id"
+    gather: bool = False
+    context: str | None = None
+    prefix: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ClassTask:
+    """One task of a class-incremental file that holds all tasks and splits (CMML); see `data/cmml.py`.
+
+    Attributes:
+        number: `task_id` of its items.
+        per_task: classes that each task adds, in the order of the class index.
+        instruction: what every record asks.
+        names: JSON file with the class names in the order of their index; None: from the image's folder.
+    """
+
+    number: int
+    per_task: int
+    instruction: str
+    names: Path | None = None
+
+
+@dataclass(frozen=True)
 class TaskSpec:
-    """A task: its files, where its images are, and how answers are scored. Paths are absolute."""
+    """A task: its files, where its images are, and how answers are scored. Paths are absolute.
+
+    Attributes:
+        sides: files joined to the records.
+        classes: set where the files are in the CMML layout instead of CoIN's.
+        absent: optional side files that are not there, each in a line.
+    """
 
     name: str
     kind: str
@@ -47,11 +102,24 @@ class TaskSpec:
     image_root: Path
     scorer: str = "exact_match"
     max_new_tokens: int = 8
+    sides: tuple[SideFile, ...] = ()
+    classes: ClassTask | None = None
+    absent: tuple[str, ...] = ()
+
+    @property
+    def beside(self) -> dict[str, Path]:
+        """Every file besides the records' own that decides what they say, by name."""
+        names = {} if self.classes is None or self.classes.names is None else {"classes": self.classes.names}
+        return {side.name: side.path for side in self.sides} | names
 
 
 @dataclass(frozen=True)
 class TaskSequence:
-    """Ordered tasks plus what the recipe says of source, licence and default hyper-parameters."""
+    """Ordered tasks plus what the recipe says of source, licence and default hyper-parameters.
+
+    Attributes:
+        template: which variant of the instructions was chosen, where the recipe has several.
+    """
 
     name: str
     tasks: tuple[TaskSpec, ...]
@@ -59,6 +127,7 @@ class TaskSequence:
     source: str = ""
     licence: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)
+    template: str | None = None
 
     @property
     def names(self) -> list[str]:

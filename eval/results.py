@@ -74,6 +74,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
         "modes": [mode for mode in MODES if matrix.ran(mode)],
         "metrics": summarise(matrix),
         "metric_ids": {name: metric.id for name, metric in metrics().items()},
+        "scoring": config.eval.scoring,
         "scorer_ids": facts["scorer_ids"],
         "task_choice_accuracy": latest.get("accuracy"),
         "task_choice_accuracy_without_instruction": latest.get("accuracy_without_instruction"),
@@ -125,14 +126,15 @@ def resume_results(folder: Path, config: RunConfig, tasks: tuple[str, ...]) -> R
     """What earlier evaluations left in `folder`, or an empty start.
 
     Raises:
-        DeloError: the file there is of another method, sequence, split or limit, whose cells would not
-            compare.
+        DeloError: the file there is of another method, sequence, split, limit or scoring, whose cells would
+            not compare.
     """
     content = read_results(folder)
     if content is None:
         return Results(AccuracyMatrix(tasks))
+    content = {"scoring": "native"} | content  # files from before there were two modes
     expected = {
-        "method": config.method, "tasks": list(tasks), "seed": config.seed,
+        "scoring": config.eval.scoring, "method": config.method, "tasks": list(tasks), "seed": config.seed,
         "split": config.eval.split, "limit": config.eval.limit,
     }  # fmt: skip
     for key, value in expected.items():

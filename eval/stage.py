@@ -18,7 +18,9 @@ from delo_eval.matrix import ZERO_SHOT
 from delo_eval.plots import PLOTS, draw
 from delo_eval.predictions import Row, merge_parts, prediction_file, prediction_row, write_part
 from delo_eval.questions import Cell, Questions, cells_of
+from delo_eval.report.render import try_report
 from delo_eval.results import Results, results_json, resume_results, write_results
+from delo_eval.routing_use import merge_use_parts, use_file, write_use_part
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.backbones.base import Backbone, find_backbone, resolve_device
 from delo_llava.checkpoint.store import RunStore
@@ -122,7 +124,7 @@ def open_run(run_dir: Path, request: Request = Request()) -> StoredRun:
         if wanted.split == stored.eval.split and wanted.limit == stored.eval.limit
         else run_dir / f"eval-{wanted.split}"
     )
-    sequence = load_sequence(config.task_seq, config.data.root)
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     return StoredRun(store, config, sequence, backbone, path, method, request.output or own, request.patterns)
 
 
@@ -159,6 +161,7 @@ def evaluate_stage(
         run.sequence, stage, run.patterns_of(stage), needs_task=run.method.capabilities.needs_task
     )
     questions = Questions(run.config)
+    check_scorable(run.config, cells, questions)
     with answerer(run, stage, ranks.device) as ready:
         for cell in cells:
             _answer_cell(run, stage, cell, ready, questions, ranks, progress)
@@ -255,6 +258,8 @@ def _answer_cell(
                 progress(f"{cell.task.name}/{cell.pattern}", done, -(-len(asked) // ranks.world))
 
     write_part(prediction_file(run.output, stage, cell.pattern, cell.task.name), ranks.rank, rows())
+    used = use_file(run.output, stage, cell.pattern, cell.task.name)
+    write_use_part(used, ranks.rank, run.method.routing_use(ready.model))
 
 
 def _close_stage(
@@ -269,6 +274,7 @@ def _close_stage(
     for cell in cells:
         asked = questions.of(cell)
         rows = merge_parts(prediction_file(run.output, stage, cell.pattern, cell.task.name), asked, world)
+        merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
         scorer, references = scorer_of(cell.task, run.config), [Reference.of(q.record) for q in asked]
         fill_cell(results, run.method, stage, cell, rows, scorer, references)
         results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
@@ -281,6 +287,7 @@ def _close_stage(
     write_results(run.output, content)
     if stage == len(run.sequence.tasks) - 1:
         draw(content, run.output / PLOTS)
+    try_report(run.store.root, run.output)
     return content
 
 
@@ -312,6 +319,18 @@ def fill_cell(
 def scorer_of(task: TaskSpec, config: RunConfig) -> Scorer:
     """The scorer that the task's recipe names, in the mode the run asks for."""
     return cast(Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
+
+
+def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Questions) -> None:
+    """Refuse, before a model is loaded, what could not be scored once it has answered.
+
+    Raises:
+        DeloError: see `Scorer.in_mode` and `Scorer.check`.
+    """
+    for cell in {cell.task.name: cell for cell in cells}.values():
+        scorer = scorer_of(cell.task, config)
+        if scorer.needs or scorer.ready:
+            scorer.check([Reference.of(question.record) for question in questions.of(cell)])
 
 
 def run_facts(run: StoredRun) -> dict[str, Any]:

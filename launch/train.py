@@ -9,7 +9,11 @@
 
 import sys
 
-from delo_llava.cli import main_train
+from delo_llava.training import signals
+
+signals.install()  # before the slow imports, so that a signal during them is not lost
+
+from delo_llava.cli import main_train  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main_train(sys.argv[1:]))

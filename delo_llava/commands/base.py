@@ -17,10 +17,13 @@ class Command:
         arguments: adds the command's arguments to a parser made for it.
         run: does the work and returns the exit code; mistakes are `DeloError`s. It imports what is heavy
             itself, so that the help of a command stays instant.
+        keys: words that are no argument of the command are keys of the configuration (`--train.lr=1e-3`) and
+            reach it as `options.rest`.
     """
 
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int]
+    keys: bool = False
 
 
 def say(text: str) -> None:
@@ -36,6 +39,12 @@ def run_command(kind: str, words: Sequence[str], prog: str) -> int:
         prog: the program's name, for usage messages.
     """
     command = cast(Command, load_plugin(kind, words[0]))
-    parser = argparse.ArgumentParser(prog=f"{prog} {words[0]}", description=plugin_summary(kind, words[0]))
+    parser = argparse.ArgumentParser(
+        prog=f"{prog} {words[0]}", description=plugin_summary(kind, words[0]), allow_abbrev=False
+    )
     command.arguments(parser)
-    return command.run(parser.parse_args(words[1:]))
+    if not command.keys:
+        return command.run(parser.parse_args(words[1:]))
+    options, rest = parser.parse_known_args(words[1:])
+    options.rest = rest
+    return command.run(options)

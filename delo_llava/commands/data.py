@@ -3,6 +3,7 @@
 import argparse
 from pathlib import Path
 
+from delo_llava.commands import _fixture
 from delo_llava.commands.base import Command, say
 
 
@@ -13,6 +14,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     check.add_argument("recipe", help="a recipe's name or file")
     check.add_argument("--root", type=Path, help="data root (default: $DELO_LLAVA_DATA, else data/<name>)")
     check.set_defaults(data=_check)
+    _fixture.arguments(commands.add_parser("fixture", help="write a small set in a recipe's exact layout"))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from decimal import Decimal
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,9 +69,11 @@ def presence(spec: MissingSpec, task: str, split: Split, record_ids: Sequence[st
     if len(set(record_ids)) != len(record_ids):
         raise DeloError(f"Record ids of {task}/{split} are not unique, so no reproducible draw is possible.")
     drawn = int(Decimal(repr(spec.ratio)) * len(record_ids))
+    mask = np.ones((len(record_ids), 2), dtype=np.bool_)
+    if drawn == 0:
+        return mask
     ranked = sorted(range(len(record_ids)), key=lambda i: hash_rank(spec.seed, task, split, record_ids[i]))
     order = ranked[:drawn]
-    mask = np.ones((len(record_ids), 2), dtype=np.bool_)
     if spec.kind == "both":
         mask[order[1::2], 0] = False
         mask[order[0::2], 1] = False
@@ -85,6 +87,24 @@ def hash_rank(seed: int, task: str, split: str, record_id: str) -> bytes:
     return hashlib.sha256("|".join((str(seed), task, split, record_id)).encode()).digest()
 
 
+@runtime_checkable
+class Columns(Protocol):
+    """Records of one (task, split) that tell their ids and what they have without being built one by one."""
+
+    task: str
+    split: Split
+
+    @property
+    def ids(self) -> Sequence[str]:
+        """Every record's id."""
+        ...
+
+    @property
+    def natural(self) -> Presence:
+        """Whether each has (image, context) in the data itself."""
+        ...
+
+
 def record_presence(spec: MissingSpec, records: Sequence[Record]) -> Presence:
     """What the model really gets: the simulated presence, and absent where the record lacks the field anyway.
 
@@ -92,6 +112,8 @@ def record_presence(spec: MissingSpec, records: Sequence[Record]) -> Presence:
     """
     if not records:
         return np.ones((0, 2), dtype=np.bool_)
+    if isinstance(records, Columns):
+        return presence(spec, records.task, records.split, list(records.ids)) & records.natural
     rows = [(r.task, r.split, r.id, r.image is not None, bool(r.context)) for r in records]
     kept = presence(spec, rows[0][0], rows[0][1], [row[2] for row in rows])
     return kept & np.array([row[3:] for row in rows], dtype=np.bool_)

@@ -1,41 +1,65 @@
-"""Records from CoIN's JSON files: training conversations and test questions, kept memory mapped on disk."""
+"""Records of a task's split, kept memory mapped on disk: read once from the data's own files, then mapped.
 
+The first read of a file checks all of it and stores flat rows as Arrow in the cache; later reads map that.
+"""
+
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from delo_llava.data.missing import hash_rank
+import numpy as np
+from numpy.typing import NDArray
+
+from delo_llava.data.cmml import cmml_rows, part_of
+from delo_llava.data.embedded import EmbeddedImages
+from delo_llava.data.missing import Presence, hash_rank
+from delo_llava.data.rows import Row, rows
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record, Split, TaskSpec
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
-IMAGE_PLACEHOLDER = "<image>"
+#: Part of the cache key: a change of the rows must change it, or old caches would be read.
+ROWS_VERSION = 3
 
-#: Part of the cache key: a change of `rows` below must change it, or old caches would be read.
-ROWS_VERSION = 2
+#: Rows written at once; bounds the memory of the first read.
+CHUNK = 8192
 
-#: Keys of an entry that become fields of a record; all others are its `extra`.
-FIELDS = {"id", "question_id", "image", "context", "conversations", "text", "answer"}
+TEXTS = ("id", "image", "context", "instruction", "answer", "extra", "part")
 
 
 class Records(Sequence[Record]):
-    """The records of one (task, split), read from an Arrow file on access.
+    """The records of one (task, split), read from a mapped Arrow file on access.
 
-    Attributes:
-        conversations: entries of the JSON file; one with several turns gives several records.
+    Args:
+        path: the Arrow file.
+        table: its content, mapped.
+        chosen: rows that count, in this order; None means all.
     """
 
-    def __init__(self, task: TaskSpec, split: Split, table: "Dataset") -> None:
-        self._task, self._split, self._table = task, split, table
-        self.ids: list[str] = list(table["id"])
-        self.conversations = len(set(table["entry"]))
+    def __init__(
+        self,
+        task: TaskSpec,
+        split: Split,
+        path: Path,
+        table: "pa.Table",
+        chosen: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.task, self.split, self.path = task.name, split, path
+        self._spec, self._table, self._chosen = task, table, chosen
+        self._columns = [table.column(name) for name in TEXTS[:6]]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self._table.num_rows if self._chosen is None else len(self._chosen)
 
     @overload
     def __getitem__(self, index: int) -> Record: ...
@@ -45,182 +69,230 @@ class Records(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> "Record | Records":
         if isinstance(index, slice):
             return self.select(range(*index.indices(len(self))))
-        return self._record(self._table[index])
+        place = range(len(self))[index]
+        row = place if self._chosen is None else int(self._chosen[place])
+        return _record(self._spec, self.split, [column[row].as_py() for column in self._columns])
 
     def __iter__(self) -> Iterator[Record]:
-        return (self._record(row) for row in self._table)
+        if self._chosen is not None:
+            yield from (self[place] for place in range(len(self)))
+            return
+        for batch in self._table.select(list(TEXTS[:6])).to_batches(max_chunksize=1024):
+            columns = [column.to_pylist() for column in batch.columns]
+            yield from (_record(self._spec, self.split, row) for row in zip(*columns, strict=True))
 
     def select(self, indices: Sequence[int]) -> "Records":
         """The records at `indices`, in that order, without copying."""
-        return Records(self._task, self._split, self._table.select(indices))
+        rows = np.fromiter(indices, dtype=np.int64, count=len(indices))
+        if len(rows) and not (-len(self) <= rows.min() and rows.max() < len(self)):
+            raise IndexError(f"an index is outside 0-{len(self) - 1}")
+        rows = np.where(rows < 0, rows + len(self), rows)
+        chosen = rows if self._chosen is None else self._chosen[rows]
+        return Records(self._spec, self.split, self.path, self._table, chosen)
 
-    def _record(self, row: dict[str, Any]) -> Record:
-        """A stored row as a record."""
-        image = self._task.image_root / row["image"] if row["image"] else None
-        texts = {key: row[key] for key in ("context", "instruction", "answer")}
-        extra = json.loads(row["extra"])
-        return Record(
-            id=row["id"], task=self._task.name, split=self._split, image=image, extra=extra, **texts
+    @cached_property
+    def ids(self) -> "Ids":
+        """Every record's id, in order; made into strings on access."""
+        column = self._table.column("id")
+        return Ids(column if self._chosen is None else column.take(self._chosen))
+
+    @cached_property
+    def natural(self) -> Presence:
+        """Whether each record has (image, context) in the data itself: boolean N×2."""
+        columns = (self._table.column(name) for name in ("image", "context"))
+        return self._kept(np.stack([column.is_valid().to_numpy() for column in columns], axis=1))
+
+    @cached_property
+    def characters(self) -> NDArray[np.int64]:
+        """Characters of (instruction with answer, context) of each record: N×2."""
+        import pyarrow.compute as pc
+
+        instruction, answer, context = (
+            pc.fill_null(pc.utf8_length(self._table.column(name)), 0).to_numpy().astype(np.int64)
+            for name in ("instruction", "answer", "context")
         )
+        return self._kept(np.stack([instruction + answer, context], axis=1))
+
+    @property
+    def conversations(self) -> int:
+        """Entries of the file; one with several turns gives several records."""
+        return len(np.unique(self._kept(self._table.column("entry").to_numpy())))
+
+    @property
+    def dataset(self) -> "Dataset":
+        """The same rows as a `datasets.Dataset` over the same mapped file."""
+        from datasets import Dataset  # takes seconds to import
+
+        whole = Dataset.from_file(str(self.path))
+        return whole if self._chosen is None else whole.select(self._chosen)
+
+    def _kept(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Of one value for each stored row, those of the rows that count."""
+        return values if self._chosen is None else values[self._chosen]
+
+
+class Ids(Sequence[str]):
+    """Record ids in an Arrow column: a million of them cost what they take as text."""
+
+    def __init__(self, column: "pa.ChunkedArray") -> None:
+        self._column = column
+
+    def __len__(self) -> int:
+        return len(self._column)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Ids": ...
+
+    def __getitem__(self, index: int | slice) -> "str | Ids":
+        if isinstance(index, slice):
+            return Ids(self._column.take(np.arange(len(self))[index]))
+        return str(self._column[range(len(self))[index]].as_py())
+
+    def __iter__(self) -> Iterator[str]:
+        for chunk in self._column.chunks:
+            yield from chunk.to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 def read_records(task: TaskSpec, split: Split, sub: float = 1.0, seed: int = 0) -> Records:
     """All records of a split, or a share of them, in the order of the file.
-
-    Every turn pair of a conversation is one record with id `<id>#<turn>`. The first read of a file checks all
-    of it and stores it as Arrow in the cache of `datasets`; later reads map that file.
 
     Args:
         sub: share that is kept, in (0, 1]: drawn by record id, so a smaller share is part of a larger one.
         seed: seed of that draw.
 
     Raises:
-        DeloError: a split the task does not have, or a fault in the file, told with file and entry.
+        DeloError: a split the task does not have, or a fault in a file, told with file and entry.
     """
-    if split not in task.files:
-        raise DeloError(f"Task {task.name!r} has no {split} file.", given=split, allowed=task.files)
-    records = Records(task, split, _table(task.files[split], task.image_root))
+    path = _stored(task, split)
+    records = Records(task, split, path, _mapped(path))
+    if task.classes is not None:
+        records = records.select(_rows_of_part(records, part_of(task.classes, split)))
     if sub == 1.0:
         return records
-    ranked = sorted(range(len(records)), key=lambda i: hash_rank(seed, task.name, split, records.ids[i]))
-    return records.select(sorted(ranked[: max(1, int(sub * len(records)))]))
+    ids = list(records.ids)
+    ranked = sorted(range(len(ids)), key=lambda i: hash_rank(seed, task.name, split, ids[i]))
+    return records.select(sorted(ranked[: max(1, int(sub * len(ids)))]))
 
 
-def _table(path: Path, image_root: Path) -> "Dataset":
-    """The file's rows as an Arrow table on disk, made once for this path, size and time of change."""
-    import datasets  # takes seconds to import
+def stream_records(task: TaskSpec, split: Split) -> Iterator[Record]:
+    """The records of a split one after another, straight from its files, in bounded memory and uncached.
 
-    names = ("id", "image", "context", "instruction", "answer", "extra")
-    texts = {name: datasets.Value("string") for name in names}
-    stat = path.stat()
-    key = {"size": stat.st_size, "changed": stat.st_mtime_ns, "version": ROWS_VERSION}
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        return datasets.Dataset.from_generator(
-            _keyed_rows,
-            features=datasets.Features({**texts, "entry": datasets.Value("int64")}),
-            gen_kwargs={"path": str(path), "image_root": str(image_root), "key": key},
-        )
-    except datasets.exceptions.DatasetGenerationError as error:
-        if isinstance(error.__cause__, DeloError):
-            raise error.__cause__ from None
-        raise
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
-
-
-def _keyed_rows(path: str, image_root: str, key: dict[str, int]) -> Iterator[dict[str, Any]]:
-    """`rows`, with the file's state among the arguments so that it is part of the cache key."""
-    return rows(Path(path), Path(image_root))
-
-
-def rows(path: Path, image_root: Path) -> Iterator[dict[str, Any]]:
-    """Flat rows of a CoIN file: id, image, context, instruction, answer, extra, and the entry's number.
-
-    Entries are conversations (`id`, `image`, `conversations`) or questions (`question_id`, `image`, `text`,
-    `answer`), both with an optional `context`. Ids that repeat get `~2`, `~3` … in the order of the file;
-    other keys go into `extra` (as JSON).
+    Faults are told when they are reached, not before the first record.
 
     Raises:
-        DeloError: not a JSON array, or a fault in an entry.
+        DeloError: as `read_records`.
     """
-    seen: set[str] = set()
-    for number, entry in enumerate(_entries(path)):
-        where = f"{path}, entry {number}"
-        if not isinstance(entry, dict):
-            raise DeloError(f"{where} is not an object.", given=repr(entry)[:80])
-        name = _unique(str(entry.get("id", entry.get("question_id", number))), seen)
-        where += f" (id {name})"
-        shared = {
-            "image": _image(entry, image_root, where),
-            "context": _context(entry, where),
-            "entry": number,
-            "extra": json.dumps({key: value for key, value in entry.items() if key not in FIELDS}),
-        }
-        turns = list(_turns(entry, where))
-        for turn, (instruction, answer) in enumerate(turns):
-            unique = name if len(turns) == 1 else f"{name}#{turn}"
-            yield {"id": unique, "instruction": instruction, "answer": answer, **shared}
+    part = None if task.classes is None else part_of(task.classes, split)
+    for row in _rows(task, split):
+        if row["part"] == part:
+            yield _record(task, split, [row[name] for name in TEXTS[:6]])
 
 
-def _entries(path: Path) -> list[Any]:
-    """The JSON array in a file."""
+def records_cache() -> Path:
+    """Where rows and embedded pictures are stored: $DELO_LLAVA_CACHE/records, else below ~/.cache."""
+    root = os.environ.get("DELO_LLAVA_CACHE") or Path.home() / ".cache" / "delo_llava"
+    return Path(root) / "records"
+
+
+def _record(task: TaskSpec, split: Split, row: Sequence[Any]) -> Record:
+    """Stored values (in the order of `TEXTS`) as a record."""
+    name, image, context, instruction, answer, extra = row
+    path = task.image_root / image if image else None
+    return Record(name, task.name, split, path, context, instruction, answer, json.loads(extra))
+
+
+def _rows(task: TaskSpec, split: Split) -> Iterator[Row]:
+    if split not in task.files:
+        raise DeloError(f"Task {task.name!r} has no {split} file.", given=split, allowed=task.files)
+    images = EmbeddedImages(records_cache() / "images")
+    return (rows if task.classes is None else cmml_rows)(task, split, images)
+
+
+def _rows_of_part(records: Records, part: str) -> list[int]:
+    """The rows of one task and split, of a file that holds all of them."""
+    import pyarrow.compute as pc
+
+    column = records._table.column("part")
+    chosen: list[int] = np.flatnonzero(pc.equal(column, part).to_numpy()).tolist()
+    if not chosen:
+        raise DeloError(
+            f"The file of task {records.task!r} has no item of this task_id and split.",
+            given=part,
+            allowed=sorted(pc.unique(column).to_pylist()),
+        )
+    return chosen
+
+
+def _stored(task: TaskSpec, split: Split) -> Path:
+    """The Arrow file with a split's rows, made once for these files (path, size, time of change) and joins.
+
+    Of several processes that ask at once, one writes and the others wait.
+    """
+    from filelock import FileLock
+
+    found = iter(_rows(task, split))
+    path = records_cache() / f"{_key(task, split)}.arrow"
+    if path.is_file():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.is_file():
+            handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".rows-")
+            os.close(handle)
+            try:
+                _write(Path(draft), found)
+                os.replace(draft, path)
+            except BaseException:
+                Path(draft).unlink(missing_ok=True)
+                raise
+    return path
+
+
+def _key(task: TaskSpec, split: Split) -> str:
+    """Names a split's rows: everything that they are a function of."""
+    sides = [side for side in task.sides if split in side.splits]
+    names = [task.classes.names] if task.classes is not None and task.classes.names else []
+    files = [task.files[split], *(side.path for side in sides), *names]
+    facts: dict[str, Any] = {
+        "version": ROWS_VERSION,
+        "root": str(task.image_root),
+        "files": [(str(file), *_state(file)) for file in files],
+        "sides": [asdict(side) for side in sides],
+        # One stored file serves all tasks and splits of a CMML file.
+        "classes": None if task.classes is None else [task.classes.per_task, task.classes.instruction],
+    }
+    text = json.dumps(facts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _state(file: Path) -> tuple[int, int]:
+    """Size and time of change."""
     try:
-        with path.open(encoding="utf-8") as file:
-            content = json.load(file)
+        stat = file.stat()
     except FileNotFoundError:
-        raise DeloError("There is no such file of records.", given=path) from None
-    except ValueError as error:
-        raise DeloError(f"This file is not valid JSON: {error}", given=path, fix="fetch it again") from error
-    if not isinstance(content, list) or not content:
-        raise DeloError("A file of records is a JSON array with at least one entry.", given=path)
-    return content
+        raise DeloError("There is no such file of records.", given=file) from None
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _unique(name: str, seen: set[str]) -> str:
-    """`name`, or the first of `name~2`, `name~3` … that no earlier entry has."""
-    unique, count = name, 1
-    while unique in seen:
-        count += 1
-        unique = f"{name}~{count}"
-    seen.add(unique)
-    return unique
+def _write(path: Path, found: Iterator[Row]) -> None:
+    """Write rows as an Arrow stream, some thousands at a time."""
+    import pyarrow as pa
+
+    fields = {name: pa.string() for name in TEXTS} | {"entry": pa.int64()}
+    schema = pa.schema(fields)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        while chunk := list(islice(found, CHUNK)):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
 
 
-def _image(entry: dict[str, Any], root: Path, where: str) -> str | None:
-    """The image's path relative to the root; it is checked as written, so links to other disks are fine."""
-    given = entry.get("image")
-    if given is None or given == "":
-        return None
-    if not isinstance(given, str):
-        raise DeloError(f"{where}: `image` must be one path.", given=repr(given)[:80])
-    relative = os.path.relpath(os.path.normpath(root / given), root)
-    if Path(relative).parts[0] == "..":
-        raise DeloError(f"{where}: the image lies outside the image folder {root}.", given=given)
-    return relative
+def _mapped(path: Path) -> "pa.Table":
+    import pyarrow as pa
 
-
-def _context(entry: dict[str, Any], where: str) -> str | None:
-    """The auxiliary text; an empty one is none."""
-    given = entry.get("context")
-    if given is not None and not isinstance(given, str):
-        raise DeloError(f"{where}: `context` must be text.", given=repr(given)[:80])
-    return (given or "").strip() or None
-
-
-def _turns(entry: dict[str, Any], where: str) -> Iterator[tuple[str, str]]:
-    """(instruction, answer) of every turn pair."""
-    if "conversations" not in entry:
-        yield _instruction(entry.get("text"), entry, where), _answer(entry.get("answer"), where)
-        return
-    turns = entry["conversations"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise DeloError(f"{where}: `conversations` must be a list of turns.", given=repr(turns)[:80])
-    roles = [turn.get("from") for turn in turns]
-    if roles != ["human", "gpt"] * (len(turns) // 2):
-        raise DeloError(f"{where}: turns must alternate between human and gpt.", given=roles)
-    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-        yield _instruction(human.get("value"), entry, where), _answer(gpt.get("value"), where)
-
-
-def _instruction(given: object, entry: dict[str, Any], where: str) -> str:
-    """What is asked, without the image's placeholder."""
-    if not isinstance(given, str):
-        raise DeloError(f"{where}: the instruction must be text.", given=repr(given)[:80])
-    if IMAGE_PLACEHOLDER in given and not entry.get("image"):
-        raise DeloError(f"{where}: the text has {IMAGE_PLACEHOLDER} but the entry names no image.")
-    text = given.replace(IMAGE_PLACEHOLDER, "").strip()
-    if not text:
-        raise DeloError(f"{where}: the instruction is empty.")
-    return text
-
-
-def _answer(given: object, where: str) -> str:
-    """The reference answer as text; numbers are written out."""
-    if isinstance(given, int | float) and not isinstance(given, bool):
-        return str(given)
-    if not isinstance(given, str) or not given.strip():
-        raise DeloError(f"{where}: there is no answer.", given=repr(given)[:80])
-    return given.strip()
+    return pa.ipc.open_stream(pa.memory_map(str(path))).read_all()

@@ -2,16 +2,16 @@
 
 import importlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, Protocol, cast
+from typing import Any, Protocol, cast
 
-from pydantic import AfterValidator, BeforeValidator, Field
-
+from delo_llava.data.recipe_file import Recipe, SideEntry, TaskEntry, Template, read_recipe
 from delo_llava.errors import DeloError
-from delo_llava.registry import load_plugin, plugin_names
-from delo_llava.schema import Section, checked, read_yaml
-from delo_llava.tasks import SPLITS, Split, TaskSequence, TaskSpec
+from delo_llava.schema import merged
+from delo_llava.tasks import SPLITS, ClassTask, SideFile, TaskSequence, TaskSpec
+
+__all__ = ["DATA_ENV", "data_root", "load_sequence", "read_recipe", "recipe_defaults"]
 
 #: Environment variable with the data root, for recipes whose data the user provides.
 DATA_ENV = "DELO_LLAVA_DATA"
@@ -23,107 +23,97 @@ BUILDERS: dict[str, tuple[str, str]] = {
 }
 
 
-def _inside(path: str) -> str:
-    """Refuse a path that is absolute or climbs out of the data root."""
-    if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-        raise ValueError("must be relative to the data root and stay inside it")
-    return path
-
-
-def _as_list(given: object) -> object:
-    """One path may be written without a list."""
-    return [given] if isinstance(given, str) else given
-
-
-RelativePath = Annotated[str, AfterValidator(_inside)]
-#: Accepted names of one file, the usual one first.
-Names = Annotated[list[RelativePath], BeforeValidator(_as_list), Field(min_length=1)]
-
-
-class TaskEntry(Section):
-    """One task of a recipe; paths are relative to the data root.
-
-    Attributes:
-        name: also the name of its folders on disk.
-        kind: what sort of question it asks, in a word or two.
-        files: for each split the accepted names of its JSON file.
-        image_root: the folder that `image` entries of the records are relative to.
-        images: folders below `image_root` that must be there.
-        obtain: where the files come from, shown when they are missing.
-    """
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    kind: str
-    files: dict[Split, Names]
-    image_root: RelativePath = "."
-    images: list[RelativePath] = []
-    scorer: str = "exact_match"
-    max_new_tokens: int = Field(default=8, ge=1)
-    obtain: str = ""
-
-
-class Recipe(Section):
-    """A recipe file as written."""
-
-    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    title: str = ""
-    source: str = ""
-    licence: str = ""
-    builder: Literal["mini6", "mini8"] | None = None
-    tasks: list[TaskEntry] = Field(min_length=1)
-    defaults: dict[str, Any] = {}
-
-
 class _Builder(Protocol):
     """A function that returns the data root, building the data when it is not there yet."""
 
     def __call__(self, root: Path | None = None) -> Path: ...
 
 
-def load_sequence(name_or_path: str, root: Path | None = None) -> TaskSequence:
+def load_sequence(name_or_path: str, root: Path | None = None, template: str | None = None) -> TaskSequence:
     """The task sequence of a shipped recipe or a recipe file, with every file located.
 
     Args:
         name_or_path: name of a recipe (`delo-llava list recipes`) or a path ending in .yaml.
         root: the data root; by default $DELO_LLAVA_DATA, else `data/<name>`, or the builder's own place.
+        template: variant of the instructions; by default the recipe's first.
 
     Raises:
-        DeloError: no such recipe, a fault in it, or missing data: each file, where it belongs, how to get it.
+        DeloError: no such recipe or template, a fault in it, or missing data: each file, where it belongs,
+            how to get it.
     """
     recipe = read_recipe(name_or_path)
+    chosen = _template(recipe, template)
     folder = _build(recipe.builder, root) if recipe.builder else data_root(recipe.name, root)
-    if absent := list(_absent(recipe, folder)):
+    place = _Place(folder, recipe.templates[chosen] if chosen else None)
+    if absent := list(_absent(recipe, place)):
         raise _missing_data(recipe, folder, absent, name_or_path)
-    tasks = tuple(_task(entry, folder) for entry in recipe.tasks)
-    return TaskSequence(recipe.name, tasks, recipe.title, recipe.source, recipe.licence, recipe.defaults)
+    tasks = tuple(_task(entry, place) for entry in recipe.tasks)
+    about = (recipe.title, recipe.source, recipe.licence)
+    return TaskSequence(recipe.name, tasks, *about, defaults=recipe.defaults, template=chosen)
 
 
 def recipe_defaults(name_or_path: str) -> dict[str, Any]:
-    """The recipe's default configuration, nested; touches no data."""
-    return read_recipe(name_or_path).defaults
+    """The recipe's default configuration, nested, with its template and what single tasks train with.
 
-
-def read_recipe(name_or_path: str) -> Recipe:
-    """Read and check a recipe without looking for its data.
-
-    Raises:
-        DeloError: no such recipe, or a fault in the file.
+    Touches no data.
     """
-    named = not name_or_path.endswith((".yaml", ".yml")) and "/" not in name_or_path
-    path = cast(Path, load_plugin("recipe", name_or_path)) if named else Path(name_or_path)
-    recipe = checked(Recipe, read_yaml(path), where=f"the recipe {path.name}")
-    for entry in recipe.tasks:
-        _check_entry(entry, path)
-    names = [entry.name for entry in recipe.tasks]
-    if len(set(names)) < len(names):
-        raise DeloError(f"Task names in {path.name} are not unique.", given=", ".join(names))
-    return recipe
+    recipe = read_recipe(name_or_path)
+    ours: dict[str, Any] = {"data": {"template": recipe.template}} if recipe.template else {}
+    tasks = {entry.name: entry.train for entry in recipe.tasks if entry.train}
+    return merged(merged(ours, {"per_task": tasks} if tasks else {}), recipe.defaults)
 
 
 def data_root(name: str, root: Path | None) -> Path:
     """Where a sequence's data is: `root`, else $DELO_LLAVA_DATA, else `data/<name>` in this directory."""
     from_env = os.environ.get(DATA_ENV)
     return Path(root or from_env or Path("data") / name).expanduser().absolute()
+
+
+class _Place:
+    """The data root seen through a template: finds the first of several accepted names."""
+
+    def __init__(self, folder: Path, template: Template | None) -> None:
+        self.folder, self.template = folder, template
+
+    def names(self, names: Sequence[str]) -> list[str]:
+        """Accepted names with the template's folders and suffix filled in."""
+        if self.template is None:
+            return list(names)
+        template = self.template
+        filled = (
+            name.replace("{template}", folder).replace("{suffix}", template.suffix)
+            for name in names
+            for folder in (template.folders if "{template}" in name else [""])
+        )
+        return list(dict.fromkeys(str(PurePosixPath(name)) for name in filled))
+
+    def file(self, names: Sequence[str]) -> Path | None:
+        """The first that is a file."""
+        found = (self.folder / name for name in self.names(names))
+        return next((path for path in found if path.is_file()), None)
+
+    def image_root(self, entry: TaskEntry) -> Path | None:
+        """The first accepted folder that exists and has all folders of pictures in it."""
+        found = (self.folder / name for name in self.names(entry.image_root))
+        wanted = entry.images or ["."]
+        return next((path for path in found if all((path / images).is_dir() for images in wanted)), None)
+
+
+def _template(recipe: Recipe, given: str | None) -> str | None:
+    """The name of the template to use.
+
+    Raises:
+        DeloError: one that the recipe does not have.
+    """
+    if given is None:
+        return recipe.template
+    if given not in recipe.templates:
+        raise DeloError(
+            f"The recipe {recipe.name} has no template {given!r}.",
+            given=given,
+            allowed=recipe.templates,
+        )
+    return given
 
 
 def _build(builder: str, root: Path | None) -> Path:
@@ -133,49 +123,88 @@ def _build(builder: str, root: Path | None) -> Path:
     return ensure(root)
 
 
-def _check_entry(entry: TaskEntry, path: Path) -> None:
-    """A task can be trained, tested and scored."""
-    for split in ("train", "test"):
-        if split not in entry.files:
-            raise DeloError(
-                f"Task {entry.name!r} in {path.name} names no {split} file.", given=", ".join(entry.files)
-            )
-    if entry.scorer not in (scorers := plugin_names("scorer")):
-        raise DeloError(
-            f"Task {entry.name!r} in {path.name}: no such scorer.", given=entry.scorer, allowed=scorers
-        )
-
-
-def _first(folder: Path, names: list[str]) -> Path | None:
-    """The first of several accepted file names that exists."""
-    return next((folder / name for name in names if (folder / name).is_file()), None)
-
-
-def _absent(recipe: Recipe, folder: Path) -> Iterator[tuple[TaskEntry, str]]:
-    """Every file or image folder that is not there, with its task."""
+def _absent(recipe: Recipe, place: _Place) -> Iterator[tuple[TaskEntry, str, str]]:
+    """Every required file or image folder that is not there: its task, what it is, where to get it."""
     for entry in recipe.tasks:
         for names in entry.files.values():
-            if _first(folder, names) is None:
-                yield entry, " or ".join(names)
-        for images in entry.images or ["."]:
-            if not (folder / entry.image_root / images).is_dir():
-                yield entry, str(PurePosixPath(entry.image_root) / images) + "/"
+            if place.file(names) is None:
+                yield entry, " or ".join(place.names(names)), entry.obtain
+        for side in entry.sides:
+            if side.required and place.file(side.file) is None:
+                yield entry, " or ".join(place.names(side.file)), side.obtain or entry.obtain
+        classes = entry.classes
+        if classes is not None and classes.names_required and place.file(classes.names) is None:
+            yield entry, " or ".join(classes.names), entry.obtain
+        if place.image_root(entry) is None:
+            for images in _absent_images(entry, place):
+                yield entry, images, entry.obtain
 
 
-def _task(entry: TaskEntry, folder: Path) -> TaskSpec:
+def _absent_images(entry: TaskEntry, place: _Place) -> Iterator[str]:
+    """Folders of pictures that no accepted image root has, or that no single one has together."""
+    roots, wanted = place.names(entry.image_root), entry.images or ["."]
+    lacking = [
+        images for images in wanted if not any((place.folder / root / images).is_dir() for root in roots)
+    ]
+    for images in lacking:
+        yield " or ".join(f"{PurePosixPath(root) / images}/" for root in roots)
+    if not lacking:
+        yield f"{', '.join(wanted)} in one of the folders {', '.join(roots)}"
+
+
+def _task(entry: TaskEntry, place: _Place) -> TaskSpec:
     """A task whose files are known to exist."""
-    found = ((split, _first(folder, entry.files.get(split, []))) for split in SPLITS)
+    found = ((split, place.file(entry.files.get(split, []))) for split in SPLITS)
     files = {split: path for split, path in found if path is not None}
-    image_root = Path(os.path.normpath(folder / entry.image_root))
-    return TaskSpec(entry.name, entry.kind, files, image_root, entry.scorer, entry.max_new_tokens)
+    image_root = Path(os.path.normpath(cast(Path, place.image_root(entry))))
+    sides = [(side, place.file(side.file)) for side in entry.sides]
+    classes = entry.classes
+    return TaskSpec(
+        name=entry.name,
+        kind=entry.kind,
+        files=files,
+        image_root=image_root,
+        scorer=entry.scorer,
+        max_new_tokens=entry.max_new_tokens,
+        sides=tuple(_side(side, path) for side, path in sides if path is not None),
+        classes=None
+        if classes is None
+        else ClassTask(classes.number, classes.per_task, classes.instruction, place.file(classes.names)),
+        absent=tuple(_absent_side(side, place) for side, path in sides if path is None),
+    )
 
 
-def _missing_data(recipe: Recipe, folder: Path, absent: list[tuple[TaskEntry, str]], name: str) -> DeloError:
+def _side(side: SideEntry, path: Path) -> SideFile:
+    """A side file that exists."""
+    return SideFile(
+        name=side.name,
+        path=path,
+        splits=tuple(side.splits),
+        shape=side.shape,
+        at=side.at,
+        key=tuple(side.key),
+        by=side.by,
+        gather=side.gather,
+        context=side.context,
+        prefix=side.prefix,
+        extra=side.extra,
+    )
+
+
+def _absent_side(side: SideEntry, place: _Place) -> str:
+    """What is said of an optional side file that is not there."""
+    what = ("context " if side.context else "") + ", ".join(f"extra[{key!r}]" for key in side.extra)
+    return f"{side.name} ({' or '.join(place.names(side.file))}): without it records lack {what.strip()}"
+
+
+def _missing_data(
+    recipe: Recipe, folder: Path, absent: Sequence[tuple[TaskEntry, str, str]], name: str
+) -> DeloError:
     """One line for each thing that is missing, then where each task's data comes from."""
     lines = [f"Data of {recipe.name} is missing below {folder}:"]
-    lines += [f"  {entry.name}: {what}" for entry, what in absent]
-    sources = {entry.name: entry.obtain for entry, _ in absent if entry.obtain}
-    lines += [f"  where to get {task}: {' '.join(obtain.split())}" for task, obtain in sources.items()]
+    lines += [f"  {entry.name}: {what}" for entry, what, _ in absent]
+    sources = dict.fromkeys((entry.name, " ".join(obtain.split())) for entry, _, obtain in absent if obtain)
+    lines += [f"  where to get {task}: {obtain}" for task, obtain in sources]
     return DeloError(
         "\n".join(lines),
         fix=f"put it there, or name another folder with --data.root or ${DATA_ENV}; "

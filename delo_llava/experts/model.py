@@ -125,6 +125,11 @@ class DeloModel(BaseTuner):
         found = [m for m in self.model.modules() if isinstance(m, DeloLayer)]
         return [m for m in found if not m.projector], [m for m in found if m.projector]
 
+    def layer_names(self) -> tuple[list[str], list[str]]:
+        """Names of the linears behind `layers`, within the frozen model."""
+        found = [(name, m) for name, m in self.model.named_modules() if isinstance(m, DeloLayer)]
+        return [n for n, m in found if not m.projector], [n for n, m in found if m.projector]
+
     def _device(self) -> torch.device:
         device: torch.device = self.model.get_input_embeddings().weight.device
         return device

@@ -12,7 +12,7 @@ from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
-from delo_llava.methods.base import Method, MethodConfig, Stage, answer_loss_sum
+from delo_llava.methods.base import Footprint, Method, MethodConfig, Stage, answer_loss_sum
 from delo_llava.methods.delo import DeloOptions, trainable_parameters
 
 ADAPTER = "default"
@@ -68,6 +68,11 @@ class LoraMethod(Method):
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
         return {"answer": answer_loss_sum(model(**batch.inputs).logits, batch.labels)}
+
+    def footprint(self, base: nn.Module) -> Footprint:
+        rank = lora_config(self.options, base, self.backbone, self.run).r
+        widths = sum(i + o for i, o in adapted_linears(base, self.backbone).values())
+        return Footprint(rank * widths, "lora", rank, 0, every_task=self.capabilities.isolated)
 
     def save(self, model: Any, stage: Stage, folder: Path) -> None:
         model.save_pretrained(folder, safe_serialization=True, selected_adapters=[ADAPTER])

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
+from delo_llava.errors import DeloError
 
 #: Sums a tensor over all ranks and returns the sum (the identity in one process).
 Reduce = Callable[[Tensor], Tensor]
@@ -61,6 +62,25 @@ class TaskChoice:
     tasks: tuple[str, ...]
     index: Tensor
     scores: Tensor
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one stage of a method adds to a base, as `delo-llava plan` needs to know it.
+
+    Attributes:
+        parameters: trained by a stage, fp32.
+        kind: `gathered`: factors are looked up for every row; `lora`: one pair of matrices for all rows.
+        rank: of the update of a linear in a forward pass.
+        stored_bytes: what a finished stage keeps on disk besides the trained parameters (statistics).
+        every_task: evaluation holds the adapters of all finished tasks, not just the last one.
+    """
+
+    parameters: int
+    kind: Literal["gathered", "lora"]
+    rank: int
+    stored_bytes: int
+    every_task: bool
 
 
 class Method(ABC):
@@ -141,6 +161,18 @@ class Method(ABC):
         """
         return None
 
+    def footprint(self, base: nn.Module) -> Footprint:
+        """What a stage over `base` (which may be on the meta device) trains and stores.
+
+        Raises:
+            DeloError: the method does not say.
+        """
+        raise DeloError(
+            "This method does not say what it needs, so it cannot be planned",
+            given=type(self).__name__,
+            fix="implement its footprint()",
+        )
+
     @abstractmethod
     def answering(
         self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
@@ -148,6 +180,17 @@ class Method(ABC):
         """A context in which `model(**batch.inputs)` or `model.generate(**batch.inputs)` answers as the given
         tasks (one per row).
         """
+
+    def routing_use(self, model: nn.Module) -> dict[str, Any] | None:
+        """What was routed in `answering` since the last call, each of which starts the count anew; None for
+        methods that do not route, and when nothing was answered.
+
+        Returns:
+            `layers`: modality -> names of the adapted linears; `pools`: a list of `task` (whose pool),
+            `modality`, `present` (in the samples), `part` (A or B), `rows` (samples) and `counts` (for each
+            linear, how often each of its factors was chosen).
+        """
+        return None
 
 
 def answer_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from peft import get_peft_model
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from delo_llava.experts import (
 from delo_llava.losses import align_loss_sum, consistency_loss_sum
 from delo_llava.methods.base import (
     Capabilities,
+    Footprint,
     Method,
     MethodConfig,
     Reduce,
@@ -42,6 +44,7 @@ from delo_llava.methods.base import (
 )
 from delo_llava.routing import CrossModal, Queries, RidgeStatistics, RouteInputs, RoutePlan, TaskKeyMemory
 from delo_llava.routing.queries import VIEWS
+from delo_llava.routing.use import RoutingUse
 
 
 class DeloOptions(MethodConfig):
@@ -113,6 +116,7 @@ class Delo(Method):
         self._ridge: RidgeStatistics | None = None
         self._task = ""
         self._seen: tuple[Queries, Tensor] | None = None
+        self._use = RoutingUse()
 
     def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
         hidden = self.backbone.hidden_size(base)
@@ -174,6 +178,14 @@ class Delo(Method):
         self._seen = (plan.queries, plan.presence)
         return sums
 
+    def footprint(self, base: nn.Module) -> Footprint:
+        width, options = self.backbone.hidden_size(base), self.options
+        # Key sums of three views, and second moments where they are kept; the ridge map's own moments.
+        sums = 3 * width + 3 * width**2 * (options.matcher == "lda")
+        sums += 3 * width**2 * (options.cross_modal == "ridge")
+        parameters = trainable_parameters(options, base, self.backbone)
+        return Footprint(parameters, "gathered", 2 * options.rank, 8 * sums, every_task=True)
+
     def _consistency(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
         """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no
         gradient.
@@ -231,8 +243,21 @@ class Delo(Method):
         if tasks is None:
             yield
             return
-        with routing(model, RouteInputs.from_batch(batch, tasks=list(tasks), expand=beams)):
+        with routing(model, RouteInputs.from_batch(batch, tasks=list(tasks), expand=beams)) as route:
             yield
+        if route.plan is not None:
+            # Beams repeat each row, which is one sample all the same.
+            chosen = route.plan.selection.rows(
+                torch.arange(0, route.inputs.rows, beams, device=batch.presence.device)
+            )
+            self._use.add(chosen, tasks, batch.presence, route.plan.pool_size)
+
+    def routing_use(self, model: nn.Module) -> dict[str, Any] | None:
+        pools = self._use.take()
+        if not pools:
+            return None
+        language, projector = tuner(model).layer_names()
+        return {"layers": {"image": [*projector, *language], "text": language}, "pools": pools}
 
     def _memory(self, hidden: int) -> TaskKeyMemory:
         return TaskKeyMemory(hidden, covariance=self.options.matcher == "lda")

@@ -178,11 +178,11 @@ def card(collection: Collection, root: Path, gates: Sequence[dict[str, Any]]) ->
 
 _NUMBERS = {6: "six", 8: "eight"}
 INTRODUCTION = """\
-{tasks} small multimodal tasks in CoIN's record format, {train} train, {val} validation and {test} test records
-each, built at first use from data that Python packages ship. Each record has a 64x64 picture, a context, an
-instruction and an answer. For each record a draw decides which source carries the answer: the picture, the
-context, or both, never neither; the other source is hidden (a smudge, a hatched or blurred shape, a map
-without its dot) or says nothing to the point. So each modality matters and each partly suffices.
+{tasks} small multimodal tasks in CoIN's record format, {train} train, {val} validation and {test} test
+records each, built at first use from data that Python packages ship. Each record has a 64x64 picture, a
+context, an instruction and an answer. For each record a draw decides which source carries the answer: the
+picture, the context, or both, never neither; the other source is hidden (a smudge, a hatched or blurred
+shape, a map without its dot) or says nothing to the point. So each modality matters and each partly suffices.
 {more}
 This file is written by `python -m delo_llava.mini.card`; edit that, not this."""
 ATTRIBUTION = """\
@@ -194,8 +194,8 @@ MORE = {
     "mini6": "",
     "mini8": """
 `science`, `ocr`, `naming`, `yesno`, `attribute` and `geography` are mini6's, record for record. New are
-`unanswerable` (as VizWiz: three records of ten are answered by neither source, and `unanswerable` is the
-answer) and `grounding` (as CoIN's Grounding: a box as text, `answer_bbox` and `size` in the record, scored by
+`unanswerable` (as VizWiz: three records of ten are, against the rule above, answered by neither source, and
+`unanswerable` is their answer) and `grounding` (as CoIN's Grounding: a box as text, `answer_bbox` and `size` in the record, scored by
 IoU; the tables below count exact boxes, which is stricter).
 """,
 }

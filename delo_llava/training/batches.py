@@ -97,8 +97,10 @@ class TaskBatches:
         return [(self.records[i], (bool(self.presence[i, 0]), bool(self.presence[i, 1]))) for i in indices]
 
     def _lengths(self) -> list[int]:
-        rows = zip(self.records, self.presence.tolist(), strict=True)
-        return [_characters(record, image, text) for record, (image, text) in rows]
+        texts, contexts = self.records.characters.T
+        image, text = self.presence.T
+        lengths: list[int] = (texts + contexts * text + IMAGE_CHARACTERS * image).tolist()
+        return lengths
 
 
 def deal(step: Sequence[int], images: Sequence[bool], world: int, micro: int) -> list[list[list[int]]]:
@@ -125,11 +127,6 @@ def deal(step: Sequence[int], images: Sequence[bool], world: int, micro: int) ->
         ordered = [*with_image, *without]
     groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
     return [[group[rank::world] for group in groups] for rank in range(world)]
-
-
-def _characters(record: Record, image: bool, text: bool) -> int:
-    context = len(record.context or "") if text else 0
-    return len(record.instruction) + len(record.answer) + context + IMAGE_CHARACTERS * image
 
 
 def _ahead(sources: Iterator[Any], make: Any) -> Iterator[Any]:

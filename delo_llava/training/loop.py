@@ -65,6 +65,7 @@ def run_steps(
     applied = StageRates()
     began = time.monotonic()
     for step, micros in enumerate(batches):
+        ranks.leave_if_asked(f"training, before step {step}")
         totals = _totals(module.method, micros, ranks)
         if engine.schedules:
             lr = rates(engine.optimizer)

@@ -39,7 +39,7 @@ class StageTrainer:
     def __init__(
         self, config: RunConfig, store: RunStore, ranks: Ranks, backbone: Backbone, path: str, method: Method
     ) -> None:
-        self.config, self.store, self.ranks = config, store, ranks
+        self.run_config, self.config, self.store, self.ranks = config, config, store, ranks
         self.backbone, self.path, self.method = backbone, path, method
         self.processor = backbone.load_processor(path)
 
@@ -49,6 +49,7 @@ class StageTrainer:
         Raises:
             DeloError: anything the guards find; nothing is published then.
         """
+        self.config = self.run_config.for_task(task.name)
         began, seed = time.monotonic(), stage_seed(self.config.seed, stage.index)
         self.ranks.run_first(lambda: self.store.verify_published(stage.earlier))
         batches = TaskBatches(self.config, task, seed)

@@ -11,7 +11,11 @@ from torch import Tensor, distributed
 
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
+from delo_llava.training import signals
+from delo_llava.training.signals import Preempted
 
+#: Under this key of the process group's store a rank tells the others that it was asked to leave.
+LEAVE = "delo_llava/leave"
 #: Evaluation on one rank may be much longer than on another, so waiting ranks must be patient.
 PATIENCE = timedelta(hours=12)
 
@@ -46,6 +50,40 @@ class Ranks:
         total = tensor.detach().to(self.device, copy=True)
         distributed.all_reduce(total)
         return total.to(tensor.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether `flag` is true on any rank; every rank must ask."""
+        if self.world == 1:
+            return flag
+        device = self.device if distributed.get_backend() == "nccl" else "cpu"
+        found = torch.tensor([int(flag)], device=device)
+        distributed.all_reduce(found, op=distributed.ReduceOp.MAX)
+        return bool(found.item())
+
+    def leave_if_asked(self, where: str) -> None:
+        """Leave if any rank was asked to: all of them leave here, together. Every rank must call it.
+
+        Raises:
+            Preempted: on every rank.
+        """
+        if self.any(signals.requested() is not None):
+            raise Preempted(signals.requested() or "another rank's signal", where)
+
+    def leave_soon(self) -> bool:
+        """Whether this rank got a signal, or a peer that got one said so: a look, without waiting for anyone.
+
+        For work of unequal length (batches of an evaluation): a rank that sees it stops, saves what is its
+        own and goes on to the next `leave_if_asked`.
+        """
+        own = signals.requested() is not None
+        if self.world == 1:
+            return own
+        # Not an all-reduce, for which the others would have to come, and not a file, which another node may
+        # see late: the group's own key-value store.
+        store = distributed.distributed_c10d._get_default_store()
+        if own:
+            store.set(LEAVE, "1")
+        return own or bool(store.check([LEAVE]))
 
     def run_first(self, action: Callable[[], None]) -> None:
         """Run `action` on the first rank while the others wait; its DeloError is raised on all of them.

@@ -35,9 +35,16 @@ def open_run(store: RunStore, config: RunConfig, sequence: TaskSequence, model_p
     store.write_config(dump_config(config))
     store.update_run(
         **facts,
+        stopped=None,
         schema="delo-llava/run/1",
         method=config.method,
         tasks=sequence.names,
+        template=sequence.template,
+        side_files={
+            task.name: {"joined": list(task.beside), "absent": list(task.absent)}
+            for task in sequence.tasks
+            if task.beside or task.absent
+        },
         versions=versions(),
         seeds={"run": config.seed, "missing": config.missing.seed},
         stages=known.get("stages", {}),
@@ -76,10 +83,13 @@ def refuse_differences(
 
 
 def data_hashes(store: RunStore, sequence: TaskSequence) -> dict[str, dict[str, str]]:
-    """sha256 of each task's files, by task and split; unchanged files are not read again."""
+    """sha256 of each task's files and side files, by task and name; unchanged files are not read again."""
     cache = HashCache(store.logs / "hashes.json")
     hashes = {
-        task.name: {str(split): cache.hash(path) for split, path in task.files.items()}
+        task.name: {
+            **{str(split): cache.hash(path) for split, path in task.files.items()},
+            **{name: cache.hash(path) for name, path in task.beside.items()},
+        }
         for task in sequence.tasks
     }
     cache.save()

@@ -7,6 +7,7 @@ imports them late.
 import json
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from delo_llava.data.sampler import plan_accumulation
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin
 from delo_llava.tasks import TaskSequence
+from delo_llava.training.signals import Preempted
 
 if TYPE_CHECKING:
     from delo_llava.training.logging import RunProgress
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 Evaluate = Callable[[Path, int], object]
 
 ZERO_SHOT = "zero_shot"
+#: Entry of run.json that says that, and why, the last launch left before the end.
+STOPPED = "stopped"
 
 
 def run_sequence(config: RunConfig, evaluate: Evaluate | None = None) -> Path:
@@ -42,9 +46,11 @@ def run_sequence(config: RunConfig, evaluate: Evaluate | None = None) -> Path:
 
     Raises:
         DeloError: whatever is wrong with configuration, data, base, an earlier adapter or a step.
+        Preempted: on every rank, if any of them was asked to leave by a signal; what was done is saved.
     """
-    sequence = load_sequence(config.task_seq, config.data.root)
-    world = check_plan(config)
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    for name in sequence.names:
+        world = check_plan(config.for_task(name))
     from delo_llava.backbones.base import find_backbone
     from delo_llava.training.record import open_run
 
@@ -57,10 +63,22 @@ def run_sequence(config: RunConfig, evaluate: Evaluate | None = None) -> Path:
     disable_progress_bar()  # one bar for each load of weights would tear ours apart
     store = RunStore(config.run_dir)
     ranks = start_ranks(config)
-    ranks.run_first(lambda: open_run(store, config, sequence, path))
-    _Sequence(config, store, ranks, sequence, evaluate).run(backbone, path)
+    try:
+        ranks.leave_if_asked("starting")
+        ranks.run_first(lambda: open_run(store, config, sequence, path))
+        _Sequence(config, store, ranks, sequence, evaluate).run(backbone, path)
+    except Preempted as asked:
+        ranks.run_first(partial(_note_stop, store, asked))
+        stop_ranks(ranks)
+        raise
     stop_ranks(ranks)
     return store.results
+
+
+def _note_stop(store: RunStore, asked: Preempted) -> None:
+    """Tell run.json why the run is not complete; the next launch removes it."""
+    if store.run.is_file():
+        store.update_run(**{STOPPED: {"reason": asked.reason, "where": asked.where, "time": time.time()}})
 
 
 def check_plan(config: RunConfig) -> int:
@@ -163,6 +181,7 @@ class _Sequence:
         from delo_llava.training.one_stage import free_memory
 
         task = self.sequence.tasks[index]
+        self.ranks.leave_if_asked(f"before {task.name}")
         if not trained:
             earlier = {name: self.store.adapter(name) for name in self.sequence.names[:index]}
             trainer.train(task, Stage(index, task.name, earlier), progress)
@@ -182,6 +201,7 @@ class _Sequence:
 
     def _evaluate(self, stage: int, text: str, cells: int, progress: "RunProgress") -> None:
         assert self.evaluate is not None
+        self.ranks.leave_if_asked(f"before {text}")
         began = time.monotonic()
         progress.describe(text)
         self.evaluate(self.store.root, stage)
@@ -209,7 +229,7 @@ class _Sequence:
 
         from delo_llava.data.readers import read_records
 
-        train = self.config.train
+        train = self.config.for_task(self.sequence.names[index]).train
         records = read_records(self.sequence.tasks[index], "train", self.config.data.sub, self.config.seed)
         steps = math.ceil(train.epochs * len(records) / train.global_batch)
         return min(steps, train.max_steps or steps)
@@ -226,6 +246,9 @@ class _Sequence:
             f"{self.ranks.world} rank(s), {engine}, {self.ranks.device}, {config.quant}, "
             f"missing {config.missing.ratio:.0%} {config.missing.kind} -> {self.store.root}"
         )
+        for task in self.sequence.tasks:
+            for absent in task.absent:
+                progress.say(f"{task.name}: no {absent}")
         if done:
             progress.say(f"already finished: {', '.join(done)}")
 

@@ -20,17 +20,22 @@ class Reference:
         answer: the reference answer.
         instruction: what was asked.
         extra: what else the data says (`Record.extra`): several answers, a box, an image's size.
+        task: name of the task, for rules that differ between tasks.
+        image: name of the image file without folders, for rules that read the data set from it.
     """
 
     id: str
     answer: str
     instruction: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict)
+    task: str = ""
+    image: str = ""
 
     @classmethod
     def of(cls, record: Record) -> "Reference":
         """The reference of a record."""
-        return cls(record.id, record.answer, record.instruction, record.extra)
+        image = record.image.name if record.image else ""
+        return cls(record.id, record.answer, record.instruction, record.extra, record.task, image)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,12 @@ class Scorer:
             mean over records (macro-F1, CIDEr, pairing by position); None means the mean of `function`.
         compat: the rule of the benchmark's official script, where there is one.
         needs: keys of `Reference.extra` that every record must have.
+        details: (predictions, references) -> further named numbers of the whole task, as shares.
+        unanswered: what a question without prediction counts where missing ones are allowed: the script of
+            a compat rule may leave them out of the denominator.
+        ready: further conditions: raises `DeloError` where the rule cannot be applied to the references,
+            or on this machine.
+        by_position: the rule pairs the n-th prediction of a file with the n-th reference, whatever the ids.
     """
 
     id: str
@@ -53,6 +64,10 @@ class Scorer:
     corpus: Callable[[Sequence[str], Sequence[Reference]], float] | None = None
     compat: "Scorer | None" = None
     needs: tuple[str, ...] = ()
+    details: Callable[[Sequence[str], Sequence[Reference]], dict[str, float]] | None = None
+    unanswered: Literal["wrong", "skipped"] = "wrong"
+    by_position: bool = False
+    ready: Callable[[Sequence[Reference]], None] | None = None
 
     def __call__(self, prediction: str, reference: Reference) -> float:
         """The score of one prediction in [0, 1]."""
@@ -81,3 +96,21 @@ class Scorer:
                 fix="use --eval.scoring native",
             )
         return self.compat
+
+    def check(self, references: Sequence[Reference]) -> None:
+        """Make sure that the rule can be applied, on this machine and to these references.
+
+        Raises:
+            DeloError: a program is missing, or a key of `needs` is lacking somewhere.
+        """
+        if self.ready is not None:
+            self.ready(references)
+        for key in self.needs:
+            lacking = [reference.id for reference in references if not reference.extra.get(key)]
+            if lacking:
+                raise DeloError(
+                    f"The scorer {self.id} needs `{key}` of every record, and "
+                    f"{len(lacking)} of {len(references)} have none.",
+                    given=", ".join(lacking[:5]) + (" …" if len(lacking) > 5 else ""),
+                    fix="use a file of references that has it, or another scorer",
+                )

@@ -9,10 +9,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import yaml
 from PIL import Image
+from recipes_support import require_scorers
 
 from delo_llava import __version__, cli
 from delo_llava.config import load_config
@@ -61,7 +61,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "told"),
     [
         (["--task_seq=coin6", "--data.root=/nowhere"], "Instructions_Original/OCRVQA/train.json"),
-        (["--task_seq=coin5"], "did you mean coin6?"),
+        (["--task_seq=coin5"], "did you mean coin8?"),
         (["--quant=nf3"], "did you mean nf4?"),
         (["--train.leaning_rate=1"], "train.leaning_rate"),
         (["--method=dello"], "did you mean delo?"),
@@ -70,6 +70,8 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_end_with_code_2_before_anything_heavy(words: list[str], told: str) -> None:
+    if "--task_seq=coin6" in words:
+        require_scorers("coin6")
     done, seconds = run("train", *words)
     assert done.returncode == 2
     assert told in done.stderr
@@ -102,7 +104,7 @@ def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def sequence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A recipe with one task of two records, complete with images."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
     (tmp_path / "images").mkdir()
     turns = [{"from": "human", "value": "<image>\nQ"}, {"from": "gpt", "value": "A"}] * 2
     train = [{"id": "a", "image": "a.png", "conversations": turns, "context": "c"}]
@@ -182,6 +184,15 @@ def test_print_config_writes_yaml_and_trains_nothing(
     assert not handed
     printed = yaml.safe_load(capsys.readouterr().out)
     assert (printed["train"]["lr"], printed["method"], printed["zero"]) == (0.5, "lora", "2")
+
+
+def test_official_scoring_of_a_task_without_an_official_script_is_refused_before_training(
+    sequence: Path, handed: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["train", *words(sequence, "--eval.scoring=compat")])
+    assert caught.value.code == 2 and not handed
+    assert "exact_match.v1 has no official script" in capsys.readouterr().err
 
 
 def test_eval_hands_its_words_to_the_harness(handed: list[Any]) -> None:

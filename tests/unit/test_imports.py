@@ -15,7 +15,7 @@ ROOT = Path(delo_llava.__file__).parent
 #: The parts of the library from the ground up; each may import only what stands before it.
 ORDER = (
     "errors", "tasks", "registry", "schema", "mini", "data", "config", "routing", "experts", "losses",
-    "checkpoint", "backbones", "gate", "methods", "training", "commands", "cli",
+    "checkpoint", "backbones", "gate", "methods", "training", "cluster", "commands", "cli",
 )  # fmt: skip
 
 #: Modules that judge the small base by training adapters on it: on top of data and backbones, below nothing.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from torch import nn
 from delo_eval import stage as stage_module
 from delo_eval.cli import main
 from delo_eval.run import Request, evaluate_stage
+from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.stage import current_ranks, open_run
 from delo_llava.backbones.base import find_backbone
 from delo_llava.checkpoint.store import RunStore
@@ -102,7 +103,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_run(
-    folder: Path, recipe: Path, method: str, kind: type[Lora] | type[Individual], stages: int
+    folder: Path, recipe: Path, method: str, kind: type[Lora] | type[Individual], stages: int, *more: str
 ) -> Path:
     """A run folder as training leaves it, with random adapters."""
     words = [
@@ -117,6 +118,7 @@ def make_run(
         f"--output={folder}",
         "--missing.ratio=0.5",
         "--eval.batch_size=4",
+        *more,
     ]
     config = load_config(None, words)
     store, (backbone, path) = RunStore(folder), find_backbone(config.model)
@@ -325,3 +327,60 @@ def test_alone_without_a_process_group(lora_run: Path) -> None:
         current_ranks(open_run(lora_run).config).rank,
         current_ranks(open_run(lora_run).config).world,
     ) == (0, 1)
+
+
+def rescored(recipe: Path, folder: Path, **scorers: str) -> Path:
+    """The recipe with other scorers for some of its tasks."""
+    content = yaml.safe_load(recipe.read_text())
+    for task in content["tasks"]:
+        task["scorer"] = scorers.get(task["name"], "exact_match")
+    file = folder / "little.yaml"
+    file.write_text(yaml.safe_dump(content))
+    return file
+
+
+def test_compat_scores_by_the_official_rules_and_says_so(tmp_path: Path, recipe: Path) -> None:
+    file = rescored(recipe, tmp_path, shapes="gqa", words="imagenet", places="contains")
+    more = (f"--data.root={recipe.parent}", "--eval.scoring=compat")
+    folder = make_run(tmp_path / "run", file, "lora", Lora, 1, *more)
+    found = evaluate_stage(folder, 0)
+    assert found is not None and found["scoring"] == "compat"
+    ids = {"shapes": "gqa.coin.v1", "words": "imagenet.coin.v1", "places": "contains.polaris.v1"}
+    assert found["scorer_ids"] == ids
+    for task, rows in predictions(folder, 0).items():
+        scorer = cast(Scorer, load_plugin("scorer", ids[task].partition(".")[0])).in_mode("compat")
+        scores = [scorer(row["prediction"], Reference(row["record_id"], row["answer"])) for row in rows]
+        assert [row["score"] for row in rows] == scores
+        cell = found["matrix"]["matched"][0][TASKS.index(task)]
+        assert cell == pytest.approx(100 * sum(scores) / len(scores))
+    other = make_run(tmp_path / "other", file, "lora", Lora, 1, f"--data.root={recipe.parent}")
+    (other / "results.json").write_text((folder / "results.json").read_text())
+    with pytest.raises(DeloError, match="another scoring: compat"):
+        evaluate_stage(other, 0)
+
+
+@pytest.mark.parametrize(
+    ("scorer", "scoring", "told"),
+    [("textvqa", "native", "needs `answers`"), ("class_exact", "compat", "no official script")],
+)
+def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch, scorer: str, scoring: str, told: str
+) -> None:
+    file = rescored(recipe, tmp_path, shapes=scorer)
+    more = (f"--data.root={recipe.parent}", f"--eval.scoring={scoring}")
+    folder = make_run(tmp_path / "run", file, "lora", Lora, 1, *more)
+    monkeypatch.setattr(stage_module, "answerer", lambda *given: pytest.fail("a model is loaded"))
+    with pytest.raises(DeloError, match=told):
+        evaluate_stage(folder, 0)
+
+
+def test_a_rule_over_the_corpus_fills_its_cell(tmp_path: Path, recipe: Path) -> None:
+    file = rescored(recipe, tmp_path, shapes="multilabel_f1")
+    folder = make_run(tmp_path / "run", file, "lora", Lora, 1, f"--data.root={recipe.parent}")
+    found = evaluate_stage(folder, 0)
+    assert found is not None
+    rows = predictions(folder, 0)["shapes"]
+    scorer = cast(Scorer, load_plugin("scorer", "multilabel_f1"))
+    references = [Reference(row["record_id"], row["answer"]) for row in rows]
+    expected = 100 * scorer.total([row["prediction"] for row in rows], references)
+    assert found["matrix"]["matched"][0][0] == pytest.approx(expected)

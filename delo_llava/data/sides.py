@@ -1,0 +1,146 @@
+"""Side files joined to records by a key: captions, hints and tokens as context, references for scorers."""
+
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import Any
+
+from delo_llava.data.entries import read_entries, read_members
+from delo_llava.errors import DeloError
+from delo_llava.tasks import SideFile, Split
+
+#: What `SideFile.by` may derive from an entry; any other word is one of the entry's own fields.
+DERIVED = ("id", "number", "image", "image_name", "image_stem", "image_number")
+
+
+class Joined:
+    """The side files of one (task, split), held in memory by key: only what the recipe takes of each row.
+
+    Raises:
+        DeloError: a file that cannot be read, a row without its key.
+    """
+
+    def __init__(self, sides: Sequence[SideFile], split: Split) -> None:
+        self._sides = [side for side in sides if split in side.splits]
+        self._rows = [_read(side) for side in self._sides]
+        self.matched = [0] * len(self._sides)
+
+    def of(
+        self, entry: Mapping[str, Any], number: int, image: str | None
+    ) -> tuple[list[str], dict[str, Any]]:
+        """Context texts and extra keys that an entry gets.
+
+        Args:
+            number: of the entry in its file, from 0.
+            image: path of its image, relative to the image folder.
+        """
+        texts: list[str] = []
+        extra: dict[str, Any] = {}
+        for place, (side, rows) in enumerate(zip(self._sides, self._rows, strict=True)):
+            key = _key_of(side.by, entry, number, image)
+            if key is None or (found := rows.get(key)) is None:
+                continue
+            self.matched[place] += 1
+            text, values = found
+            if text:
+                texts.append(f"{side.prefix}{text}")
+            extra |= dict(zip(side.extra, values, strict=True))
+        return texts, extra
+
+    def require_matches(self) -> None:
+        """Refuse a side file of which no row belongs to any record: the key or the file is wrong.
+
+        Raises:
+            DeloError: names the file and what was compared.
+        """
+        for side, rows, count in zip(self._sides, self._rows, self.matched, strict=True):
+            if count == 0:
+                raise DeloError(
+                    f"No record has a row in the side file {side.name!r} (compared: {side.by}).",
+                    given=f"{side.path}, keys such as {', '.join(list(rows)[:3]) or 'none'}",
+                    fix="fetch the file that belongs to these records, or remove it where it is optional",
+                )
+
+
+def _read(side: SideFile) -> dict[str, tuple[str, list[Any]]]:
+    """Key -> (context text, values of `side.extra` in order)."""
+    rows: dict[str, tuple[str, list[Any]]] = {}
+    for key, row in _keyed(side):
+        text = _text(_pick(row, side.context)) if side.context else ""
+        values = [_interned(_pick(row, place)) for place in side.extra.values()]
+        if side.gather:
+            before = rows.get(key, ("", [[] for _ in values]))
+            rows[key] = (
+                f"{before[0]} {text}".strip(),
+                [[*old, new] for old, new in zip(before[1], values, strict=True)],
+            )
+        else:
+            rows[key] = (text, values)
+    return rows
+
+
+def _keyed(side: SideFile) -> Iterator[tuple[str, Any]]:
+    """(key, row) of a side file, in its order."""
+    if side.shape == "map":
+        yield from read_members(side.path, side.at)
+        return
+    for number, row in enumerate(read_entries(side.path, side.at)):
+        if side.shape == "keys":
+            yield str(row), True
+            continue
+        if not isinstance(row, dict) or any(row.get(name) is None for name in side.key):
+            raise DeloError(
+                f"{side.path}, row {number} lacks its key.",
+                given=repr(row)[:80],
+                allowed=side.key,
+                fix=f"correct `key` of the side file {side.name!r} in the recipe",
+            )
+        yield " ".join(str(row[name]) for name in side.key), row
+
+
+def _key_of(by: str, entry: Mapping[str, Any], number: int, image: str | None) -> str | None:
+    """The key of an entry; None where it has none."""
+    if by == "id":
+        return str(entry.get("id", entry.get("question_id", number)))
+    if by == "number":
+        return str(number + 1)
+    if by not in DERIVED:
+        given = entry.get(by)
+        return None if given is None else str(given)
+    if image is None:
+        return None
+    path = PurePosixPath(image)
+    if by == "image_number":
+        digits = re.search(r"\d+$", path.stem)
+        return str(int(digits[0])) if digits else None
+    return {"image": image, "image_name": path.name, "image_stem": path.stem}[by]
+
+
+def _pick(row: Any, place: str) -> Any:
+    """What stands at `a.b`, `a[].b` or `.` in a row; None where something is missing on the way."""
+    for step in place.split(".") if place != "." else ():
+        name, brackets, _ = step.partition("[]")
+        many, row = isinstance(row, list), row
+        row = [_member(item, name) for item in row] if many else _member(row, name)
+        if brackets and not isinstance(row, list):
+            return None
+    return row
+
+
+def _member(row: Any, name: str) -> Any:
+    return row.get(name) if isinstance(row, dict) else None
+
+
+def _text(value: Any) -> str:
+    """A context as text: lists are joined by spaces."""
+    if isinstance(value, list):
+        return " ".join(str(part).strip() for part in value)
+    return str(value or "").strip()
+
+
+def _interned(value: Any) -> Any:
+    """`value` with its strings shared: human answers repeat a few words hundreds of thousands of times."""
+    if isinstance(value, str):
+        return sys.intern(value)
+    return [_interned(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,113 @@
+"""What a run's folder holds for its report, read once: results, record, settings, logged steps."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from delo_eval.matrix import RUN_PATTERN
+from delo_eval.results import read_results
+from delo_llava.checkpoint.store import RunStore
+from delo_llava.errors import DeloError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunContent:
+    """A run as its files tell it.
+
+    Attributes:
+        store: the run's own folder.
+        folder: where its results and predictions are; another folder when another split was evaluated.
+        results: results.json; record: run.json; config: config.yaml; steps: the lines of metrics.jsonl.
+    """
+
+    store: RunStore
+    folder: Path
+    results: Json
+    record: Json
+    config: Json
+    steps: list[Json]
+
+    @property
+    def tasks(self) -> list[str]:
+        """Names in training order."""
+        return list(self.results["tasks"])
+
+    @property
+    def latest(self) -> int | None:
+        """The latest stage with a score under the run's own pattern, None before the first."""
+        stages = [
+            i
+            for grid in self.results["matrix"].values()
+            for i, row in enumerate(grid)
+            if any(score is not None for score in row)
+        ]
+        return max(stages, default=None)
+
+    @property
+    def patterns(self) -> dict[str, Json]:
+        """Missing pattern -> mode -> T×T scores, the run's own first."""
+        return {RUN_PATTERN: self.results["matrix"], **self.results["patterns"]}
+
+    @property
+    def headline_mode(self) -> str:
+        """`matched` where it was run, else `oracle`."""
+        return next(iter(self.results["modes"]), "matched")
+
+
+def read_content(run: Path, output: Path | None = None) -> RunContent:
+    """Read a run's folder.
+
+    Args:
+        output: the folder of another evaluation of it, see `delo-eval --output`.
+
+    Raises:
+        DeloError: nothing was evaluated there, or a file cannot be read.
+    """
+    store, folder = RunStore(run), Path(output or run)
+    results = read_results(folder)
+    if results is None:
+        raise DeloError(
+            "There are no results to report in this folder.",
+            given=folder,
+            fix="evaluate a stage first: delo-eval --run …",
+        )
+    config = yaml.safe_load(store.config.read_text(encoding="utf-8")) if store.config.is_file() else {}
+    return RunContent(store, folder, results, store.read_run(), config, _steps(store.metrics))
+
+
+def _steps(file: Path) -> list[Json]:
+    """The logged steps; a last line that a kill cut off is left out.
+
+    Raises:
+        DeloError: another line is not JSON.
+    """
+    if not file.is_file():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines()
+    steps = []
+    for index, line in enumerate(lines):
+        try:
+            steps.append(json.loads(line))
+        except ValueError as error:
+            if index < len(lines) - 1:
+                raise DeloError(f"Line {index + 1} of the log is damaged: {error}", given=file) from error
+    return steps
+
+
+def value_at(tree: Mapping[str, Any] | None, *path: str | int) -> Any:
+    """What lies at `path` of nested mappings and lists, None where anything on the way is missing."""
+    found: Any = tree
+    for key in path:
+        if isinstance(found, list) and isinstance(key, int):
+            found = found[key] if key < len(found) else None
+        elif isinstance(found, Mapping):
+            found = found.get(key)
+        else:
+            return None
+    return found

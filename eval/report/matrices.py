@@ -1,0 +1,203 @@
+"""The matrix as tables of coloured cells, forgetting as small charts, task choice as confusion tables."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from delo_eval.matrix import RUN_PATTERN
+from delo_eval.report.charts import Chart, Drawn, Line, drawn
+from delo_eval.report.colour import step_of
+from delo_eval.report.content import Json, RunContent, value_at
+
+Cells = Sequence[float | None]
+
+MODE_WORDS = {"matched": "matched: the method's own task choice", "oracle": "oracle: the true task told"}
+
+
+@dataclass(frozen=True)
+class HeatCell:
+    """One coloured cell: text, a smaller second line, a palette step (None: plain), words for the pointer."""
+
+    text: str
+    note: str = ""
+    step: int | None = None
+    title: str = ""
+
+
+@dataclass(frozen=True)
+class HeatTable:
+    """A table of coloured cells; `corner` names what rows and columns are."""
+
+    caption: str
+    corner: str
+    columns: list[str]
+    rows: list[tuple[str, list[HeatCell]]]
+
+
+def matrices(content: RunContent) -> list[dict[str, Any]]:
+    """Per missing pattern: its name, a description, and a table for each mode that was run."""
+    found = []
+    for pattern in content.patterns:
+        tables = [table for mode in content.results["modes"] if (table := matrix(content, pattern, mode))]
+        if len(tables) == 2 and content.patterns[pattern]["matched"] == content.patterns[pattern]["oracle"]:
+            tables = [replace(tables[0], caption="matched and oracle: the same scores")]
+        if tables:
+            found.append({"name": pattern, "about": pattern_words(content, pattern), "tables": tables})
+    return found
+
+
+def matrix(content: RunContent, pattern: str, mode: str) -> HeatTable | None:
+    """Stage × task of one pattern and mode; stages that were not evaluated are left out."""
+    results, tasks = content.results, content.tasks
+    grid: list[Cells] = content.patterns[pattern][mode]
+    rows: list[tuple[str, list[HeatCell]]] = []
+    zero_shot = (results["zero_shot"] or {}).get(pattern)
+    if zero_shot and mode == content.headline_mode:
+        errors = value_at(results, "standard_errors", pattern, "zero_shot") or [None] * len(tasks)
+        cells = [_score(s, e, "zero-shot") for s, e in zip(zero_shot, errors, strict=True)]
+        rows.append(("before training", [*cells, _mean(zero_shot)]))
+    done = [i for i, row in enumerate(grid) if any(score is not None for score in row)]
+    for i in done:
+        errors = [standard_error(results, pattern, mode, i, j) for j in range(len(tasks))]
+        cells = [
+            _score(s, e, f"{tasks[j]} after {tasks[i]}", untrained=j > i)
+            for j, (s, e) in enumerate(zip(grid[i], errors, strict=True))
+        ]
+        rows.append((f"{i + 1} {tasks[i]}", [*cells, _mean(grid[i][: i + 1])]))
+    if not done:
+        return None
+    if len(done) > 1:
+        rows.append(("change since learnt", _changes(grid, done[-1])))
+    return HeatTable(MODE_WORDS[mode], "after training ↓\nscore on →", [*tasks, "mean of trained"], rows)
+
+
+def standard_error(results: Json, pattern: str, mode: str, stage: int, task: int) -> float | None:
+    """A cell's standard error in points, None where results.json has none."""
+    found: float | None = value_at(results, "standard_errors", pattern, mode, stage, task)
+    return found
+
+
+def pattern_words(content: RunContent, pattern: str) -> str:
+    """What a missing pattern takes away from the test records."""
+    if pattern == RUN_PATTERN:
+        return f"the run's own: {missing_words(content.results['missing']['spec'])}"
+    known = {
+        "complete": "nothing is taken away",
+        "image": "every record loses its image",
+        "text": "every record loses its context",
+    }
+    return known.get(pattern, "")
+
+
+def missing_words(spec: Json) -> str:
+    """A missing specification in words."""
+    if not spec["ratio"]:
+        return "nothing is missing"
+    what = {"image": "the image", "text": "the context", "both": "image or context (half each)"}[spec["kind"]]
+    return f"{spec['ratio']:.0%} of the records lose {what}; a missing image is {spec['image']}"
+
+
+def forgetting(content: RunContent) -> list[Drawn]:
+    """A chart of the mean over trained tasks, then one per task from its own stage on."""
+    tasks, modes = content.tasks, content.results["modes"]
+    if content.latest is None:
+        return []
+    marks = [(float(i), str(i + 1)) for i in range(len(tasks))]
+    charts = []
+    for j, name in enumerate(["mean of trained tasks", *tasks]):
+        lines = [
+            Line(mode, points, style)
+            for style, mode in enumerate(modes)
+            if (points := course(content, mode, j - 1 if j else None))
+        ]
+        if not lines:
+            continue
+        # Drawn twice at the same place, two lines say no more than one.
+        if len(lines) == 2 and list(lines[0].points) == list(lines[1].points):
+            lines = [Line("matched = oracle", lines[0].points, lines[0].style)]
+        top = max(100.0, *(y for line in lines for _, y in line.points))
+        chart = Chart(
+            title=name, lines=lines, x_label="after stage", y_label="score %", x_ticks=marks,
+            y_range=(0.0, top), ends=True, summary=_spoken(name, lines),
+        )  # fmt: skip
+        figure = drawn(chart)
+        if figure is not None:
+            charts.append(figure)
+    return charts
+
+
+def course(content: RunContent, mode: str, task: int | None) -> list[tuple[float, float]]:
+    """(stage, score) of one task, or of the mean over trained tasks (None), from the first it exists in."""
+    points = []
+    for i, row in enumerate(content.results["matrix"][mode]):
+        known = row[: i + 1] if task is None else [row[task]] if i >= task else [None]
+        if None not in known:
+            points.append((float(i), sum(known) / len(known)))
+    return points
+
+
+def _spoken(name: str, lines: Sequence[Line]) -> str:
+    parts = [
+        f"{line.label}: {line.points[0][1]:.1f} at first, {line.points[-1][1]:.1f} at last" for line in lines
+    ]
+    return f"Score on {name}, in percent. " + "; ".join(parts) + "."
+
+
+def confusions(content: RunContent) -> list[dict[str, Any]]:
+    """Per pattern of the latest stage with a choice: tables with and without the instruction."""
+    choices = content.results["task_choice"] or {}
+    if not choices:
+        return []
+    stage = max(choices, key=int)
+    return [
+        {
+            "name": pattern,
+            "stage": content.tasks[int(stage)],
+            "tables": [
+                _confusion(content, f"{words} ({found['accuracy' + suffix]:.1f} % right)",
+                           found["confusion" + suffix], int(stage))
+                for suffix, words in (("", "all views"), ("_without_instruction", "without the instruction"))
+            ],
+        }
+        for pattern, found in choices[stage].items()
+    ]  # fmt: skip
+
+
+def _confusion(content: RunContent, caption: str, counts: list[list[int]], stage: int) -> HeatTable:
+    """Counts, coloured by their share of the true task's records; tasks that are not trained are left out."""
+    tasks = content.tasks[: stage + 1]
+    rows = []
+    for i, name in enumerate(tasks):
+        row, total = counts[i][: stage + 1], sum(counts[i]) or 1
+        cells = [
+            HeatCell(str(n), "", step_of(100 * n / total), f"{name} taken for {tasks[j]}: {n} of {total}")
+            for j, n in enumerate(row)
+        ]
+        rows.append((name, cells))
+    return HeatTable(caption, "true ↓\nchosen →", tasks, rows)
+
+
+def _score(score: float | None, error: float | None, title: str, untrained: bool = False) -> HeatCell:
+    if score is None:
+        return HeatCell("–", title=f"{title}: not run")
+    note = "" if error is None else f"± {error:.1f}"
+    said = f"{title}: {score:.2f}{' ' + note if note else ''}{' (not trained yet)' if untrained else ''}"
+    return HeatCell(f"{score:.1f}{'·' if untrained else ''}", note, step_of(score), said)
+
+
+def _mean(row: Cells) -> HeatCell:
+    known = [score for score in row if score is not None]
+    if not known or len(known) < len(row):
+        return HeatCell("–")
+    mean = sum(known) / len(known)
+    return HeatCell(f"{mean:.1f}", "", step_of(mean), f"mean of {len(known)} tasks: {mean:.2f}")
+
+
+def _changes(grid: list[Cells], last: int) -> list[HeatCell]:
+    """Points gained or lost on each task since its own stage, and their mean."""
+    pairs = [(grid[j][j], grid[last][j]) for j in range(last)]
+    changes = [None if own is None or now is None else now - own for own, now in pairs]
+    known = [change for change in changes if change is not None]
+    mean = sum(known) / len(known) if known and len(known) == len(changes) else None
+    blanks: list[float | None] = [None] * (len(grid) - last)
+    return [HeatCell("–" if c is None else f"{c:+.1f}") for c in [*changes, *blanks, mean]]

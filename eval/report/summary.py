@@ -1,0 +1,175 @@
+"""The head of the page: what was run, how far it came, its metrics, and what a reader should be warned of."""
+
+from typing import Any
+
+from delo_eval.derived import metrics
+from delo_eval.report.content import Json, RunContent, value_at
+from delo_eval.report.matrices import missing_words
+from delo_eval.table import HEADLINE
+
+#: Words for the headline figures.
+TILES = {"ap": "average (AP)", "forgetting": "forgetting", "maa": "average over stages (MAA)"}
+
+
+def tiles(content: RunContent) -> list[tuple[str, str, str]]:
+    """(name, value, what it is) of the figures to see first."""
+    results, mode = content.results, content.headline_mode
+    found = [
+        (words, _shown(results["metrics"][mode].get(name)), f"{mode} task") for name, words in TILES.items()
+    ]
+    told = results["metrics"]["oracle"].get("ap")
+    if mode == "matched" and results["task_choice"]:
+        found.append(("average, task told", _shown(told), "oracle task"))
+        found.append(("task chosen right", _shown(results["task_choice_accuracy"], " %"), "all views"))
+        blind = results["task_choice_accuracy_without_instruction"]
+        found.append(("task chosen right", _shown(blind, " %"), "without the instruction"))
+    return [tile for tile in found if tile[1] != "–"]
+
+
+def facts(content: RunContent) -> list[tuple[str, str]]:
+    """What was run, a line each."""
+    results, config, record = content.results, content.config, content.record
+    weights, train = results["start_weights"], config.get("train") or {}
+    batch = f"{train.get('global_batch')} ({train.get('micro_batch')} a rank and pass)"
+    pairs = [
+        ("method", results["method"]),
+        ("method's options", _options((config.get("methods") or {}).get(results["method"]))),
+        ("sequence", f"{results['task_seq']}: {' → '.join(content.tasks)}"),
+        ("base", f"{weights['name']} (sha256 {_short(weights['sha256'])})"),
+        ("quantisation", results["quant"]),
+        ("engine", f"ZeRO {results['zero']} on {results['world'] or '?'} rank(s)"),
+        ("seed", str(results["seed"])),
+        ("missing", missing_words(results["missing"]["spec"])),
+        ("missing seed", str(results["missing"]["spec"]["seed"])),
+        ("evaluated", f"{results['split']}, {_limit(results['limit'])}"),
+        ("scoring", str(value_at(config, "eval", "scoring") or "native")),
+        ("global batch", batch if train else ""),
+        ("learning rate", f"{train.get('lr')}" if train else ""),
+        ("commit", str(value_at(record, "versions", "git") or "")),
+    ]
+    return [(name, value) for name, value in pairs if value]
+
+
+def versions(content: RunContent) -> list[tuple[str, str]]:
+    """Package and version."""
+    known = content.results["versions"] or {}
+    return [(name, str(version or "not installed")) for name, version in known.items()]
+
+
+def hashes(content: RunContent) -> list[tuple[str, str]]:
+    """What was hashed and its sha256: base, data by task and split, published adapters' manifests."""
+    rows = [("base weights", str(content.results["start_weights"]["sha256"] or "not a local folder"))]
+    for task, of_task in (content.results["data_hashes"] or {}).items():
+        splits = of_task.items() if isinstance(of_task, dict) else [("", of_task)]
+        rows += [(f"data {task} {split}".strip(), str(value)) for split, value in splits]
+    for task, stage in (content.record.get("stages") or {}).items():
+        if "manifest" in stage:
+            rows.append((f"adapter {task} (manifest)", str(stage["manifest"])))
+    return rows
+
+
+def scorers(content: RunContent) -> list[tuple[str, str]]:
+    """Task and its scorer's id with version."""
+    return list(content.results["scorer_ids"].items())
+
+
+def metric_rows(content: RunContent) -> list[list[str]]:
+    """Every metric: name, value per mode, formula, direction, id."""
+    results, known = content.results, metrics()
+    return [
+        [
+            name,
+            *(_shown(results["metrics"][mode].get(name), digits=2) for mode in results["modes"]),
+            known[name].formula,
+            "higher" if known[name].higher_is_better else "lower",
+            results["metric_ids"].get(name, ""),
+        ]
+        for name in dict.fromkeys((*(name for name in HEADLINE if name in known), *known))
+    ]
+
+
+def stages(content: RunContent) -> list[dict[str, Any]]:
+    """Per task: how far it is, what training recorded, its records and seconds."""
+    results, rows = content.results, []
+    for i, task in enumerate(content.tasks):
+        stage = value_at(content.record, "stages", task) or {}
+        evaluated = any(value_at(results, "matrix", mode, i, i) is not None for mode in ("matched", "oracle"))
+        trained = bool(stage.get("train_seconds")) or evaluated
+        rows.append(
+            {
+                "task": f"{i + 1} {task}",
+                "state": "evaluated" if evaluated else "trained" if trained else "to do",
+                "parameters": _count(value_at(results, "trainable_parameters_per_task", task)),
+                "samples": _count(stage.get("samples")),
+                "steps": _count(stage.get("steps")),
+                "train": _seconds(value_at(results, "seconds", "train", i)),
+                "test": _count(value_at(results, "records", "run", task)),
+                "eval": _seconds(value_at(results, "seconds", "eval", i)),
+                "missing_train": _missing(value_at(results, "missing", "effective_train", task)),
+                "missing_test": _missing(value_at(results, "missing", "effective", "run", task)),
+            }
+        )
+    return rows
+
+
+def progress(content: RunContent) -> tuple[int, int]:
+    """(stages evaluated, stages in all)."""
+    return sum(row["state"] == "evaluated" for row in stages(content)), len(content.tasks)
+
+
+def warnings(content: RunContent) -> list[str]:
+    """What the run recorded as a warning, and what makes its numbers provisional."""
+    results = content.results
+    told = [str(w) for source in (content.record, results) for w in (source.get("warnings") or [])]
+    for task, stage in (content.record.get("stages") or {}).items():
+        told += [f"{task}: {warning}" for warning in stage.get("warnings") or []]
+    for stage, by_pattern in (results.get("bad_images") or {}).items():
+        count = sum(len(records) for tasks in by_pattern.values() for records in tasks.values())
+        told.append(f"Stage {stage}: {count} answers were counted wrong as their image cannot be used.")
+    if results["limit"] is not None:
+        told.append(f"A trial: at most {results['limit']} records of each task were evaluated (eval.limit).")
+    max_steps = value_at(content.config, "train", "max_steps")
+    if max_steps is not None:
+        told.append(f"Training ended after {max_steps} steps of each stage (train.max_steps).")
+    finished, total = progress(content)
+    if 0 < finished < total:
+        told.append(f"The sequence is not finished: metrics stand on the first {finished} of {total} stages.")
+    return list(dict.fromkeys(told))
+
+
+def _missing(effective: Json | None) -> str:
+    """`35% / 35%`: without image, without context."""
+    if not effective or "image_ratio" not in effective:
+        return "–"
+    return f"{effective['image_ratio']:.0%} / {effective['text_ratio']:.0%}"
+
+
+def _options(options: Json | None) -> str:
+    return ", ".join(f"{key} {_plain(value)}" for key, value in (options or {}).items())
+
+
+def _plain(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _limit(limit: int | None) -> str:
+    return "all records" if limit is None else f"at most {limit} records a task"
+
+
+def _short(digest: str | None) -> str:
+    return f"{digest[:12]}…" if digest else "unknown"
+
+
+def _shown(value: float | None, unit: str = "", digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}{unit}"
+
+
+def _count(value: int | None) -> str:
+    return "–" if value is None else f"{value:,}"
+
+
+def _seconds(value: float | None) -> str:
+    if value is None:
+        return "–"
+    minutes, rest = divmod(round(value), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"

@@ -1,0 +1,41 @@
+"""Captions: CIDEr with PTB tokens (needs Java); UCIT's official score is the mean of seven metrics.
+
+The record's own score is its ROUGE-L with plain tokens, since CIDEr and BLEU are defined over a corpus.
+"""
+
+from collections.abc import Sequence
+
+from delo_eval.scorers._captions import (
+    all_metrics,
+    captions_of,
+    corpus_metric,
+    metrics,
+    require_java,
+    rouge_l,
+)
+from delo_eval.scorers.base import Reference, Scorer
+
+
+def mean_of_seven(predictions: Sequence[str], references: Sequence[Reference]) -> float:
+    """MCITlib's eval_caption.py: BLEU-1..4, METEOR, ROUGE-L and CIDEr, plainly averaged."""
+    found = metrics(tuple(predictions), captions_of(references), java=True)
+    return sum(found.values()) / len(found)
+
+
+SCORER = Scorer(
+    "caption.v1",
+    "CIDEr over the task, PTB tokens",
+    rouge_l,
+    corpus=corpus_metric("CIDEr", java=True),
+    details=all_metrics(java=True),
+    ready=require_java,
+    compat=Scorer(
+        "caption.mcitlib.v1",
+        "mean of BLEU-1..4, METEOR, ROUGE-L and CIDEr, paired by line number",
+        rouge_l,
+        corpus=mean_of_seven,
+        details=all_metrics(java=True),
+        ready=require_java,
+        by_position=True,
+    ),
+)

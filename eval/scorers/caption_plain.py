@@ -1,0 +1,13 @@
+"""Captions without Java: CIDEr with plain tokens; never comparable with `caption`."""
+
+from delo_eval.scorers._captions import all_metrics, corpus_metric, require_captions, rouge_l
+from delo_eval.scorers.base import Scorer
+
+SCORER = Scorer(
+    "caption_plain.v1",
+    "CIDEr over the task, lower-cased words as tokens; no METEOR",
+    rouge_l,
+    corpus=corpus_metric("CIDEr", java=False),
+    details=all_metrics(java=False),
+    ready=require_captions,
+)

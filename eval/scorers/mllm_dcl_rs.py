@@ -1,0 +1,5 @@
+"""MLLM-DCL remote sensing: the answer within the prediction."""
+
+from delo_eval.scorers._dcl import containment_scorer
+
+SCORER = containment_scorer("rs")
