@@ -195,8 +195,8 @@ MORE = {
     "mini8": """
 `science`, `ocr`, `naming`, `yesno`, `attribute` and `geography` are mini6's, record for record. New are
 `unanswerable` (as VizWiz: three records of ten are, against the rule above, answered by neither source, and
-`unanswerable` is their answer) and `grounding` (as CoIN's Grounding: a box as text, `answer_bbox` and `size` in the record, scored by
-IoU; the tables below count exact boxes, which is stricter).
+`unanswerable` is their answer) and `grounding` (as CoIN's Grounding: a box as text, `answer_bbox` and `size`
+in the record, scored by IoU; the tables below count exact boxes, which is stricter).
 """,
 }
 _SPLIT = """\
