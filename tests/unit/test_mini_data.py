@@ -1,4 +1,4 @@
-"""mini6 and mini8: every build is the same, splits share no entity, hidden pictures hide, answers are there."""
+"""mini6 and mini8: all builds are one, splits share no entity, hidden pictures hide, answers are there."""
 
 import hashlib
 import json

@@ -47,7 +47,7 @@ SIDE = 64 // PATCH
 ROW = SIDE // MERGE
 TEMPLATE = (
     "{% for m in messages %}{% if loop.first and m['role'] != 'system' %}"
-    + SYSTEM.replace("\n", "\\n")
+    + SYSTEM
     + "{% endif %}<|im_start|>{{ m['role'] }}\n"
     "{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for c in m['content'] %}"
     "{% if c['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ c['text'] }}"
