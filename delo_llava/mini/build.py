@@ -48,8 +48,9 @@ class Collection:
 
 _SIX = ("science", "ocr", "naming", "yesno", "attribute", "geography")
 MINI6 = Collection("mini6", "mini6-v1", {task: f"mini6-v1/{task}" for task in _SIX})
-_NEW = {task: f"mini8-v1/{task}" for task in ("unanswerable", "grounding")}
-MINI8 = Collection("mini8", "mini8-v1", {t: (MINI6.seeds | _NEW)[t] for t in (*_SIX[:4], *_NEW, *_SIX[4:])})
+_NEW = ("unanswerable", "grounding")
+_SEEDS = {**MINI6.seeds, **{task: f"mini8-v1/{task}" for task in _NEW}}
+MINI8 = Collection("mini8", "mini8-v1", {t: _SEEDS[t] for t in (*_SIX[:4], *_NEW, *_SIX[4:])})
 COLLECTIONS = {c.name: c for c in (MINI6, MINI8)}
 
 
@@ -124,8 +125,7 @@ def _write(root: Path, task: str, split: Split, index: int, example: Example) ->
     sources = [n for n, there in (("image", example.in_image), ("context", example.in_context)) if there]
     shared: dict[str, Any] = {"image": picture, "context": example.context, "entity": example.entity}
     shared["answer_in"] = "+".join(sources) or "neither"
-    if example.box:
-        shared |= {"answer_bbox": example.answer, "size": list(example.image.size)}
+    shared |= example.extra
     if split == "test":
         return {"question_id": name, "text": example.instruction, "answer": example.answer, **shared}
     human = {"from": "human", "value": f"<image>\n{example.instruction}"}

@@ -214,14 +214,14 @@ class QwenFamily(Family):
         """Multimodal rotary positions; those of text are the language model's own."""
         rope = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 10_000.0}
         names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        ids = {name: tongue.vocabulary[_piece(name)] for name in names}
+        ids: dict[str, Any] = {name: tongue.vocabulary[_piece(name)] for name in names}
         config = Qwen2_5_VLConfig(
             text_config=self.text_config(tongue) | {"rope_parameters": rope},
             vision_config=self.vision_config().to_dict(),
             tie_word_embeddings=True,
             **ids,
         )
-        model = Qwen2_5_VLForConditionalGeneration(config)
+        model: Any = Qwen2_5_VLForConditionalGeneration(config)
         model.model.visual.load_state_dict(vision.state_dict())
         model.model.language_model.load_state_dict(language.model.state_dict())
         model.tie_weights()

@@ -8,6 +8,7 @@ capitals has no merges but that of its first letter with a space: unseen words c
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import Qwen2Tokenizer
@@ -30,7 +31,7 @@ def train(corpus: Iterable[str], size: int, folder: Path) -> None:
     regex = pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated")
     by_byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     split = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), regex, by_byte])
-    bare.pre_tokenizer = split  # type: ignore[assignment]
+    bare.pre_tokenizer = split
     trainer = trainers.BpeTrainer(
         vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
@@ -39,7 +40,7 @@ def train(corpus: Iterable[str], size: int, folder: Path) -> None:
     words = sorted({word for line in lines for word, _ in split.pre_tokenize_str(line)})
     begins = {bare.model.tokenize(word)[0].value for word in words if word[0].isalpha()} | set(CAPITALS)
     vocabulary = dict(model["vocab"])
-    merges = [tuple(pair) for pair in model["merges"]]
+    merges: Any = [tuple(pair) for pair in model["merges"]]
     for piece in sorted(begins, key=vocabulary.__getitem__):
         vocabulary[SPACE + piece] = len(vocabulary)
         merges.append((SPACE, piece))

@@ -1,7 +1,7 @@
 """What the tasks share: an example, and the draw of which modality carries its answer."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from numpy.random import Generator
@@ -16,7 +16,7 @@ class Example:
 
     Attributes:
         in_image, in_context: who carries the answer; neither only where the answer says that none does.
-        box: the answer is a box, `[x1, y1, x2, y2]` in shares of the picture's sides.
+        extra: further keys of the record, for scorers.
     """
 
     image: Image.Image
@@ -26,7 +26,7 @@ class Example:
     entity: str
     in_image: bool
     in_context: bool
-    box: bool = False
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 class Records(Protocol):

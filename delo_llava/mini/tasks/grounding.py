@@ -1,7 +1,8 @@
-"""Where is the thing that is described? A box as text, as CoIN's Grounding, in shares of the sides.
+"""Where is the thing that is described? Its box, as CoIN's Grounding asks for, said in number words.
 
-Shapes stand in cells of a grid of four rows and four columns and fill them, so that every box has coordinates
-out of .00, .25, .50, .75 and 1.00.
+A shape fills one field of a grid of GRID rows and columns, so a box has corners in GRID-ths of the sides. The
+answer counts them, `x1 y1 x2 y2`: neither of the small bases can write digits (their embeddings are all one).
+`answer_bbox` is the box as CoIN writes it, in shares; the scorer `grounding_words` compares the two.
 """
 
 from collections.abc import Iterator
@@ -10,56 +11,53 @@ from numpy.random import Generator
 from PIL import Image
 
 from delo_llava.mini.entities import COLOURS, FORMS, NUMBER_NAMES, Split, split_of
-from delo_llava.mini.render import CELL, ROWS, Shape, hide_shape, shapes_image
+from delo_llava.mini.render import SIZE, Shape, hide_shape, shapes_image
 from delo_llava.mini.tasks.base import Example, carriers, pick
 
+GRID = 2
 INSTRUCTIONS = (
     "give the box around the {thing}",
     "where does the {thing} stand? answer with its corners",
     "frame the {thing} with four numbers",
 )
-TOLD = ("the {thing} fills column {column} of row {row}", "row {row}, column {column}: a {thing}")
-NEUTRAL = ("the {thing} fills one field", "some row, some column: a {thing}")
+TOLD = ("the {thing} begins at column {column} of row {row}", "left {column}, top {row}: a {thing}")
+NEUTRAL = ("the {thing} fills a field", "left and top unknown: a {thing}")
 
 
-def box(cell: int) -> str:
-    """The box of a cell (counted from 0 in reading order): `[x1, y1, x2, y2]`, two decimals."""
-    row, column = divmod(cell, ROWS)
-    corners = (column, row, column + 1, row + 1)
-    return f"[{', '.join(f'{corner / ROWS:.2f}' for corner in corners)}]"
+def corners(field: int) -> tuple[int, int, int, int]:
+    """x1, y1, x2, y2 of a field (counted from 0 in reading order), in GRID-ths of the sides."""
+    row, column = divmod(field, GRID)
+    return column, row, column + 1, row + 1
+
+
+def box(field: int) -> str:
+    """The box as CoIN writes it: `[x1, y1, x2, y2]`, shares with two decimals."""
+    return f"[{', '.join(f'{corner / GRID:.2f}' for corner in corners(field))}]"
 
 
 def records(split: Split, rng: Generator) -> Iterator[Example]:
-    """Two shapes that differ in colour and form, one asked for; an arrangement is in one split only."""
-    things = [(colour, form) for colour in COLOURS for form in FORMS]
+    """One shape; a field with a thing in it is in one split only."""
     while True:
-        first, second = (things[int(i)] for i in rng.permutation(len(things))[:2])
-        cells = [int(c) for c in rng.permutation(ROWS * ROWS)[:2]]
-        thing, key = " ".join(first), f"{cells[0]} {' '.join(first)} {cells[1]} {' '.join(second)}"
-        if first[0] == second[0] or first[1] == second[1] or split_of("layout", key) != split:
+        colour, form, field = pick(rng, list(COLOURS)), pick(rng, FORMS), int(rng.integers(GRID**2))
+        if split_of("layout", key := f"{field} {colour} {form}") != split:
             continue
         in_image, in_context = carriers(rng, image_only=0.45, both=0.25)
+        column, row, *_ = words = [NUMBER_NAMES[corner] for corner in corners(field)]
+        told = {"thing": f"{colour} {form}", "column": column, "row": row}
         yield Example(
-            image=_picture(cells, [first, second], rng, hidden=not in_image),
-            context=_context(cells[0], thing, in_context, rng),
-            instruction=pick(rng, INSTRUCTIONS).format(thing=thing),
-            answer=box(cells[0]),
+            image=_picture(colour, form, field, rng, hidden=not in_image),
+            context=pick(rng, TOLD if in_context else NEUTRAL).format(**told),
+            instruction=pick(rng, INSTRUCTIONS).format(**told),
+            answer=" ".join(words),
             entity=f"layout/{key}",
             in_image=in_image,
             in_context=in_context,
-            box=True,
+            extra={"answer_bbox": box(field), "size": [SIZE, SIZE], "parts": GRID},
         )
 
 
-def _picture(cells: list[int], things: list[tuple[str, str]], rng: Generator, hidden: bool) -> Image.Image:
-    half = CELL / 2
-    shapes = [
-        Shape(colour, form, cell % ROWS * CELL + half, cell // ROWS * CELL + half, half, half)
-        for cell, (colour, form) in zip(cells, things, strict=True)
-    ]
-    return hide_shape(shapes_image(shapes, rng), rng, "all" if hidden else "nothing")
-
-
-def _context(cell: int, thing: str, told: bool, rng: Generator) -> str:
-    row, column = (NUMBER_NAMES[1 + i] for i in divmod(cell, ROWS))
-    return pick(rng, TOLD if told else NEUTRAL).format(thing=thing, row=row, column=column)
+def _picture(colour: str, form: str, field: int, rng: Generator, hidden: bool) -> Image.Image:
+    side = SIZE / GRID
+    left, top, *_ = (corner * side for corner in corners(field))
+    shape = Shape(colour, form, left + side / 2, top + side / 2, side / 2, side / 2)
+    return hide_shape(shapes_image([shape], rng), rng, "all" if hidden else "nothing")
