@@ -19,7 +19,7 @@ from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
 
 #: Models shipped inside the package, by name -> folder relative to the package.
-SHIPPED = {"mini-llava": "mini/assets/mini_llava"}
+SHIPPED = {"mini-llava": "mini/assets/mini_llava", "mini-qwen": "mini/assets/mini_qwen"}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 #: For every `from_pretrained`: code that a checkpoint brings is never run, and no one is asked about it.

@@ -17,7 +17,10 @@ __all__ = ["DATA_ENV", "data_root", "load_sequence", "read_recipe", "recipe_defa
 DATA_ENV = "DELO_LLAVA_DATA"
 
 #: Functions that make a recipe's data from installed packages: `builder` key -> (module, function).
-BUILDERS: dict[str, tuple[str, str]] = {"mini6": ("delo_llava.mini.build", "ensure_mini6")}
+BUILDERS: dict[str, tuple[str, str]] = {
+    "mini6": ("delo_llava.mini.build", "ensure_mini6"),
+    "mini8": ("delo_llava.mini.build", "ensure_mini8"),
+}
 
 
 class _Builder(Protocol):

@@ -129,7 +129,7 @@ class Recipe(Section):
     source: str = ""
     licence: str = ""
     protocol: str = ""
-    builder: Literal["mini6"] | None = None
+    builder: Literal["mini6", "mini8"] | None = None
     templates: dict[Name, Annotated[Template, BeforeValidator(_as_template)]] = {}
     tasks: list[TaskEntry] = Field(min_length=1)
     defaults: dict[str, Any] = {}

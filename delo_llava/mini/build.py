@@ -1,4 +1,4 @@
-"""Build mini6 at first use: six tasks of records and 64x64 pictures in CoIN's format, from packages' data.
+"""Build mini6 and mini8 at first use from data that packages ship: records in CoIN's format, 64x64 pictures.
 
 The folder appears at once or not at all (temporary folder, manifest, rename), so two processes that start
 together cannot harm each other: the slower one finds the finished folder and drops its own.
@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
@@ -21,10 +22,36 @@ from delo_llava.errors import DeloError
 from delo_llava.mini.entities import SPLITS, Split
 from delo_llava.mini.tasks.base import Example, Records
 
-VERSION = "mini6-v1"
-TASKS = ("science", "ocr", "naming", "yesno", "attribute", "geography")
 COUNTS: dict[Split, int] = {"train": 1600, "val": 200, "test": 300}
 MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """What one folder of built data holds.
+
+    Attributes:
+        version: the folder's name, with the number of the data's edition.
+        seeds: task -> what its random numbers are drawn from, in the order in which the tasks are learned. A
+            task that two collections share has one seed, so its records are the same in both.
+    """
+
+    name: str
+    version: str
+    seeds: Mapping[str, str]
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks in order."""
+        return tuple(self.seeds)
+
+
+_SIX = ("science", "ocr", "naming", "yesno", "attribute", "geography")
+MINI6 = Collection("mini6", "mini6-v1", {task: f"mini6-v1/{task}" for task in _SIX})
+_NEW = ("unanswerable", "grounding")
+_SEEDS = {**MINI6.seeds, **{task: f"mini8-v1/{task}" for task in _NEW}}
+MINI8 = Collection("mini8", "mini8-v1", {t: _SEEDS[t] for t in (*_SIX[:4], *_NEW, *_SIX[4:])})
+COLLECTIONS = {c.name: c for c in (MINI6, MINI8)}
 
 
 def cache_root() -> Path:
@@ -33,25 +60,36 @@ def cache_root() -> Path:
 
 
 def ensure_mini6(root: Path | None = None, counts: Mapping[Split, int] = COUNTS) -> Path:
-    """The folder of mini6, built when it is not there yet (some seconds on one core).
+    """`ensure` for mini6."""
+    return ensure(MINI6, root, counts)
+
+
+def ensure_mini8(root: Path | None = None, counts: Mapping[Split, int] = COUNTS) -> Path:
+    """`ensure` for mini8."""
+    return ensure(MINI8, root, counts)
+
+
+def ensure(collection: Collection, root: Path | None = None, counts: Mapping[Split, int] = COUNTS) -> Path:
+    """The folder of a collection, built when it is not there yet (some seconds on one core).
 
     Args:
-        root: the folder that holds `mini6-v1`; the cache by default.
+        root: the folder that holds the collection's; the cache by default.
         counts: records per split of each task; tests ask for fewer.
 
     Raises:
         DeloError: a file of a finished folder no longer has the recorded hash.
     """
-    folder = (root or cache_root()) / VERSION
+    folder = (root or cache_root()) / collection.version
     if (folder / MANIFEST).is_file():
         verify(folder)
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{VERSION}-", dir=folder.parent) as scratch:
-        draft = Path(scratch) / VERSION
-        for task in TASKS:
-            build_task(draft, task, counts)
-        (draft / MANIFEST).write_text(json.dumps(describe(draft), indent=1), encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix=f".{collection.version}-", dir=folder.parent) as scratch:
+        draft = Path(scratch) / collection.version
+        for task, seed in collection.seeds.items():
+            build_task(draft, task, seed, counts)
+        manifest = json.dumps(describe(draft, collection), indent=1)
+        (draft / MANIFEST).write_text(manifest, encoding="utf-8")
         _publish(draft, folder)
     return folder
 
@@ -67,14 +105,14 @@ def _publish(draft: Path, folder: Path) -> None:
             raise
 
 
-def build_task(root: Path, task: str, counts: Mapping[Split, int]) -> None:
-    """Write one task's JSON files and pictures below `root`."""
+def build_task(root: Path, task: str, seed: str, counts: Mapping[Split, int]) -> None:
+    """Write one task's JSON files and pictures below `root`; its random numbers follow from `seed`."""
     records: Records = import_module(f"delo_llava.mini.tasks.{task}").records
     for split in SPLITS:
         images = root / task / "images" / split
         images.mkdir(parents=True, exist_ok=True)
-        seed = int(hashlib.sha256(f"{VERSION}/{task}/{split}".encode()).hexdigest()[:16], 16)
-        examples = islice(records(split, np.random.default_rng(seed)), counts[split])
+        number = int(hashlib.sha256(f"{seed}/{split}".encode()).hexdigest()[:16], 16)
+        examples = islice(records(split, np.random.default_rng(number)), counts[split])
         rows = [_write(root, task, split, index, example) for index, example in enumerate(examples)]
         (root / task / f"{split}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
@@ -84,21 +122,23 @@ def _write(root: Path, task: str, split: Split, index: int, example: Example) ->
     picture = f"{task}/images/{split}/{index:05d}.png"
     example.image.save(root / picture, compress_level=1)
     name = f"{task}-{split}-{index:05d}"
-    shared = {"image": picture, "context": example.context, "entity": example.entity}
-    shared["answer_in"] = "+".join(
-        n for n, there in (("image", example.in_image), ("context", example.in_context)) if there
-    )
+    sources = [n for n, there in (("image", example.in_image), ("context", example.in_context)) if there]
+    shared: dict[str, Any] = {"image": picture, "context": example.context, "entity": example.entity}
+    shared["answer_in"] = "+".join(sources) or "neither"
+    shared |= example.extra
     if split == "test":
         return {"question_id": name, "text": example.instruction, "answer": example.answer, **shared}
     human = {"from": "human", "value": f"<image>\n{example.instruction}"}
     return {"id": name, "conversations": [human, {"from": "gpt", "value": example.answer}], **shared}
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe(folder: Path, collection: Collection) -> dict[str, Any]:
     """The manifest: version, sha256 of every JSON file, and one over all pixels of each task and split."""
-    files = {f"{t}/{s}.json": _sha256(folder / t / f"{s}.json") for t in TASKS for s in SPLITS}
-    pictures = {f"{t}/images/{s}": _pictures(folder / t / "images" / s) for t in TASKS for s in SPLITS}
-    return {"version": VERSION, "files": files, "pictures": pictures}
+    files = {f"{t}/{s}.json": _sha256(folder / t / f"{s}.json") for t in collection.tasks for s in SPLITS}
+    pictures = {
+        f"{t}/images/{s}": _pictures(folder / t / "images" / s) for t in collection.tasks for s in SPLITS
+    }
+    return {"version": collection.version, "files": files, "pictures": pictures}
 
 
 def _pictures(folder: Path) -> dict[str, Any]:
@@ -114,7 +154,7 @@ def verify(folder: Path) -> None:
         path = folder / name
         if not path.is_file() or _sha256(path) != digest:
             raise DeloError(
-                "a file of the built mini6 data has changed",
+                "a file of the built data has changed",
                 given=path,
                 fix=f"delete {folder}; it is built anew at the next use",
             )

@@ -13,7 +13,6 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from delo_llava.data.recipe import read_recipe
 from delo_llava.mini.adapt import (
     COMPLETE,
     NO_CONTEXT,
@@ -27,7 +26,7 @@ from delo_llava.mini.adapt import (
     new_adapter,
     read,
 )  # fmt: skip
-from delo_llava.mini.build import ensure_mini6
+from delo_llava.mini.build import COLLECTIONS, ensure
 from delo_llava.mini.entities import Split
 from delo_llava.tasks import Record
 
@@ -41,11 +40,15 @@ Scores = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Clause:
-    """One condition of the gate: on how many tasks it must hold and a test of one task's scores."""
+    """One condition of the gate: on how many of six tasks it must hold and a test of one task's scores."""
 
     text: str
-    needed: int
+    of_six: int
     holds: Callable[[dict[str, float]], bool]
+
+    def needed(self, tasks: int) -> int:
+        """On how many of `tasks` it must hold: the same share, rounded up."""
+        return -(-self.of_six * tasks // 6)
 
 
 CLAUSES = (
@@ -128,11 +131,12 @@ def verdicts(result: dict[str, Any]) -> list[dict[str, Any]]:
     if "individual" in result:
         for clause in CLAUSES:
             held = [t for t, s in result["individual"].items() if clause.holds(s)]
+            needed = clause.needed(len(result["individual"]))
             rows.append(
                 {
-                    "clause": f"{clause.text} (on {clause.needed})",
+                    "clause": f"{clause.text} (on {needed})",
                     "found": ", ".join(held),
-                    "pass": len(held) >= clause.needed,
+                    "pass": len(held) >= needed,
                 }
             )
     if "sequential" in result:
@@ -179,14 +183,14 @@ def run(base: Base, data: Data, parts: list[str], training: Training) -> dict[st
 def main(argv: list[str] | None = None) -> None:
     """Command line: adapt, judge, print, and write the JSON file."""
     parser = argparse.ArgumentParser(prog="python -m delo_llava.mini.gate", description=__doc__)
+    parser.add_argument("--recipe", choices=list(COLLECTIONS), default="mini6")
     parser.add_argument("--base", default="mini-llava", help="folder or shipped name of the base")
     parser.add_argument(
         "--data", type=Path, help="folder that holds (or gets) the built tasks; the cache by default"
     )
     parser.add_argument("--output", type=Path, default=Path("gate.json"))
     parser.add_argument("--split", choices=("val", "test"), default="val")
-    known = [task.name for task in read_recipe("mini6").tasks]
-    parser.add_argument("--tasks", nargs="+", choices=known, default=known, help="in the recipe's order")
+    parser.add_argument("--tasks", nargs="+", help="some of the recipe's; all in its order by default")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--steps", type=int, default=Training.steps)
     parser.add_argument("--batch", type=int, default=Training.batch)
@@ -194,10 +198,16 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     log.addHandler(logging.StreamHandler())
     log.setLevel(logging.INFO)
+    collection = COLLECTIONS[options.recipe]
+    known = collection.tasks
+    tasks = [task for task in known if not options.tasks or task in options.tasks]
+    if unknown := set(options.tasks or ()) - set(known):
+        parser.error(f"{options.recipe} has no task {', '.join(sorted(unknown))}: it has {', '.join(known)}")
     base = Base.load(options.base)
-    data = Data.read(ensure_mini6(options.data), options.split, tuple(options.tasks))
+    data = Data.read(ensure(collection, options.data), options.split, tuple(tasks))
     result = run(base, data, options.parts, Training(options.steps, options.batch, options.rate))
-    result |= {"split": options.split, "verdicts": verdicts(result)}
+    result |= {"recipe": options.recipe, "base": options.base, "split": options.split}
+    result["verdicts"] = verdicts(result)
     options.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
     for table in tables(result):
         Console().print(table)

@@ -65,6 +65,18 @@ def digit_image(scan: NDArray[np.float32], rng: Generator, hidden: bool = False)
     return image
 
 
+def blurred(rng: Generator) -> Image.Image:
+    """A photograph out of focus: soft grey spots on light paper, whatever was photographed."""
+    image = background(rng)
+    mask = Image.new("L", (SIZE, SIZE), 0)
+    canvas = ImageDraw.Draw(mask)
+    for x, y in rng.integers(20, SIZE - 20, (3, 2)).tolist():
+        canvas.ellipse((x - 9, y - 9, x + 9, y + 9), fill=200)
+    ink = tuple(int(v) for v in rng.integers(60, 120, 3))
+    image.paste(ink, (0, 0), mask.filter(ImageFilter.GaussianBlur(6)))
+    return image
+
+
 @lru_cache
 def _letter_mask(letter: str) -> Image.Image:
     """The letter (Pillow's own font) centred in one cell, 255 = ink."""

@@ -19,8 +19,8 @@ ORDER = (
     "cli",
 )  # fmt: skip
 
-#: Modules that judge the small base by training adapters on it: on top of data and backbones, below nothing.
-GATE = {("mini", "adapt"), ("mini", "gate")}
+#: Modules that pretrain the small bases and judge them: on top of data and backbones, below nothing.
+GATE = {("mini", "adapt"), ("mini", "gate"), ("mini", "pretrain")}
 
 #: Parts that must stay usable without most of what is below them.
 ONLY = {

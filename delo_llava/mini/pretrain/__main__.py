@@ -8,26 +8,37 @@ The tower and the text stage need nothing of each other: run them as two process
 import argparse
 import json
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from delo_llava.mini.pretrain import corpus, export, joint, language, pictures, tokenizer, tower
+from delo_llava.backbones.base import SHIPPED
+from delo_llava.mini.pretrain import corpus, export, family, joint, language, pictures, tower
 from delo_llava.mini.pretrain.loop import Plan, Stage
 
 VOCABULARY = 2500
 PICTURES, HELD_OUT = 36_000, 1_500
 STAGES = ("tower", "text", "joint", "all")
+LIMIT = 180.0
+"""Minutes after which a full-length stage ends whatever its steps."""
 
 
-def plans(scale: float) -> dict[str, Plan]:
-    """Each stage's length and rate; `scale` shortens all of them alike (for tests)."""
+def plans(scale: float, started: bool = False) -> dict[str, Plan]:
+    """Each stage's length and rate.
+
+    Args:
+        scale: shortens all stages alike (for tests).
+        started: language layers and the projector's aim are mini-llava's, so all stages may be short.
+    """
+    steps = (2400, 500, 2000) if started else (4300, 2900, 5600)
+    tower_steps, text_steps, joint_steps = (max(2, round(n * scale)) for n in steps)
+    limit, text_rate = LIMIT * max(scale, 0.01), 1.5e-3 if started else 3e-3
     return {
-        "tower": Plan(max(2, round(5000 * scale)), 15 * scale, rate=1.5e-3, measure_every=500),
-        "text": Plan(
-            max(2, round(4600 * scale)), 14 * scale, rate=3e-3, floor=0.1, warmup=60, measure_every=200
-        ),
-        "joint": Plan(max(2, round(7000 * scale)), 26 * scale, rate=1.5e-3, warmup=100, measure_every=500),
+        "tower": Plan(tower_steps, limit, rate=1.5e-3, measure_every=500),
+        "text": Plan(text_steps, limit, rate=text_rate, floor=0.1, warmup=60, measure_every=200),
+        "joint": Plan(joint_steps, limit, rate=1.5e-3, warmup=100, measure_every=500),
     }
 
 
@@ -40,65 +51,74 @@ def make_pools(folder: Path, seed: int, scale: float) -> tuple[pictures.Pool, pi
     )
 
 
-def make_tokenizer(folder: Path, seed: int) -> None:
-    """Train the tokenizer unless it is there."""
-    if not (folder / "tokenizer.model").exists():
-        tokenizer.train(corpus.lines(seed), VOCABULARY, folder)
+def make_tokenizer(made: family.Family, folder: Path, seed: int) -> family.Tongue:
+    """The tokenizer, trained unless it is there."""
+    if not folder.is_dir():
+        made.train_tokenizer(corpus.lines(seed), VOCABULARY, folder)
+    return made.load_tokenizer(folder)
 
 
-def finish(
-    model: joint.LlavaForConditionalGeneration, words: Path, output: Path, scale: float, seed: int
-) -> None:
-    """Export to `output/mini_llava` what the three stages made."""
+def finish(options: argparse.Namespace, made: family.Family, model: Any, tongue: family.Tongue) -> None:
+    """Export to `output/<the family's folder>` what the three stages made."""
     stages = {
-        name: json.loads((output / name / "done.json").read_text(encoding="utf-8"))
+        name: json.loads((options.output / name / "done.json").read_text(encoding="utf-8"))
         for name in ("tower", "text", "joint")
     }
+    chosen = {name: getattr(options, name) for name in ("family", "start", "scale", "seed")}
     recipe = {
-        "command": f"python -m delo_llava.mini.pretrain --output DIR --scale {scale} --seed {seed}",
-        "seed": seed,
+        "command": " ".join(
+            ["python -m delo_llava.mini.pretrain --output DIR", *(f"--{k} {v}" for k, v in chosen.items())]
+        ),
+        **chosen,
         "vocabulary": VOCABULARY,
         "pictures": {"count": PICTURES, "kinds": pictures.KINDS, "hidden": pictures.HIDDEN},
         "joint rows": {"picture": joint.PICTURE_ROWS, "text": joint.TEXT_ROWS},
-        "plans": {name: asdict(plan) for name, plan in plans(scale).items()},
+        "plans": {n: asdict(p) for n, p in plans(options.scale, options.start != "scratch").items()},
     }
-    export.export(
-        model, tokenizer.load(words), words, output / "mini_llava", recipe, {"seed": seed, "stages": stages}
-    )
+    words, folder = options.output / "tokenizer", options.output / made.folder
+    export.export(made, model, tongue, words, folder, recipe, {"seed": options.seed, "stages": stages})
 
 
-def main() -> None:
-    """Parse the command line and run the stages asked for, in order."""
+def parse() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(prog="delo_llava.mini.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--family", choices=family.NAMES, default="llava")
+    parser.add_argument(
+        "--start",
+        choices=("scratch", "mini-llava"),
+        default="scratch",
+        help="what the language model begins with (`mini-llava`: for qwen, about half as long)",
+    )
     parser.add_argument("--stage", choices=STAGES, default="all")
     parser.add_argument(
         "--scale", type=float, default=1.0, help="length of all stages relative to the shipped run"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse the command line and run the stages asked for, in order."""
+    options = parse()
     torch.set_num_threads(options.threads)
-    planned, words = plans(options.scale), options.output / "tokenizer"
-    make_tokenizer(words, options.seed)
+    made, seed, output = family.find(options.family), options.seed, options.output
+    started = options.start != "scratch"
+    planned, start = plans(options.scale, started), None
+    if started:
+        start = Path(str(files("delo_llava").joinpath(SHIPPED[options.start])))
+    tongue = make_tokenizer(made, output / "tokenizer", seed)
     if options.stage == "text":
-        language.run(Stage(options.output / "text"), tokenizer.load(words), planned["text"], options.seed)
+        language.run(Stage(output / "text"), made, tongue, planned["text"], seed, start)
         return
-    pools = make_pools(options.output / "pictures", options.seed, options.scale)
-    seen = tower.run(Stage(options.output / "tower"), *pools, planned["tower"], options.seed)
+    pools = make_pools(output / "pictures", seed, options.scale)
+    seen = tower.run(Stage(output / "tower"), made, *pools, planned["tower"], seed)
     if options.stage == "tower":
         return
-    said = language.run(Stage(options.output / "text"), tokenizer.load(words), planned["text"], options.seed)
-    model = joint.run(
-        Stage(options.output / "joint"),
-        seen,
-        said,
-        tokenizer.load(words),
-        pools,
-        planned["joint"],
-        options.seed,
-    )
-    finish(model, words, options.output, options.scale, options.seed)
+    said = language.run(Stage(output / "text"), made, tongue, planned["text"], seed, start)
+    model = joint.run(Stage(output / "joint"), made, seen, said, tongue, pools, planned["joint"], seed, start)
+    finish(options, made, model, tongue)
 
 
 if __name__ == "__main__":

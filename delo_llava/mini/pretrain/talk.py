@@ -1,4 +1,4 @@
-"""What a row of the mixture is, what it may speak of, and how it becomes one prompt."""
+"""What a row of the mixture is, and what it may speak of."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -51,18 +51,6 @@ class Truth:
     formless: bool = False
     place: tuple[float, float] = (0.0, 0.0)
     """Latitude and longitude of a map's dot, degrees."""
-
-
-def render_prompt(talk: Talk, picture: bool) -> tuple[str, list[tuple[int, int]]]:
-    """The talk as one string, and the character spans of its answers (each with its closing `</s>`)."""
-    head = ("<image>\n" if picture else "") + (f"Context: {talk.context}\n" if talk.context else "")
-    text, spans = "", []
-    for instruction, answer in talk.turns:
-        text += f"USER: {head}{instruction} ASSISTANT:"
-        spans.append((len(text), len(text) + len(answer) + 5))
-        text += f" {answer}</s>"
-        head = ""
-    return text, spans
 
 
 @lru_cache

@@ -1,9 +1,8 @@
-"""Stage one, supervised: a CLIP vision tower whose tokens hold, linearly, what each cell and the whole
-picture show.
+"""Stage one, supervised: a tower whose tokens hold, linearly, what each cell and the whole picture show.
 
 Linear heads read the tokens behind a BatchNorm without affine parameters. Its mean and standard deviation
-fold exactly into the first linear of LLaVA's projector (`fold`), so the shipped model is a stock
-architecture and the projector starts on whitened features.
+fold exactly into the first linear of the projector (`fold`), so the shipped model is a stock architecture and
+the projector starts on whitened features.
 """
 
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from delo_llava.mini.entities import COLOURS, FORMS, GROUPS, NUMBER_NAMES, REGIONS
+from delo_llava.mini.pretrain.family import TOKENS, Family
 from delo_llava.mini.pretrain.loop import Plan, Stage, train
 from delo_llava.mini.pretrain.pictures import Pool
 from delo_llava.mini.pretrain.talk import LETTERS, Truth, train_emoji
 
-WIDTH, TOKENS = 128, 16
 IGNORE = -100
 PAIRS = [(c, f) for c in COLOURS for f in FORMS]
 POOLED = {"digit": 10, "group": 6, "name": 0, "region": 5, "column": 18, "row": 14, "kind": 12}
@@ -29,40 +27,22 @@ CELLS = {"letter": 27, "shape": 25, "dot": 2}
 WEIGHTS = {"digit": 2.0, "name": 0.3, "kind": 0.3, "group": 1.5, "column": 0.5, "row": 0.5}
 
 
-def config() -> CLIPVisionConfig:
-    """128 wide, 4 layers, 4 heads, 64 pixels in patches of 16: 16 tokens and the class token."""
-    return CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        image_size=64,
-        patch_size=16,
-        projection_dim=WIDTH,
-    )
-
-
-def pixel_values(pixels: NDArray[np.uint8]) -> Tensor:
-    """uint8 [B, 64, 64, 3] to the processor's normalised float32 [B, 3, 64, 64] (mean and std one half)."""
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
-
-
 class Tower(nn.Module):
     """The vision model, the BatchNorm over its tokens, and the heads."""
 
-    def __init__(self) -> None:
+    def __init__(self, family: Family) -> None:
         super().__init__()
-        self.vision = CLIPVisionModel(config())
-        self.norm = nn.BatchNorm1d(WIDTH, affine=False, momentum=0.02)
+        self.family, width = family, family.seen_width
+        self.vision = family.new_vision()
+        self.norm = nn.BatchNorm1d(width, affine=False, momentum=0.02)
         sizes = POOLED | {"name": len(train_emoji())}
-        self.pooled = nn.ModuleDict({k: nn.Linear(WIDTH, n) for k, n in sizes.items()})
-        self.cells = nn.ModuleDict({k: nn.Linear(WIDTH, n) for k, n in CELLS.items()})
-        self.marks = nn.Linear(WIDTH, len(COLOURS) + len(FORMS) + len(PAIRS))
+        self.pooled = nn.ModuleDict({k: nn.Linear(width, n) for k, n in sizes.items()})
+        self.cells = nn.ModuleDict({k: nn.Linear(width, n) for k, n in CELLS.items()})
+        self.marks = nn.Linear(width, len(COLOURS) + len(FORMS) + len(PAIRS))
 
     def features(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """Last layer's patch tokens [B, 16, 128] as LLaVA selects them, before the BatchNorm."""
-        states: Tensor = self.vision(pixel_values(pixels), output_hidden_states=True).hidden_states[-1]
-        return states[:, 1:]
+        """What the projector reads, [B, 16, width], before the BatchNorm."""
+        return self.family.see(self.vision, pixels)
 
     def forward(self, pixels: NDArray[np.uint8]) -> dict[str, Tensor]:
         """Logits by head: [B, classes] for the mean token, [B, 16, classes] for cells, [B, marks]."""
@@ -209,10 +189,12 @@ def blend(pixels: NDArray[np.uint8], rng: np.random.Generator) -> NDArray[np.uin
     return grained
 
 
-def run(stage: Stage, pool: Pool, held_out: Pool, plan: Plan, seed: int, size: int = 64) -> Tower:
+def run(
+    stage: Stage, family: Family, pool: Pool, held_out: Pool, plan: Plan, seed: int, size: int = 64
+) -> Tower:
     """Train (or go on with) the tower as planned."""
     torch.manual_seed(seed)
-    model, labels, checked = Tower(), label(pool.truths), label(held_out.truths)
+    model, labels, checked = Tower(family), label(pool.truths), label(held_out.truths)
 
     def loss(step: int) -> Tensor:
         rng = np.random.default_rng([seed, 5, step])

@@ -1,7 +1,7 @@
-"""What the six tasks share: an example, and the draw of which modality carries its answer."""
+"""What the tasks share: an example, and the draw of which modality carries its answer."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from numpy.random import Generator
@@ -12,7 +12,12 @@ from delo_llava.mini.entities import Split
 
 @dataclass(frozen=True)
 class Example:
-    """One example before it is written; `in_image`, `in_context`: who carries the answer (never neither)."""
+    """One example before it is written.
+
+    Attributes:
+        in_image, in_context: who carries the answer; neither only where the answer says that none does.
+        extra: further keys of the record, for scorers.
+    """
 
     image: Image.Image
     context: str
@@ -21,6 +26,7 @@ class Example:
     entity: str
     in_image: bool
     in_context: bool
+    extra: Mapping[str, object] = field(default_factory=dict)
 
 
 class Records(Protocol):

@@ -1,6 +1,8 @@
-"""mini6: same data on every build, splits share no entity, hidden pictures hide, answers are somewhere."""
+"""mini6 and mini8: all builds are one, splits share no entity, hidden pictures hide, answers are there."""
 
+import hashlib
 import json
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -10,12 +12,19 @@ from typing import get_args
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from delo_eval.scorers.base import Reference
+from delo_llava.data.readers import read_records
+from delo_llava.data.recipe import load_sequence, read_recipe
 from delo_llava.errors import DeloError
 from delo_llava.mini import build, entities, render
+from delo_llava.mini.tasks import grounding, unanswerable
 from delo_llava.mini.tasks.base import Example
+from delo_llava.registry import load_plugin
 
 SMALL = {"train": 40, "val": 10, "test": 20}
+TASKS = build.MINI8.tasks
 
 
 def examples(task: str, split: str, count: int = 120, seed: int = 0) -> list[Example]:
@@ -29,31 +38,57 @@ def pixels(image) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> Path:
+    return build.ensure_mini8(tmp_path_factory.mktemp("mini8"), SMALL)
+
+
+@pytest.fixture(scope="module")
+def six(tmp_path_factory) -> Path:
     return build.ensure_mini6(tmp_path_factory.mktemp("mini6"), SMALL)
 
 
+def test_the_bytes_of_mini6_never_change(six):
+    """The hashes were taken before mini8 and its builder existed."""
+    records, values = hashlib.sha256(), hashlib.sha256()
+    for path in sorted(p for p in six.rglob("*.json") if p.name != "manifest.json"):
+        records.update(path.read_bytes())
+    for path in sorted(six.rglob("*.png")):
+        values.update(np.asarray(Image.open(path)).tobytes())
+    assert six.name == "mini6-v1"
+    assert records.hexdigest() == "47ed6832a0793179733f0a93a3e67fcba50bf17053316e661e7d0337ea8659f8"
+    assert values.hexdigest() == "720a301890286dad5edba4c02d30f8a8f2e1c3fa8b4167c15f1305a337ec0b70"
+
+
+def test_mini8_holds_mini6_record_for_record_and_the_recipe_has_its_order(built, six):
+    whole, part = (json.loads((folder / "manifest.json").read_text()) for folder in (built, six))
+    for kind in ("files", "pictures"):
+        assert len(part[kind]) == 18 and part[kind].items() <= whole[kind].items()
+    assert [t for t in TASKS if t in build.MINI6.tasks] == list(build.MINI6.tasks)
+    for collection in (build.MINI6, build.MINI8):
+        assert tuple(t.name for t in read_recipe(collection.name).tasks) == collection.tasks
+
+
 def test_a_second_build_has_the_same_hashes(built, tmp_path):
-    again = build.ensure_mini6(tmp_path, SMALL)
+    again = build.ensure_mini8(tmp_path, SMALL)
     assert json.loads((again / "manifest.json").read_text()) == json.loads(
         (built / "manifest.json").read_text()
     )
-    assert build.describe(built) == json.loads((built / "manifest.json").read_text())
+    assert build.describe(built, build.MINI8) == json.loads((built / "manifest.json").read_text())
 
 
 def test_a_finished_folder_is_reused_and_the_slower_of_two_builders_gives_way(built, tmp_path):
     stamp = (built / "manifest.json").stat().st_mtime_ns
-    assert build.ensure_mini6(built.parent) == built
+    assert build.ensure_mini8(built.parent) == built
     draft = tmp_path / "draft"
     draft.mkdir()
     build._publish(draft, built)
-    assert (built / "manifest.json").stat().st_mtime_ns == stamp and not list(built.parent.glob(".mini6*"))
+    assert (built / "manifest.json").stat().st_mtime_ns == stamp and not list(built.parent.glob(".mini8*"))
 
 
-def test_two_builders_at_once_agree(built, tmp_path):
+def test_two_builders_at_once_agree(six, tmp_path):
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(lambda _: build.ensure_mini6(tmp_path, SMALL), range(2)))
-    assert found[0] == found[1] and [p.name for p in tmp_path.iterdir()] == [build.VERSION]
-    assert (found[0] / "manifest.json").read_text() == (built / "manifest.json").read_text()
+    assert found[0] == found[1] and [p.name for p in tmp_path.iterdir()] == ["mini6-v1"]
+    assert (found[0] / "manifest.json").read_text() == (six / "manifest.json").read_text()
 
 
 def test_a_leftover_without_a_manifest_makes_way(tmp_path):
@@ -76,7 +111,7 @@ def test_a_changed_file_is_named(tmp_path):
         build.ensure_mini6(tmp_path)
 
 
-@pytest.mark.parametrize("task", build.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_records_on_disk_have_coin_form(built, task):
     for split, count in SMALL.items():
         rows = json.loads((built / task / f"{split}.json").read_text())
@@ -91,7 +126,7 @@ def test_records_on_disk_have_coin_form(built, task):
                 assert human["value"].startswith("<image>\n")
 
 
-@pytest.mark.parametrize("task", build.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_no_entity_is_in_two_splits(task):
     found = {split: {e.entity for e in examples(task, split)} for split in entities.SPLITS}
     assert (
@@ -108,10 +143,14 @@ def test_no_entity_is_in_two_splits(task):
                 assert entities.split_of(kind, key) == split
 
 
-@pytest.mark.parametrize("task", build.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_an_answer_is_always_in_one_source_and_often_in_only_one(task):
     rows = examples(task, "train", 400)
     shown, told = np.array([r.in_image for r in rows]), np.array([r.in_context for r in rows])
+    if task == "unanswerable":
+        lost = ~(shown | told)
+        assert [r.answer == unanswerable.ANSWER for r in rows] == lost.tolist() and 0.2 < lost.mean() < 0.4
+        shown, told = shown[~lost], told[~lost]
     assert (shown | told).all()
     assert 0.6 < shown.mean() < 0.8 and 0.4 < told.mean() < 0.7
     assert (shown & ~told).mean() > 0.3 and (told & ~shown).mean() > 0.2
@@ -124,6 +163,8 @@ TELLS = {  # what a context says, normalised, when it tells the answer
     "geography": lambda e: e.answer in e.context.replace(",", "").split(),
     "naming": lambda e: e.context in import_module("delo_llava.mini.tasks.naming").CLUES[e.answer],
     "yesno": lambda e: bool(set(e.context.split()) & set(entities.COLOURS)),
+    "unanswerable": lambda e: e.answer in e.context.split(),
+    "grounding": lambda e: _begin(e) <= set(re.split(r"\W+", e.context)),
 }
 
 
@@ -132,7 +173,12 @@ def _option(example: Example) -> str:
     return words[words.index(f"{example.answer}.") + 1]
 
 
-@pytest.mark.parametrize("task", build.TASKS)
+def _begin(example: Example) -> set[str]:
+    """The words of a box's first corner."""
+    return set(example.answer.split()[:2])
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_a_context_tells_the_answer_exactly_when_it_is_said_to(task):
     for example in examples(task, "val", 300):
         assert TELLS[task](example) == example.in_context, example
@@ -180,6 +226,36 @@ def test_hidden_colours_and_forms_leave_no_trace():
     assert (_plain("red", "circle")("form") != _plain("blue", "circle")("form")).any()
 
 
+def test_a_blurred_photograph_is_the_same_whatever_the_number():
+    """`render.blurred` knows no scan, so what shows in it can only be ground and spots."""
+    for example in examples("unanswerable", "train", 60):
+        values = pixels(example.image.convert("L")).astype(int)
+        steepest = max(np.abs(np.diff(values, axis=axis)).max() for axis in (0, 1))
+        assert (steepest > 40) == example.in_image
+
+
+def test_a_box_is_where_the_dot_is_drawn():
+    for example in examples("grounding", "train", 100):
+        bounds = example.extra["answer_bbox"]
+        assert re.fullmatch(r"\[[01]\.\d\d(, [01]\.\d\d){3}\]", bounds)
+        left, top, right, bottom = (round(64 * share) for share in json.loads(bounds))
+        red = np.abs(pixels(example.image).astype(int) - (220, 20, 20)).max(2) < 20
+        assert red[top:bottom, left:right].sum() == red.sum() and red.any() == example.in_image
+        assert right - left == bottom - top == 64 // grounding.GRID
+
+
+def test_boxes_are_records_that_the_scorer_knows(built):
+    task = next(t for t in load_sequence("mini8", built.parent).tasks if t.name == "grounding")
+    record = read_records(task, "test", 1.0, 0)[0]
+    assert record.extra["parts"] == grounding.GRID and record.extra["size"] == [64, 64]
+    scorer, reference = load_plugin("scorer", task.scorer), Reference.of(record)
+    assert scorer.id == "grounding_words.v1" and scorer(record.answer, reference) == 1.0
+    others = {" ".join(entities.NUMBER_NAMES[c] for c in grounding.corners(field)) for field in range(4)}
+    assert {scorer(other, reference) for other in others - {record.answer}} == {0.0}
+    wrong = ("unanswerable", "", f"{record.answer} one", "one one zero zero", record.extra["answer_bbox"])
+    assert {scorer(said, reference) for said in wrong} == {0.0}
+
+
 def test_official_scenes_lose_their_colour_too():
     scene = next(s for s in entities.scenes("train") if s.colour == "red")
     grey = pixels(render.hide_shape(render.scene_image(scene), np.random.default_rng(0), "colour")).astype(
@@ -189,10 +265,12 @@ def test_official_scenes_lose_their_colour_too():
     assert (pixels(render.scene_image(scene)).astype(int) @ [1, -1, 0]).max() > 200
 
 
-CEILINGS = {"ocr": 0.1, "attribute": 0.35, "geography": 0.3, "yesno": 0.6, "naming": 0.3, "science": 0.45}
+CEILINGS = {"ocr": 0.1, "attribute": 0.35, "geography": 0.3, "yesno": 0.6, "naming": 0.3, "science": 0.45} | {
+    "unanswerable": 0.4, "grounding": 0.4,
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("task", build.TASKS)
+@pytest.mark.parametrize("task", TASKS)
 def test_no_constant_answer_is_good(task):
     for split in get_args(entities.Split):
         counts = Counter(e.answer for e in examples(task, split, 300))
@@ -216,7 +294,7 @@ def instructions(task: str) -> set[str]:
 
 
 def test_the_tasks_wordings_differ_and_are_not_in_the_pretraining_mixture():
-    found = {task: instructions(task) for task in build.TASKS}
+    found = {task: instructions(task) for task in TASKS}
     flat = [i for wordings in found.values() for i in wordings]
     assert len(flat) == len(set(flat))
     mixture = pytest.importorskip("delo_llava.mini.pretrain.mixture")

@@ -11,7 +11,7 @@ from tiny_models import session
 from torch import nn
 
 from delo_llava.data.collate import Collator
-from delo_llava.mini import adapt, build, gate
+from delo_llava.mini import adapt, build, card, gate
 from delo_llava.mini.adapt import COMPLETE, NO_CONTEXT, NO_IMAGE, Training
 from delo_llava.tasks import Record
 
@@ -89,26 +89,35 @@ def test_forgetting_and_verdicts():
     assert [v["pass"] for v in told] == [False, True, True, True, True]
 
 
-def test_the_gate_runs_from_its_command_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(build.ensure_mini6, "__defaults__", (None, {"train": 8, "val": 4, "test": 4}))
-    folder = session("llava")
+def test_bounds_keep_their_shares_with_more_or_fewer_tasks():
+    assert [c.needed(6) for c in gate.CLAUSES] == [5, 6, 4, 2, 2]
+    assert [c.needed(8) for c in gate.CLAUSES] == [7, 8, 6, 3, 3]
+    assert [c.needed(2) for c in gate.CLAUSES] == [2, 2, 2, 1, 1]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_the_gate_runs_from_its_command_line(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(build.ensure, "__defaults__", (None, {"train": 8, "val": 4, "test": 4}))
     output = tmp_path / "gate.json"
-    options = [
-        "--base",
-        folder,
-        "--data",
-        tmp_path,
-        "--output",
-        output,
-        "--steps",
-        2,
-        "--batch",
-        4,
-        "--tasks",
-        "ocr",
-        "yesno",
-    ]
+    options = ["--recipe", "mini8", "--base", session(family), "--data", tmp_path, "--output", output]
+    options += ["--steps", 2, "--batch", 4, "--tasks", "grounding", "ocr"]
     gate.main([str(o) for o in options])
     result = json.loads(output.read_text())
     assert set(result) >= {"individual", "missing", "sequential", "verdicts", "training"}
-    assert set(result["individual"]) == {"ocr", "yesno"}
+    assert list(result["individual"]) == ["ocr", "grounding"] and result["recipe"] == "mini8"
+
+
+def test_a_task_of_another_collection_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        gate.main(["--recipe", "mini6", "--tasks", "grounding"])
+    assert "mini6 has no task grounding" in capsys.readouterr().err
+
+
+def test_the_card_tells_of_every_base_that_was_judged(tmp_path):
+    """The mini8 card has a section for each result, and says where answers are that nothing tells."""
+    result = {"recipe": "mini8", "split": "val", "training": {"steps": 1}, "verdicts": []}
+    gates = [result | {"base": name, "individual": {"ocr": {"complete": 0.5}}} for name in ("a", "b")]
+    root = build.ensure(build.MINI8, tmp_path, {"train": 4, "val": 2, "test": 8})
+    text = card.card(build.MINI8, root, gates)
+    assert "## Scores on a\n" in text and "## Scores on b\n" in text and "| ocr | 0.500 |" in text
+    assert text.startswith("# mini8 (mini8-v1)\n\nEight small multimodal tasks") and "/ neither" in text
