@@ -41,6 +41,12 @@ TRAIN = TESTS.parent / "launch" / "train.py"
 #: folder that is being published or deleted, or a file that is being replaced, was seen in the run's folder.
 WAYS = {"moment": 0.5, "folder": 0.35, "file": 0.15}
 SIGNS = {"folder": re.compile(r"\.(draft|trash)-.*"), "file": re.compile(r"\..*(\.tmp|\.part\d+)")}
+#: Folders seen at a kill: the beginning of their name, a folder above them, what was being done.
+PHASES = (
+    (".draft-", "adapters", "publishing an adapter"),
+    (".draft-", "checkpoints", "saving a checkpoint"),
+    (".trash-", "checkpoints", "deleting checkpoints"),
+)
 #: The latest such sign of a launch that may be waited for, and the longest time from it to the kill (s).
 LATEST, AFTER = 6, 0.03
 #: Every so many launches is the user's command; so often the ranks do not die at once, but up to so late (s).
@@ -53,12 +59,21 @@ SLOW = (
 #: A launch that takes this many times the uninterrupted run's time hangs.
 HANGS = 20
 #: What may differ, by file: seconds and times; where launches went on; the counts of which experts answered
-#: (answers of a killed evaluation are counted again, or not at all). Everything else is compared.
+#: and which answers were ready (those of a killed evaluation count twice, or not at all), and so the report,
+#: which shows them. All else is compared.
 OPEN = {
     "results.json": ("seconds",),
     "run.json": ("train_seconds", "resumed_at", "stopped"),
     "metrics": ("time", "seconds", "samples_per_second"),
-    "names only": ("routing", "report.html", "plots", "complete.json", "hashes.json", "config.yaml"),
+    "names only": (
+        "routing",
+        "answers",
+        "report.html",
+        "plots",
+        "complete.json",
+        "hashes.json",
+        "config.yaml",
+    ),
 }
 
 
@@ -264,7 +279,8 @@ class Torture:
         self, run: Path, launch: Launch, plan: dict[str, Any] | None, kind: str
     ) -> dict[str, Any] | None:
         """Kill the launch as planned; None if it ended before."""
-        began, seen, signs = time.monotonic(), set(hidden(run)), 0
+        began, before, signs = time.monotonic(), set(hidden(run)), 0
+        seen = set(before)
         limit = began + HANGS * max([60.0, *self.lasts.values()])
         due = began + plan["after"] if plan and plan["way"] == "moment" else None
         sign = SIGNS.get(plan["way"]) if plan else None
@@ -272,7 +288,7 @@ class Torture:
             now = time.monotonic()
             if due is not None and now >= due:
                 assert plan is not None
-                where = phase(run, launch.log)
+                where = phase(run, launch.log, before)
                 launch.kill(plan.get("late", 0.0), plan.get("first", 0))
                 return {"phase": where, "seconds": round(now - began, 2), **plan}
             if now > limit:
@@ -351,19 +367,21 @@ def hidden(run: Path) -> Iterator[str]:
                 yield f"{folder}/{name}"
 
 
-def phase(run: Path, log: Path) -> str:
-    """What a run is doing, from what is on the disk; kills are told by it."""
+def phase(run: Path, log: Path, before: set[str]) -> str:
+    """What a launch is doing, from its log and what is on the disk; kills are told by it.
+
+    Args:
+        before: what `hidden` gave when it was started, left by an earlier one.
+    """
     said = log.read_text(errors="replace") if log.is_file() else ""
-    if list(run.glob("adapters/.draft-*")):
-        return "publishing an adapter"
-    if list(run.glob("checkpoints/*/.draft-*")):
-        return "saving a checkpoint"
-    if list(run.glob("checkpoints/.trash-*")) or list(run.glob("checkpoints/*/.trash-*")):
-        return "deleting checkpoints"
-    if (run / "complete.json").is_file():
-        return "ending"
     if f"-> {run}" not in said:
         return "starting"
+    folders = [Path(path) for path in set(hidden(run)) - before]
+    for prefix, parent, what in PHASES:
+        if any(path.name.startswith(prefix) and parent in path.parent.parts[-2:] for path in folders):
+            return what
+    if (run / "complete.json").is_file():
+        return "ending"
     record = json.loads((run / "run.json").read_text())
     results = run / "results.json"
     if not record.get("zero_shot"):
