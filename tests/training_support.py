@@ -94,9 +94,7 @@ def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int = 1, timeout: fl
     """Run jobs in `ranks` processes and return their exit codes; a job is {"words": [...], "kill": {...}}."""
     file = folder / "jobs.json"
     file.write_text(json.dumps(jobs))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     here = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
     group = (
         {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if ranks > 1 else {}
@@ -113,6 +111,13 @@ def launch(jobs: list[dict[str, Any]], folder: Path, ranks: int = 1, timeout: fl
     finally:
         for child in children:
             child.kill()
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses right now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Interrupted(Exception):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from delo_llava.strict import parse_json, read_json
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
+_DRAFT = re.compile(r"\..+\.\d+\.tmp")
 
 
 def sha256_file(path: Path) -> str:
@@ -79,6 +81,13 @@ def write_text_atomic(path: Path, text: str) -> None:
         os.fsync(handle.fileno())
     draft.replace(path)
     fsync(path.parent)
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove the drafts that killed processes left of `write_text_atomic` anywhere below `folder`."""
+    for path in folder.rglob(".*.tmp"):
+        if _DRAFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

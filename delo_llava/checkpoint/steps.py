@@ -78,9 +78,8 @@ class StepStore:
                 shutil.rmtree(path)
 
     def discard(self) -> None:
-        """Delete all checkpoints: the stage's adapter is published."""
-        if self.folder.exists():
-            _delete(self.folder)
+        """Delete all checkpoints, and what a kill left of deleting them: the stage's adapter is published."""
+        _delete(self.folder)
 
 
 @contextmanager
@@ -103,8 +102,8 @@ def told_if_refused(folder: Path) -> Iterator[None]:
 
 def _delete(path: Path) -> None:
     """Delete a folder so that a kill half way leaves nothing that looks like a checkpoint."""
+    trash = path.with_name(f"{TRASH}{path.name}")
+    shutil.rmtree(trash, ignore_errors=True)
     if path.exists():
-        trash = path.with_name(f"{TRASH}{path.name}")
-        shutil.rmtree(trash, ignore_errors=True)
         path.replace(trash)
         shutil.rmtree(trash)

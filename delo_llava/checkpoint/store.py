@@ -12,6 +12,7 @@ from delo_llava.checkpoint.manifest import (
     MANIFEST,
     fsync,
     manifest_faults,
+    remove_drafts,
     sha256_file,
     write_json_atomic,
     write_manifest,
@@ -52,11 +53,12 @@ class RunStore:
         return self.root / "checkpoints" / task
 
     def create(self) -> None:
-        """Make the folders and clear what an interrupted publishing left."""
+        """Make the folders and clear what an interrupted publishing or writing left."""
         for folder in (self.adapters, self.logs):
             folder.mkdir(parents=True, exist_ok=True)
         for draft in self.adapters.glob(".draft-*"):
             shutil.rmtree(draft)
+        remove_drafts(self.root)
 
     # ---- run.json ----
     def read_run(self) -> dict[str, Any]:

@@ -126,25 +126,28 @@ class StageTrainer:
         try:
             self._run(engine, module, batches, stage, observer)
             self.method.end_task(model, self.ranks.sum)
+            facts = {
+                "index": stage.index,
+                "steps": len(batches.steps),
+                "samples": len(batches.records),
+                "seed": seed,
+                "trainable_parameters": trainable,
+                "lr_first": ledger.first,
+                "lr_last": ledger.last,
+                "missing": batches.effective,
+                "world": self.ranks.world,
+                "train_seconds": observer.seconds(),
+                "skipped_steps": ledger.skipped,
+                "bad_images": self.ranks.union(ledger.bad_images),
+                "resumed_at": ledger.resumed,
+            }
+            # Before the adapter: a launch killed in between trains the end of the stage again and notes it
+            # again, while one killed after publishing never comes back here.
+            self.ranks.run_first(lambda: self.store.update_stage(stage.task, **facts))
             self._publish(engine, model, stage)
         finally:
             engine.close()
-        facts = {
-            "index": stage.index,
-            "steps": len(batches.steps),
-            "samples": len(batches.records),
-            "seed": seed,
-            "trainable_parameters": trainable,
-            "lr_first": ledger.first,
-            "lr_last": ledger.last,
-            "missing": batches.effective,
-            "world": self.ranks.world,
-            "train_seconds": observer.seconds(),
-            "skipped_steps": ledger.skipped,
-            "bad_images": self.ranks.union(ledger.bad_images),
-            "resumed_at": ledger.resumed,
-        }
-        self.ranks.run_first(lambda: self._close_record(stage, facts))
+        self.ranks.run_first(lambda: self.store.verify_published(stage.earlier))
         checkpoints.discard()
 
     def _checkpoints(self, stage: Stage) -> StepCheckpoints:
@@ -265,10 +268,6 @@ class StageTrainer:
 
         with engine.gathered():
             self.ranks.run_first(save)
-
-    def _close_record(self, stage: Stage, facts: dict[str, Any]) -> None:
-        self.store.update_stage(stage.task, **facts)
-        self.store.verify_published(stage.earlier)
 
 
 def stage_seed(seed: int, index: int) -> int:

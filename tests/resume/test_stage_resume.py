@@ -12,6 +12,7 @@ import training_support as support
 
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
+from delo_llava.training.one_stage import StageTrainer
 from delo_llava.training.stages import run_sequence
 
 pytestmark = pytest.mark.slow
@@ -77,6 +78,26 @@ def test_killed_while_publishing(place: Path, whole: Path, monkeypatch: pytest.M
     assert support.bits(output) == support.bits(whole)
     assert not list((output / "adapters").glob(".draft*"))
     assert "manifest" in json.loads((output / "run.json").read_text())["stages"]["task0"]
+
+
+def test_killed_just_after_publishing(place: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that is published is not trained again, so its record must be complete by then."""
+    publish = StageTrainer._publish
+
+    def deadly(self: StageTrainer, *given: Any) -> None:
+        publish(self, *given)
+        raise support.Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(support.Interrupted):
+        patched.setattr(StageTrainer, "_publish", deadly)
+        train(place, "published")
+    train(place, "published")
+    mine, theirs = (
+        json.loads((place / n / "run.json").read_text())["stages"] for n in ("published", "whole")
+    )
+    for stage in (*mine.values(), *theirs.values()):
+        assert stage.pop("train_seconds") > 0
+    assert mine == theirs
 
 
 def test_a_finished_run_does_nothing_more(place: Path, whole: Path) -> None:

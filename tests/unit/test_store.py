@@ -14,6 +14,7 @@ from delo_llava.checkpoint.manifest import (
     sha256_file,
     write_json_atomic,
 )
+from delo_llava.checkpoint.steps import StepStore
 from delo_llava.checkpoint.store import RunStore, check_tensors, verify
 from delo_llava.errors import DeloError
 
@@ -57,8 +58,22 @@ def test_drafts_of_a_killed_process_are_cleared(store: RunStore) -> None:
     draft = store.adapters / ".draft-one"
     draft.mkdir()
     (draft / "half").write_text("x")
+    texts = [store.root / ".run.json.712.tmp", store.root / "predictions" / "0" / ".a.jsonl.9.tmp"]
+    mine = store.root / "predictions" / ".notes.tmp"
+    for path in (*texts, mine):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("half")
     store.create()
     assert not draft.exists()
+    assert [path for path in (*texts, mine) if path.exists()] == [mine], "only what this program writes"
+
+
+def test_deleting_checkpoints_is_finished_by_the_next_launch(tmp_path: Path) -> None:
+    steps = StepStore(tmp_path / "checkpoints" / "one", keep=2)
+    trash = tmp_path / "checkpoints" / ".trash-one"  # a killed launch had renamed it
+    (trash / "step-000001").mkdir(parents=True)
+    steps.discard()
+    assert not trash.exists()
 
 
 def test_nothing_is_published_twice(store: RunStore) -> None:
