@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import yaml
 from PIL import Image
-from recipes_support import require_scorers
 
 from delo_llava import __version__, cli
 from delo_llava.config import load_config
@@ -70,8 +69,6 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )
 def test_mistakes_end_with_code_2_before_anything_heavy(words: list[str], told: str) -> None:
-    if "--task_seq=coin6" in words:
-        require_scorers("coin6")
     done, seconds = run("train", *words)
     assert done.returncode == 2
     assert told in done.stderr

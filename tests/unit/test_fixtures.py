@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from recipes_support import require_scorers
 
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.backbones.base import find_backbone
@@ -41,7 +40,6 @@ def test_every_recipe_that_needs_data_has_a_fixture() -> None:
 
 @pytest.mark.parametrize("name", FIXTURES)
 def test_a_recipe_reads_its_fixture(name: str, mini: Path, tmp_path: Path) -> None:
-    require_scorers(name)
     sequence = load_sequence(name, write_fixture(name, tmp_path / "data", RECORDS, mini))
     backbone, path = find_backbone("mini-llava")
     collator = Collator(backbone, backbone.load_processor(path), 512)
@@ -73,7 +71,6 @@ def _answers_are_right(task: TaskSpec, records: list[Any]) -> None:
 
 
 def test_scienceqa_has_records_without_image_and_gqa_several_turns(mini: Path, tmp_path: Path) -> None:
-    require_scorers("coin6")
     tasks = {
         t.name: t for t in load_sequence("coin6", write_fixture("coin6", tmp_path / "d", RECORDS, mini)).tasks
     }
@@ -87,7 +84,6 @@ def test_scienceqa_has_records_without_image_and_gqa_several_turns(mini: Path, t
 
 
 def test_templates_differ_in_their_wording_only(mini: Path, tmp_path: Path) -> None:
-    require_scorers("coin6")
     root = write_fixture("coin6", tmp_path / "d", RECORDS, mini)
     asked: dict[str, list[str]] = {}
     for template in ("original", "diverse", "10type"):
@@ -104,7 +100,6 @@ def test_templates_differ_in_their_wording_only(mini: Path, tmp_path: Path) -> N
 
 
 def test_without_optional_side_files_a_recipe_still_reads_and_says_so(mini: Path, tmp_path: Path) -> None:
-    require_scorers("coin6")
     root = write_fixture("coin6", tmp_path / "d", RECORDS, mini)
     for path in (root / "cl_dataset").rglob("*.json"):
         if path.name != "TextVQA_0.5.1_val.json":
@@ -119,7 +114,6 @@ def test_without_optional_side_files_a_recipe_still_reads_and_says_so(mini: Path
 
 def test_the_val_names_of_coin_and_the_layout_of_its_sibling(mini: Path, tmp_path: Path) -> None:
     """CoIN-ASD calls every val.json test.json and keeps everything in annotations/."""
-    require_scorers("coin8")
     root = write_fixture("coin8", tmp_path / "d", RECORDS, mini)
     before = [list(read_records(task, "test")) for task in load_sequence("coin8", root).tasks]
     (root / "Instructions_Original").rename(root / "annotations")
@@ -180,7 +174,6 @@ def test_coin6_trains_evaluates_and_resumes(
     mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All six tasks, stopped after the second stage; the same command goes on and keeps what is there."""
-    require_scorers("coin6")
     from delo_llava.cli import main_train, resolve
     from delo_llava.training.stages import run_sequence
 
@@ -215,7 +208,6 @@ def test_coin6_trains_evaluates_and_resumes(
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mllm_dcl", "mm_imdb_cmml"])
 def test_other_recipes_run(name: str, mini: Path, tmp_path: Path) -> None:
-    require_scorers(name)
     from delo_llava.cli import main_train
 
     root = write_fixture(name, tmp_path / "d", 4, mini)

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import yaml
-from recipes_support import require_scorers
 
 from delo_llava.config import check_tasks, core_config, dump_config
 from delo_llava.data import recipe as recipe_module
@@ -149,7 +148,6 @@ def test_a_builder_gives_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("name", plugin_names("recipe"))
 def test_shipped_recipes_are_sound(name: str) -> None:
-    require_scorers(name)
     recipe = read_recipe(name)
     assert recipe.name == name
     assert recipe.title and recipe.source and recipe.licence
@@ -171,13 +169,10 @@ ORDERS = {
 
 @pytest.mark.parametrize("name", ORDERS)
 def test_the_published_orders(name: str) -> None:
-    require_scorers(name)
     assert [entry.name for entry in read_recipe(name).tasks] == ORDERS[name].split()
 
 
 def test_published_settings_of_single_tasks_and_what_a_user_says_over_them() -> None:
-    for name in ("mllm_dcl", "coin8"):
-        require_scorers(name)
     published = core_config({"task_seq": "mllm_dcl"}, recipe_defaults("mllm_dcl"))
     epochs = [published.for_task(name).train.epochs for name in ORDERS["mllm_dcl"].split()]
     assert (epochs, published.for_task("med").train.lr) == ([1, 3, 1, 2, 1], 2e-5)
@@ -195,7 +190,6 @@ def test_published_settings_of_single_tasks_and_what_a_user_says_over_them() -> 
 
 
 def test_coin6_without_data_stops_at_once_and_names_every_file() -> None:
-    require_scorers("coin6")
     start = time.perf_counter()
     with pytest.raises(DeloError) as caught:
         load_sequence("coin6")
@@ -213,7 +207,6 @@ def test_coin6_without_data_stops_at_once_and_names_every_file() -> None:
 def test_coin6_accepts_the_layouts_of_coin_and_coin_asd(
     tmp_path: Path, folder: str, test: dict[str, str]
 ) -> None:
-    require_scorers("coin6")
     tasks = ("ScienceQA", "TextVQA", "ImageNet", "GQA", "VQAv2", "OCRVQA")
     fill(
         tmp_path,
