@@ -1,8 +1,7 @@
 """Train a task sequence and evaluate after each task.
 
-    deepspeed --num_gpus 2 launch/train.py --task_seq mini6 --output runs/x      # two ranks, on GPUs or on
-    the CPU python launch/train.py --zero none                                           # one process,
-    without DeepSpeed
+    deepspeed --num_gpus 2 launch/train.py --task_seq mini6 --output runs/x   # two ranks, GPUs or CPU
+    python launch/train.py --zero none                                        # one process, without DeepSpeed
 
 `deepspeed` without --num_gpus starts one rank per GPU, and a single one on a machine without GPUs.
 """

@@ -198,6 +198,7 @@ def run_job(job: dict[str, Any]) -> None:
 
     try:
         second = job.get("second") if os.environ.get("RANK") == "1" else None
+        os.environ |= job.get("second_env", {}) if os.environ.get("RANK") == "1" else {}
         stages.run_sequence(resolve(second or job["words"]), evaluate)
     except Interrupted:
         return

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +41,8 @@ def locked(folder: Path) -> Iterator[str]:
         if supported is True and _elsewhere(owner, file):
             raise _held(folder, owner, file, "its heartbeat is fresh")
         taken = _told(owner, file) if owner else ""
-        _write(handle, _myself())
+        me = _myself()
+        _write(handle, me)
         beating = threading.Event()
         heart = threading.Thread(target=_beat, args=(file, beating), daemon=True, name="run.lock")
         heart.start()
@@ -49,7 +51,8 @@ def locked(folder: Path) -> Iterator[str]:
         finally:
             beating.set()
             heart.join()
-            _write(handle, {})
+            if _owner(handle).get("id") == me["id"]:  # or it was taken over, and is another's entry now
+                _write(handle, {})
     finally:
         os.close(handle)
 
@@ -103,6 +106,7 @@ def _write(handle: int, content: Mapping[str, Any]) -> None:
 
 def _myself() -> dict[str, Any]:
     return {
+        "id": uuid.uuid4().hex,
         "host": socket.gethostname(),
         "boot": _boot(),
         "pid": os.getpid(),
@@ -144,9 +148,11 @@ def _elsewhere(owner: Mapping[str, Any], file: Path) -> bool:
 
 
 def _same_job(owner: Mapping[str, Any]) -> bool:
-    """A job that SLURM put back into the queue: it never runs twice at once."""
+    """An earlier start of this job, which SLURM ended before it put the job back into the queue."""
     job, restart = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_RESTART_COUNT", "0")
-    return job is not None and owner.get("slurm_job") == job and owner.get("slurm_restart") != restart
+    if job is None or owner.get("slurm_job") != job:
+        return False
+    return int(owner.get("slurm_restart") or 0) < int(restart or 0)
 
 
 def _runs(pid: object) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -21,13 +22,8 @@ SOURCES = ("delo_llava", "delo_eval")
 SHOWN = 20
 
 
-def require_agreement(
-    ranks: Ranks, store: RunStore, config: RunConfig, sequence: TaskSequence, model_path: str
-) -> None:
-    """Compare every rank's settings, versions, source, data and base with those of rank 0.
-
-    Called after the run is opened, so that hashes that the first rank computed are read and not computed
-    again on a file system that all share.
+def require_agreement(ranks: Ranks, facts: Callable[[], dict[str, Any]]) -> None:
+    """Compare every rank's `facts` with those of the others.
 
     Raises:
         DeloError: on every rank; each difference with the ranks and their values.
@@ -35,13 +31,12 @@ def require_agreement(
     if ranks.world == 1:
         return
     mine: dict[str, Any] = {}
-    ranks.run_each(lambda: mine.update(facts(store, config, sequence, model_path)))
+    ranks.run_each(lambda: mine.update(facts()))
     if len(set(ranks.each(_digest(mine)))) == 1:
         return
     everyone = ranks.each(mine)
-    lines = [
-        line for key in sorted({k for found in everyone for k in found}) for line in _line(key, everyone)
-    ]
+    keys = sorted({key for found in everyone for key in found})
+    lines = [line for key in keys for line in _line(key, everyone)]
     more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     raise DeloError(
         "\n".join(["The ranks do not run the same thing:", *lines[:SHOWN], *more]),
@@ -49,12 +44,19 @@ def require_agreement(
     )
 
 
-def facts(store: RunStore, config: RunConfig, sequence: TaskSequence, model_path: str) -> dict[str, Any]:
-    """What this rank would run, as flat keys."""
+def program_facts(config: RunConfig) -> dict[str, Any]:
+    """Settings, versions and source of this rank; compared before anything is written."""
     return {
         **{f"config {key}": value for key, value in flat(yaml.safe_load(dump_config(config))).items()},
         **{f"version {key}": value for key, value in versions().items()},
         "source": source_hash(),
+    }
+
+
+def data_facts(store: RunStore, sequence: TaskSequence, model_path: str) -> dict[str, Any]:
+    """Data and base that this rank sees; compared once the run is open, as the first rank has then noted the
+    hashes of files that all of them share."""
+    return {
         **{f"data {key}": value for key, value in flat(data_hashes(store, sequence, keep=False)).items()},
         "base weights": base_facts(store, model_path, keep=False)["sha256"],
     }

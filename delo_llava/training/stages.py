@@ -62,7 +62,7 @@ def run_sequence(config: RunConfig, evaluate: Evaluate | None = None) -> Path:
     check_engine(config, world)
     from transformers.utils.logging import disable_progress_bar
 
-    from delo_llava.training.agree import require_agreement
+    from delo_llava.training.agree import data_facts, program_facts, require_agreement
     from delo_llava.training.ranks import start_ranks, stop_ranks
 
     disable_progress_bar()  # one bar for each load of weights would tear ours apart
@@ -72,13 +72,16 @@ def run_sequence(config: RunConfig, evaluate: Evaluate | None = None) -> Path:
         try:
             ranks.leave_if_asked("starting")
             ranks.run_first(lambda: _take(store, held))
+            require_agreement(ranks, partial(program_facts, config))
             ranks.run_first(lambda: open_run(store, config, sequence, path))
-            require_agreement(ranks, store, config, sequence, path)
+            require_agreement(ranks, partial(data_facts, store, sequence, path))
             _Sequence(config, store, ranks, sequence, evaluate).run(backbone, path)
         except Preempted as asked:
             if asked.together:
                 ranks.run_first(partial(_note_stop, store, asked))
                 stop_ranks(ranks)
+            else:  # this rank leaves alone, and nobody else can note it
+                _note_stop(store, asked)
             raise
         stop_ranks(ranks)
     return store.results

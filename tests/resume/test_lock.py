@@ -59,6 +59,12 @@ def test_a_killed_process_is_succeeded_at_once(tmp_path: Path) -> None:
         assert taken == ""
 
 
+def test_an_entry_of_another_owner_is_left_alone(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        (tmp_path / FILE).write_text(json.dumps({"id": "another", "pid": 1}))
+    assert owner_of(tmp_path) == {"id": "another", "pid": 1}
+
+
 def foreign(folder: Path, silent: float = 0.0, **entries: Any) -> None:
     """An owner on another host, last heard of `silent` seconds ago."""
     owner = {"host": "elsewhere", "pid": 1, "user": "u", "since": time.time() - 3700, **entries}
@@ -84,7 +90,11 @@ def test_a_requeued_job_takes_its_own_lock_over(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setenv("SLURM_JOB_ID", "12")
     with pytest.raises(DeloError, match="SLURM job 12"), locked(tmp_path):
         pass  # another step of the same job
+    foreign(tmp_path, slurm_job="12", slurm_restart="2")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with pytest.raises(DeloError, match="SLURM job 12"), locked(tmp_path):
+        pass  # a later start of it
+    foreign(tmp_path, slurm_job="12", slurm_restart="0")
     with locked(tmp_path) as taken:
         assert "SLURM job 12" in taken
 
@@ -129,16 +139,19 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize("differs", ["settings", "data"])
-def test_ranks_that_disagree_stop_with_the_difference(tmp_path: Path, differs: str, capfd: Any) -> None:
+def test_ranks_that_disagree_stop_with_the_difference(
+    tmp_path: Path, differs: str, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second rank is given another learning rate, or another file of records."""
     support.write_sequence(tmp_path)
     words = support.words(tmp_path / "tiny.yaml", tiny_models.session("llava"), tmp_path / "run", "--zero=2")
-    other = ["--train.lr=0.5"]
-    if differs == "data":
+    job: dict[str, Any] = {"words": words, "second": [*words, "--train.lr=0.5"]}
+    if differs == "data":  # the same settings, on a node whose folder holds other records
         support.write_sequence(tmp_path / "other", records=24)
-        (tmp_path / "other" / "tiny.yaml").write_text((tmp_path / "tiny.yaml").read_text())
-        other = [f"--task_seq={tmp_path / 'other' / 'tiny.yaml'}", f"--data.root={tmp_path / 'other'}"]
-    codes = support.launch([{"words": words, "second": [*words, *other]}], tmp_path, ranks=2, timeout=240)
+        monkeypatch.setenv("DELO_LLAVA_DATA", str(tmp_path))
+        words = [word for word in words if not word.startswith("--data.root")]
+        job = {"words": words, "second_env": {"DELO_LLAVA_DATA": str(tmp_path / "other")}}
+    codes = support.launch([job], tmp_path, ranks=2, timeout=240)
     said = capfd.readouterr().err
     assert all(codes), "no rank goes on"
     assert "The ranks do not run the same thing" in said
