@@ -20,9 +20,12 @@ MAX_PIXELS = 64 * 1024 * 1024
 #: Larger files are refused unread: no photograph of a benchmark comes near.
 MAX_BYTES = 128 * 1024 * 1024
 
-#: What is decoded, and the suffix each gets where we write it. Pillow knows some forty formats more; one of
-#: them starts another program (EPS), and each is a decoder that hostile bytes can reach.
-FORMATS = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp"}
+#: What is decoded, and the suffix each gets where we write it (TIFF is what remote sensing comes in). Pillow
+#: knows some forty formats more; one of them starts another program (EPS), and each is a decoder that hostile
+#: bytes can reach.
+FORMATS = {
+    "PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "GIF": ".gif", "BMP": ".bmp", "TIFF": ".tif",
+}  # fmt: skip
 
 #: The dummy for a missing image: constant white (CMML protocol), of one size, as a missing image has none.
 DUMMY_SIZE = (336, 336)

@@ -50,7 +50,15 @@ def test_kinds(answer: str, prediction: str, forms: list[str], kind: str) -> Non
 
 def row(i: int, answer: str, prediction: str, score: float, **more: Any) -> dict[str, Any]:
     both = {"oracle_prediction": prediction, "oracle_score": score}
-    return {"record_id": f"r{i}", "answer": answer, "prediction": prediction, "score": score, **both, **more}
+    return {
+        "record_id": f"r{i}",
+        "task": "t",
+        "answer": answer,
+        "prediction": prediction,
+        "score": score,
+        **both,
+        **more,
+    }
 
 
 def test_kinds_add_up_to_the_wrong_answers_and_confusions_are_counted() -> None:

@@ -309,7 +309,7 @@ TEXT_BOMB = (b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * 100_000_000))
         (png(8, 8, b"\0" * 72)[:45], "cannot be used"),
         (EPS, "cannot identify"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "cannot identify"),
-        (b"II*\0\x08\0\0\0\0\0", "cannot identify"),
+        (b"II*\0\x08\0\0\0\0\0", "cannot be used"),
         (b"", "cannot identify"),
     ],
     ids=["bomb", "large", "short", "text-bomb", "cut", "eps", "svg", "tiff", "empty"],

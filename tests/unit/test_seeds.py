@@ -25,6 +25,10 @@ OTHERS: dict[str, Any] = {
 }  # fmt: skip
 
 
+#: A matrix of two tasks that was not run.
+NOTHING = [[None, None], [None, None]]
+
+
 def write(folder: Path, ap: float, mode: str = "matched", **changes: Any) -> None:
     """A results.json with what the table reads."""
     folder.mkdir(parents=True)
@@ -34,10 +38,19 @@ def write(folder: Path, ap: float, mode: str = "matched", **changes: Any) -> Non
         "schema": SCHEMA,
         "modes": [mode],
         "metrics": {**both, "complete": True},
-        "patterns": {"image": {mode: [[1.0, 2.0], [ap, ap + 2]]}},
+        "patterns": {
+            "image": {"matched": NOTHING, "oracle": NOTHING, mode: [[1.0, 2.0], [ap, ap + 2]]},
+        },
         "task_choice_accuracy": None,
         "task_choice_accuracy_without_instruction": None,
         "trainable_parameters_per_task": {"a": 1500, "b": 2500},
+        "method": folder.name.partition("-")[0],
+        "seed": 0,
+        "matrix": {"matched": NOTHING, "oracle": NOTHING},
+        "zero_shot": None,
+        "records": {},
+        "task_choice": None,
+        "seconds": {"train": [], "eval": [], "zero_shot": None},
         **changes,
     }
     (folder / "results.json").write_text(json.dumps(content))
