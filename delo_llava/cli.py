@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from delo_llava import __version__
+from delo_llava.engines import signals
 from delo_llava.errors import DeloError, report_and_exit
 from delo_llava.registry import load_plugin, plugin_names, plugin_summary
-from delo_llava.training import signals
 
 if TYPE_CHECKING:
     from delo_llava.config import RunConfig
@@ -127,9 +127,16 @@ def _train(words: Sequence[str]) -> int:
 
         _say(dump_config(config))
         return 0
-    stages = importlib.import_module("delo_llava.training.stages")
-    stages.run_sequence(config, _harness().evaluate_stage)
+    stages = importlib.import_module("delo_llava.runs.sequence")
+    stages.run_sequence(config, _harness().evaluate_stage, _planned_bytes)
     return 0
+
+
+def _planned_bytes(config: "RunConfig", world: int, cuda: bool) -> int:
+    """The planner's word, which is asked when memory is full and not imported before."""
+    from delo_llava.cluster.advice import planned_bytes
+
+    return planned_bytes(config, world, cuda)
 
 
 def _eval(words: Sequence[str]) -> int:

@@ -88,14 +88,19 @@ def _kind(kind: str) -> PluginKind:
 
 
 def _files(place: PluginKind) -> dict[str, Path]:
-    """Plug-in files of a package by stem. Helpers, no plug-ins: a leading underscore, or the name `base`."""
+    """Plug-ins of a package by name: files, or folders with an `__init__.py`, which is what is given then.
+
+    Helpers, no plug-ins: a leading underscore, or the name `base`.
+    """
     try:
         spec = importlib.util.find_spec(place.package)
     except ModuleNotFoundError:
         return {}
     folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    files = (path for folder in folders for path in Path(folder).glob(f"*{place.suffix}"))
-    return {path.stem: path for path in files if not path.stem.startswith("_") and path.stem != "base"}
+    found = {path.stem: path for folder in folders for path in Path(folder).glob(f"*{place.suffix}")}
+    if place.suffix == ".py":
+        found |= {path.parent.name: path for folder in folders for path in Path(folder).glob("*/__init__.py")}
+    return {name: path for name, path in found.items() if not name.startswith("_") and name != "base"}
 
 
 @cache

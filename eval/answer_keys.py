@@ -8,19 +8,20 @@ from typing import Any
 from delo_eval.generate import Question
 from delo_eval.hashes import FileHashes, code_hash, package_versions
 from delo_llava.backbones.base import Backbone
-from delo_llava.checkpoint.manifest import MANIFEST, sha256_file
 from delo_llava.config import RunConfig
+from delo_llava.files import sha256_file
 from delo_llava.methods.base import Method
+from delo_llava.runs.manifest import MANIFEST
 
 #: Modules and packages whose code decides an answer.
 CODE = (
     "delo_eval.generate",
+    "delo_llava.adapters",
     "delo_llava.backbones",
     "delo_llava.data.collate",
     "delo_llava.data.images",
-    "delo_llava.experts",
+    "delo_llava.features",
     "delo_llava.methods",
-    "delo_llava.routing",
 )
 #: Files of a base that decide an answer: weights, configuration, tokenizer, processor.
 BASE_FILES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}

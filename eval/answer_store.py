@@ -19,8 +19,8 @@ from typing import IO, Any
 from delo_eval.generate import Answer
 from delo_eval.hashes import FOLDER, told_writing
 from delo_eval.matrix import stage_name
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
+from delo_llava.files import write_text_atomic
 
 logger = logging.getLogger(__name__)
 

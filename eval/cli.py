@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 from delo_llava.cli import told
 from delo_llava.commands.base import run_command
+from delo_llava.engines import signals
 from delo_llava.registry import plugin_names
-from delo_llava.training import signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from rich.text import Text
 from delo_eval.alike import Difference, differences, flat
 from delo_eval.matrix import MODES, Mode
 from delo_eval.rows import Run, load_runs
-from delo_llava.checkpoint.store import RunStore
+from delo_llava.runs.store import RunStore
 from delo_llava.schema import read_yaml
 
 Grid = list[list[float | None]]

@@ -17,8 +17,8 @@ from rich.table import Table
 from rich.text import Text
 
 from delo_eval.predictions import prediction_file, read_rows
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
+from delo_llava.files import write_text_atomic
 
 #: Kind of error -> what it means.
 KINDS = {

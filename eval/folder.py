@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from delo_eval.matrix import ZERO_SHOT
-from delo_llava.checkpoint.store import RunStore
 from delo_llava.config import RunConfig, config_layers, core_config
 from delo_llava.data.recipe import load_sequence
 from delo_llava.errors import DeloError
+from delo_llava.runs.store import RunStore
 from delo_llava.tasks import TaskSequence
 
 

@@ -10,8 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
-from delo_llava.checkpoint.manifest import HashCache, sha256_file
 from delo_llava.errors import DeloError
+from delo_llava.files import HashCache, sha256_file
 
 #: Folder of the answers, their hashes and receipts below an evaluation's output.
 FOLDER = "answers"

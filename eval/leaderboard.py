@@ -14,7 +14,7 @@ from delo_eval.comparison import Comparison, Paired, Row, Value
 from delo_eval.derived import metrics
 from delo_eval.table import HEADLINE
 from delo_eval.uncertainty import Contrast
-from delo_llava.checkpoint.manifest import write_text_atomic
+from delo_llava.files import write_text_atomic
 
 #: Columns behind the metrics: key of `Row.extras` -> title.
 EXTRAS = {

@@ -12,8 +12,8 @@ from delo_eval.generate import Answer, Question
 from delo_eval.matrix import stage_name
 from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.scorers.mif import obeys
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
+from delo_llava.files import write_text_atomic
 from delo_llava.strict import parse_json
 
 Row = dict[str, Any]

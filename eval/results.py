@@ -7,9 +7,9 @@ from typing import Any
 
 from delo_eval.derived import metrics, oracle_gap, summarise
 from delo_eval.matrix import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix, stage_name
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
+from delo_llava.files import write_text_atomic
 from delo_llava.strict import read_json
 
 SCHEMA = "delo-llava/results/1"

@@ -9,8 +9,8 @@ from delo_eval.answers import Answers, Matched, match
 from delo_eval.scorers.base import Reference, Scorer, Scoring
 from delo_eval.scorers.mif import SCORER as MIF
 from delo_eval.scorers.mif import obeys
-from delo_llava.checkpoint.manifest import sha256_file
 from delo_llava.errors import DeloError
+from delo_llava.files import sha256_file
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 from delo_eval.alike import Protocol, Results, differences, judged_mode, protocol, without_missing_seed
 from delo_eval.results import read_results
 from delo_eval.rows import spread
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
+from delo_llava.files import write_text_atomic
 
 
 def _conditions(results: Results) -> Protocol:

@@ -32,10 +32,10 @@ from delo_eval.unchanged import unchanged_stage, write_receipt
 from delo_llava.backbones.base import Backbone, find_backbone, resolve_device
 from delo_llava.config import RunConfig, with_methods
 from delo_llava.data.collate import Collator
+from delo_llava.engines.ranks import PATIENCE, Ranks
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method
 from delo_llava.registry import load_plugin
-from delo_llava.training.ranks import PATIENCE, Ranks
 
 #: (cell being evaluated, questions done, questions in all), of this rank.
 Progress = Callable[[str, int, int], None]

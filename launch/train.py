@@ -8,7 +8,7 @@
 
 import sys
 
-from delo_llava.training import signals
+from delo_llava.engines import signals
 
 signals.install()  # before the slow imports, so that a signal during them is not lost
 

@@ -13,8 +13,8 @@ from delo_eval.predictions import prediction_file
 from delo_eval.results import Results, results_json, write_results
 from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.scorers.exact_match import SCORER
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.config import RunConfig, dump_config
+from delo_llava.files import write_text_atomic
 
 TASKS = ("science", "ocr")
 RECORDS = 40

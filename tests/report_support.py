@@ -11,8 +11,8 @@ from delo_eval.matrix import AccuracyMatrix
 from delo_eval.predictions import prediction_file
 from delo_eval.results import Results, results_json, write_results
 from delo_eval.routing_use import merge_use_parts, use_file, write_use_part
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.config import RunConfig, dump_config
+from delo_llava.files import write_text_atomic
 
 SCRIPT = "<script>document.title='owned'</script>"
 EVENT = "<img src=x onerror=\"document.title='owned'\">"

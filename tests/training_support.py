@@ -126,7 +126,8 @@ class Interrupted(Exception):
 
 def ask_to_leave(stage: int, step: int, rank: int = 0) -> None:
     """Send this process a signal, if it is `rank`, at the end of one step."""
-    from delo_llava.training import observer, signals
+    from delo_llava.engines import signals
+    from delo_llava.runs import observer
 
     done = observer.StageObserver.step
     signals.install()
@@ -148,7 +149,7 @@ def sabotage(
         poison: a record (`task/id`) whose loss is not a number.
         rows: more of them than this do not fit into the memory, of `rank` if that is given.
     """
-    from delo_llava.training.module import MethodModule
+    from delo_llava.engines.module import MethodModule
 
     forward = MethodModule.forward
 
@@ -172,8 +173,11 @@ def run_job(job: dict[str, Any]) -> None:
     `ask` at which step which rank gets a signal, `sabotage` how forward passes fail; `error` names the file
     for the text of a DeloError."""
     from delo_llava.cli import resolve
+    from delo_llava.engines import signals
     from delo_llava.errors import DeloError
-    from delo_llava.training import logging, observer, signals, stages
+    from delo_llava.runs import observer
+    from delo_llava.runs import sequence as stages
+    from delo_llava.training import logging
 
     step = observer.StageObserver.step
     kill, stop, ask = job.get("kill"), job.get("stop"), job.get("ask")
@@ -216,7 +220,7 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    from delo_llava.training import ranks
+    from delo_llava.engines import ranks
 
     ranks.stop_ranks = lambda _: None  # type: ignore[assignment]  # the jobs share one process group
     for entry in json.loads(Path(sys.argv[1]).read_text()):

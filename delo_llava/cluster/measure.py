@@ -12,8 +12,8 @@ from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch, Collator
 from delo_llava.methods.base import Method, Stage
 from delo_llava.registry import load_plugin
+from delo_llava.runs.stage import checkpoint_activations
 from delo_llava.tasks import Record
-from delo_llava.training.one_stage import checkpoint_activations
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from delo_llava.engines.signals import EXIT_CODE
 from delo_llava.errors import DeloError
-from delo_llava.training.signals import EXIT_CODE
 
 TEMPLATE = Path(__file__).parent / "configs" / "job.sbatch.jinja"
 

@@ -20,7 +20,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         DeloError: a folder without results.
     """
-    from delo_llava.checkpoint.manifest import write_json_atomic
+    from delo_llava.files import write_json_atomic
 
     harness = importlib.import_module("delo_eval.diff")
     found = harness.diff_runs(options.first, options.second)

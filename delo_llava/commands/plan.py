@@ -38,7 +38,7 @@ def run(options: argparse.Namespace) -> int:
     for part in tables(plan):
         Console().print(part)
     if options.json is not None:
-        from delo_llava.checkpoint.manifest import write_json_atomic
+        from delo_llava.files import write_json_atomic
 
         write_json_atomic(options.json, plan)
     return 0 if plan["fits"] else 1

@@ -112,7 +112,7 @@ def _name(options: argparse.Namespace) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    from delo_llava.checkpoint.manifest import write_text_atomic
+    from delo_llava.files import write_text_atomic
 
     write_text_atomic(path, text)
     path.chmod(0o755)

@@ -20,11 +20,9 @@ from delo_llava.data.images import (
     image_error,
     load_image,
 )
+from delo_llava.data.segments import SEGMENT_CONTEXT, SEGMENT_IMAGE, SEGMENT_INSTRUCTION, SEGMENT_OTHER
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
-
-#: What a token is. OTHER: padding, template words, role markers and the answer; none of these enters a query.
-SEGMENT_OTHER, SEGMENT_IMAGE, SEGMENT_CONTEXT, SEGMENT_INSTRUCTION = 0, 1, 2, 3
 
 #: Label of a position that is not trained.
 IGNORE = -100

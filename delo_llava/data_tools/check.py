@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from time import localtime, strftime
 
-from delo_llava.checkpoint.manifest import sha256_file
 from delo_llava.data.readers import read_records
 from delo_llava.data_tools.decode import judge, judge_all
 from delo_llava.data_tools.faults import REFUSED, Fault
@@ -20,6 +19,7 @@ from delo_llava.data_tools.sides import absent, unmatched
 from delo_llava.data_tools.trial import Trial
 from delo_llava.data_tools.walk import BrokenFile, Entry, walk
 from delo_llava.errors import DeloError
+from delo_llava.files import sha256_file
 from delo_llava.tasks import Record, Split, TaskSequence, TaskSpec
 
 #: Seconds between two writes to the disk.

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from delo_llava import __version__
-from delo_llava.checkpoint.manifest import sha256_file, write_json_atomic
 from delo_llava.errors import DeloError
+from delo_llava.files import sha256_file, write_json_atomic
 from delo_llava.strict import read_json
 
 #: Name of the manifest: this, behind the name of the file when a single one is prepared.

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageOps
 
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.data_tools.show_text import rows, visible
 from delo_llava.data_tools.shown import Shown
+from delo_llava.files import write_text_atomic
 
 #: Longest side of a picture in the page and on the sheet, in pixels; pictures beside each other on the sheet.
 SIDE, ACROSS = 256, 4

@@ -13,7 +13,7 @@ from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Footprint, Method, MethodConfig, Stage, answer_loss_sum
-from delo_llava.methods.delo import DeloOptions, trainable_parameters
+from delo_llava.methods.delo.method import DeloOptions, trainable_parameters
 
 ADAPTER = "default"
 

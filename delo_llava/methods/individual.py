@@ -7,9 +7,9 @@ from pathlib import Path
 from peft import LoraConfig, PeftModel
 from torch import nn
 
+from delo_llava.adapters.store import open_adapters
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
-from delo_llava.experts.store import open_adapters
 from delo_llava.methods._lora import LoraMethod, bare, no_grad_parameters
 from delo_llava.methods.base import Capabilities, Stage
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from peft import LoraConfig
 from torch import nn
 
+from delo_llava.adapters.store import open_adapters
 from delo_llava.data.collate import Batch
-from delo_llava.experts.store import open_adapters
 from delo_llava.methods._lora import ADAPTER, LoraMethod, bare, no_grad_parameters
 from delo_llava.methods.base import Capabilities, Stage
 

@@ -1,1 +1,1 @@
-"""Training: a plain loop around a fresh engine per stage; the run's folder decides what is left to do."""
+"""One stage: which records, in which order, by which arithmetic."""

@@ -6,16 +6,17 @@ import os
 import resource
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
 from delo_llava.config import RunConfig, TrainConfig
+from delo_llava.engines.ranks import Ranks
 from delo_llava.errors import DeloError
-from delo_llava.training.ranks import Ranks
 
 SHOWN_IDS = 8
+#: Bytes that a rank needs at most: from the configuration, the number of ranks, and whether it is on CUDA.
+Planner = Callable[[RunConfig, int, bool], int]
 #: How the CPU's allocators say that there is no more; CUDA's has an exception of its own.
 OUT_OF_MEMORY = ("not enough memory", "can't allocate memory", "cannot allocate memory", "out of memory")
 
@@ -96,12 +97,12 @@ def memory_told(train: TrainConfig, device: torch.device, planned: Callable[[], 
         ) from error
 
 
-def memory_planned(config: RunConfig, ranks: Ranks) -> str:
+def memory_planned(planner: Planner | None, config: RunConfig, ranks: Ranks) -> str:
     """What the planner expects of a stage on each device, or why it cannot say."""
-    # By name, as planning stands above training.
-    advice = import_module("delo_llava.cluster.advice")
+    if planner is None:
+        return "no plan"
     try:
-        count = advice.planned_bytes(config, ranks.world, ranks.device.type == "cuda")
+        count = planner(config, ranks.world, ranks.device.type == "cuda")
     except (DeloError, RuntimeError, ValueError, MemoryError) as error:
         return f"no plan: {str(error).partition(chr(10))[0]}"
     return f"planned {gib(count)} for data.max_length={config.data.max_length}"

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError, printable
+from delo_llava.files import write_text_atomic
 
 #: Without a terminal, a line of progress is written this often (seconds).
 QUIET = 15.0

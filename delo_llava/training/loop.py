@@ -11,13 +11,13 @@ from torch import Tensor
 
 from delo_llava.config import TrainConfig
 from delo_llava.data.collate import Batch
+from delo_llava.engines import signals
+from delo_llava.engines.deepspeed import Engine
+from delo_llava.engines.module import MethodModule
+from delo_llava.engines.optim import cosine_with_warmup, rates, set_rates
+from delo_llava.engines.ranks import Ranks
 from delo_llava.methods.base import Method
-from delo_llava.training import signals
-from delo_llava.training.engine import Engine
 from delo_llava.training.guards import judge_nonfinite, require_trained_tokens
-from delo_llava.training.module import MethodModule
-from delo_llava.training.optim import cosine_with_warmup, rates, set_rates
-from delo_llava.training.ranks import Ranks
 
 
 @dataclass

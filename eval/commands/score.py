@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from delo_eval.answers import answer_files, read_answers
     from delo_eval.scoring import score_all
-    from delo_llava.checkpoint.manifest import write_json_atomic, write_text_atomic
+    from delo_llava.files import write_json_atomic, write_text_atomic
 
     subject, scorer, references = _subject(options)
     answers = read_answers(answer_files(options.answers))

@@ -11,7 +11,7 @@ from delo_eval.report.content import RunContent, read_content
 from delo_eval.report.learning import loss_overlay
 from delo_eval.report.matrices import HeatTable, course, matrix
 from delo_eval.report.render import render
-from delo_llava.checkpoint.manifest import write_text_atomic
+from delo_llava.files import write_text_atomic
 
 if TYPE_CHECKING:
     from delo_eval.comparison import Comparison, Row

@@ -7,8 +7,8 @@ from typing import Any
 
 from delo_eval.matrix import RUN_PATTERN
 from delo_eval.results import read_results
-from delo_llava.checkpoint.store import RunStore
 from delo_llava.errors import DeloError
+from delo_llava.runs.store import RunStore
 from delo_llava.schema import read_yaml
 from delo_llava.strict import parse_json
 

@@ -22,8 +22,8 @@ from delo_eval.report.learning import learning
 from delo_eval.report.matrices import confusions, forgetting, matrices, missing_words
 from delo_eval.report.routing import PoolUse, routing
 from delo_eval.report.samples import samples
-from delo_llava.checkpoint.manifest import write_text_atomic
 from delo_llava.errors import DeloError
+from delo_llava.files import write_text_atomic
 
 FILE, FAILED = "report.html", "report.failed.txt"
 

@@ -10,7 +10,7 @@ import tiny_models
 import training_support as support
 from safetensors.torch import load_file
 
-from delo_llava.training.signals import EXIT_CODE
+from delo_llava.engines.signals import EXIT_CODE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

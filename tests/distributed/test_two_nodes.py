@@ -14,7 +14,7 @@ import tiny_models
 import training_support as support
 
 from delo_llava import cli
-from delo_llava.training.signals import EXIT_CODE
+from delo_llava.engines.signals import EXIT_CODE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 

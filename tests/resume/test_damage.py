@@ -14,12 +14,12 @@ import pytest
 import tiny_models
 import training_support as support
 
-from delo_llava.checkpoint.manifest import manifest_faults, write_manifest
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
-from delo_llava.training import step_state
-from delo_llava.training.observer import StageObserver
-from delo_llava.training.stages import run_sequence
+from delo_llava.runs import step_state
+from delo_llava.runs.manifest import manifest_faults, write_manifest
+from delo_llava.runs.observer import StageObserver
+from delo_llava.runs.sequence import run_sequence
 
 pytestmark = pytest.mark.slow
 

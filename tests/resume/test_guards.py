@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
-from delo_llava.training import one_stage
+from delo_llava.runs import stage as one_stage
+from delo_llava.runs.sequence import run_sequence
 from delo_llava.training.guards import OutOfMemory
-from delo_llava.training.stages import run_sequence
 
 pytestmark = pytest.mark.slow
 

@@ -13,14 +13,14 @@ import pytest
 import tiny_models
 import training_support as support
 
-from delo_llava.checkpoint import lock
-from delo_llava.checkpoint.lock import FILE, locked, owner_of
 from delo_llava.errors import DeloError
+from delo_llava.runs import lock
+from delo_llava.runs.lock import FILE, locked, owner_of
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from delo_llava.checkpoint.lock import locked
+from delo_llava.runs.lock import locked
 with locked(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(120)

@@ -12,8 +12,8 @@ import training_support as support
 
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
-from delo_llava.training.one_stage import StageTrainer
-from delo_llava.training.stages import run_sequence
+from delo_llava.runs.sequence import run_sequence
+from delo_llava.runs.stage import StageTrainer
 
 pytestmark = pytest.mark.slow
 

@@ -54,7 +54,7 @@ REAL, STAGGERED, LATE = 10, 0.25, 1.0
 #: What a launch imports that is slow.
 SLOW = (
     "deepspeed", "matplotlib.figure", "peft", "transformers.models.llava.modeling_llava", "delo_eval.run",
-    "delo_llava.backbones.llava", "delo_llava.methods.delo", "delo_llava.training.one_stage",
+    "delo_llava.backbones.llava", "delo_llava.methods.delo", "delo_llava.runs.stage",
 )  # fmt: skip
 #: A launch that takes this many times the uninterrupted run's time hangs.
 HANGS = 20

@@ -21,10 +21,10 @@ from delo_eval.answer_store import CellAnswers, Writer
 from delo_eval.generate import Answer, Answerer, Question
 from delo_eval.hashes import FileHashes
 from delo_eval.stage import Request, evaluate_stage
+from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.methods.lora import Lora
 from delo_llava.tasks import Record
-from delo_llava.training import signals
 
 CPU = torch.device("cpu")
 STAGE = 1  # two trained tasks and the next one: 27 questions in batches of 4

@@ -7,8 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
-from delo_llava.losses import align_loss_sum, consistency_loss_sum
-from delo_llava.routing import CrossModal, Queries, RidgeStatistics
+from delo_llava.features.queries import Queries
+from delo_llava.features.ridge import RidgeStatistics
+from delo_llava.methods.delo.cross_modal import CrossModal
+from delo_llava.methods.delo.losses import align_loss_sum, consistency_loss_sum
 
 D = 5
 

@@ -11,8 +11,9 @@ from PIL import Image
 
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data.collate import Collator
-from delo_llava.experts import DeloLayer, frozen_queries, routing, set_trainable
-from delo_llava.routing import RouteInputs
+from delo_llava.methods.delo.layer import DeloLayer
+from delo_llava.methods.delo.plan import RouteInputs
+from delo_llava.methods.delo.tuner import frozen_queries, routing, set_trainable
 from delo_llava.tasks import Record
 
 ROWS = [COMPLETE, NO_IMAGE, NO_TEXT]

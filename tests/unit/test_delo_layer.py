@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from delo_llava.errors import DeloError
-from delo_llava.experts.config import DeloConfig
-from delo_llava.experts.layer import DeloLayer
-from delo_llava.experts.state import Route, RouteState
-from delo_llava.routing.plan import RouteInputs, RoutePlan
-from delo_llava.routing.queries import Queries
-from delo_llava.routing.router import Selection
+from delo_llava.features.queries import Queries
+from delo_llava.methods.delo.config import DeloConfig
+from delo_llava.methods.delo.layer import DeloLayer
+from delo_llava.methods.delo.plan import RouteInputs, RoutePlan
+from delo_llava.methods.delo.router import Selection
+from delo_llava.methods.delo.state import Route, RouteState
 
 E, R, D_IN, D_OUT, ROWS, TOKENS = 5, 3, 12, 7, 4, 9
 TASKS = ("first", "second")

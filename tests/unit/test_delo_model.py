@@ -23,19 +23,12 @@ from delo_support import (
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+from delo_llava.adapters.store import open_adapters, save_adapter
 from delo_llava.backbones.base import find_backbone
 from delo_llava.errors import DeloError
-from delo_llava.experts import (
-    DeloConfig,
-    DeloLayer,
-    checkpoint_context_fn,
-    load_adapters,
-    routing,
-    save_adapter,
-    set_trainable,
-    trainable_parameter_count,
-    tuner,
-)
+from delo_llava.methods.delo.config import DeloConfig, trainable_parameter_count
+from delo_llava.methods.delo.layer import DeloLayer
+from delo_llava.methods.delo.tuner import checkpoint_context_fn, routing, set_trainable, tuner
 
 ROWS = [COMPLETE, NO_IMAGE, NO_TEXT, COMPLETE]
 LINEARS = 2 * 7 + 2
@@ -191,7 +184,7 @@ def test_reload_is_bit_equal(tmp_path: Path, quant: str) -> None:
         save_adapter(model, task, tmp_path / task)
     mixed = changed(route, tasks=["one", "two", "two", "one"])
     expected = logits(model.eval(), inputs, mixed)
-    loaded = load_adapters(fresh(), {"one": tmp_path / "one", "two": tmp_path / "two"})
+    loaded = open_adapters(fresh(), {"one": tmp_path / "one", "two": tmp_path / "two"}, DeloConfig)
     assert torch.equal(logits(loaded, inputs, mixed), expected) and not trained(loaded)
     alone = PeftModel.from_pretrained(fresh(), str(tmp_path / "two"), adapter_name="renamed").eval()
     assert torch.equal(logits(alone, inputs, route), logits(model, inputs, changed(route, tasks="two")))
@@ -325,12 +318,12 @@ def test_bad_adapters_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DeloError, match="must agree"):
         model.add_adapter("two", config(pool_size=7))
     assert list(model.peft_config) == ["one"]
-    with pytest.raises(DeloError, match="No experts"):
+    with pytest.raises(DeloError, match="no adapter of this name"):
         save_adapter(model, "two", tmp_path)
-    with pytest.raises(DeloError, match="are missing"):
-        load_adapters(base(), {"two": tmp_path / "nowhere"})
+    with pytest.raises(DeloError, match="is missing"):
+        open_adapters(base(), {"two": tmp_path / "nowhere"}, DeloConfig)
     with pytest.raises(DeloError, match="No adapters"):
-        load_adapters(base(), {})
+        open_adapters(base(), {}, DeloConfig)
     with pytest.raises(DeloError, match="no DeLo experts"):
         tuner(base())
     for options in (
@@ -360,7 +353,7 @@ def test_half_a_file_is_refused(tmp_path: Path) -> None:
     tensors.pop(next(n for n in tensors if "delo_B" in n))
     save_file(tensors, file, metadata={"format": "pt"})
     with pytest.warns(UserWarning), pytest.raises(DeloError, match="does not fit"):
-        load_adapters(base(), {"one": tmp_path})
+        open_adapters(base(), {"one": tmp_path}, DeloConfig)
 
 
 def test_adapters_can_be_deleted() -> None:

@@ -8,13 +8,13 @@ import torch
 from delo_support import COMPLETE, NO_IMAGE, NO_TEXT, batch, changed, experts, run, same_routes
 from torch.nn import functional as F
 
-from delo_llava.data import collate
 from delo_llava.errors import DeloError
-from delo_llava.experts import frozen_queries
-from delo_llava.routing import CrossModal, Queries, RouteInputs, Router, Selection, queries
-from delo_llava.routing.cross_modal import Routed
-from delo_llava.routing.plan import Packing
-from delo_llava.routing.router import top_factors
+from delo_llava.features import queries
+from delo_llava.features.queries import Queries
+from delo_llava.methods.delo.cross_modal import CrossModal, Routed
+from delo_llava.methods.delo.plan import Packing, RouteInputs
+from delo_llava.methods.delo.router import Router, Selection, top_factors
+from delo_llava.methods.delo.tuner import frozen_queries
 
 ROWS = [COMPLETE, NO_IMAGE, NO_TEXT, COMPLETE]
 
@@ -37,11 +37,6 @@ def routed(rows: int = 5, hidden: int = 16) -> Routed:
 def router(**changes) -> Router:
     torch.manual_seed(2)
     return Router(**({"hidden": 16, "latent": 8, "slots": (3, 2), "pool_size": 6, "rank": 2} | changes))
-
-
-def test_segment_numbers_are_those_of_the_collator() -> None:
-    for name in ("SEGMENT_OTHER", "SEGMENT_IMAGE", "SEGMENT_CONTEXT", "SEGMENT_INSTRUCTION"):
-        assert getattr(queries, name) == getattr(collate, name)
 
 
 def test_queries_are_masked_means(model) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
-from delo_llava.routing import Queries, TaskKeyMemory
+from delo_llava.features.queries import Queries
+from delo_llava.features.task_keys import TaskKeyMemory
 
 D = 6
 

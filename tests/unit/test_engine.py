@@ -10,20 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from delo_llava.config import RunConfig, TrainConfig
-from delo_llava.errors import DeloError
-from delo_llava.training.batches import _ahead, deal
-from delo_llava.training.engine import (
+from delo_llava.engines.deepspeed import (
     SingleEngine,
     build_engine,
     deepspeed_settings,
     read_deepspeed_file,
     zero_stage,
 )
+from delo_llava.engines.module import MethodModule
+from delo_llava.engines.optim import cosine_with_warmup
+from delo_llava.engines.ranks import Ranks
+from delo_llava.errors import DeloError
+from delo_llava.runs.sequence import check_plan
 from delo_llava.training.loop import StepReport, run_steps
-from delo_llava.training.module import MethodModule
-from delo_llava.training.optim import cosine_with_warmup
-from delo_llava.training.ranks import Ranks
-from delo_llava.training.stages import check_plan
+from delo_llava.training.mixture import _ahead, deal
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

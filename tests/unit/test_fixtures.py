@@ -175,7 +175,7 @@ def test_coin6_trains_evaluates_and_resumes(
 ) -> None:
     """All six tasks, stopped after the second stage; the same command goes on and keeps what is there."""
     from delo_llava.cli import main_train, resolve
-    from delo_llava.training.stages import run_sequence
+    from delo_llava.runs.sequence import run_sequence
 
     evaluate_stage = importlib.import_module("delo_eval.run").evaluate_stage
     root = write_fixture("coin6", tmp_path / "d", RECORDS, mini)

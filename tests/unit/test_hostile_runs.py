@@ -19,17 +19,17 @@ from safetensors.torch import save_file
 
 from delo_eval.cli import main as evaluate
 from delo_eval.results import read_results
+from delo_llava.adapters.own import TENSORS, require_own_adapter
 from delo_llava.backbones.base import find_backbone
-from delo_llava.checkpoint.manifest import MANIFEST, manifest_faults, write_manifest
-from delo_llava.checkpoint.steps import StepStore
-from delo_llava.checkpoint.store import RunStore
 from delo_llava.cli import main, main_train, resolve
 from delo_llava.errors import DeloError
-from delo_llava.experts.config import DeloConfig
-from delo_llava.experts.own import TENSORS, require_own_adapter
+from delo_llava.methods.delo.config import DeloConfig
+from delo_llava.runs.manifest import MANIFEST, manifest_faults, write_manifest
+from delo_llava.runs.sequence import run_sequence
+from delo_llava.runs.step_state import SCHEMA, StepCheckpoints
+from delo_llava.runs.steps import StepStore
+from delo_llava.runs.store import RunStore
 from delo_llava.strict import read_json, read_tensors
-from delo_llava.training.stages import run_sequence
-from delo_llava.training.step_state import SCHEMA, StepCheckpoints
 
 
 class Payload:

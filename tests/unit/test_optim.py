@@ -7,6 +7,15 @@ import torch
 from torch import nn
 
 from delo_llava.config import TrainConfig
+from delo_llava.engines.optim import (
+    LANGUAGE,
+    PROJECTOR,
+    build_optimizer,
+    cosine_with_warmup,
+    parameter_groups,
+    rates,
+    set_rates,
+)
 from delo_llava.errors import DeloError
 from delo_llava.training.guards import (
     OutOfMemory,
@@ -20,15 +29,6 @@ from delo_llava.training.guards import (
     smaller_micro_batch,
 )
 from delo_llava.training.logging import Eta, MetricsLog, clock, matrix_row, matrix_summary
-from delo_llava.training.optim import (
-    LANGUAGE,
-    PROJECTOR,
-    build_optimizer,
-    cosine_with_warmup,
-    parameter_groups,
-    rates,
-    set_rates,
-)
 
 PATTERN = r"model\.multi_modal_projector\.linear_[12]"
 

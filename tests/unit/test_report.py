@@ -29,8 +29,8 @@ from delo_eval.routing_use import merge_use_parts, read_use, use_file, write_use
 from delo_eval.stage import evaluate_stage
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
-from delo_llava.routing.router import Selection
-from delo_llava.routing.use import RoutingUse
+from delo_llava.methods.delo.router import Selection
+from delo_llava.methods.delo.use import RoutingUse
 
 STYLE = Path(render_module.__file__).parent / "templates" / "style.css"
 
@@ -290,7 +290,7 @@ def test_ranks_add_up_and_fewer_samples_do_not_replace_more(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_training_leaves_a_report_after_each_stage(tmp_path: Path) -> None:
-    from delo_llava.training.stages import run_sequence
+    from delo_llava.runs.sequence import run_sequence
 
     recipe = write_sequence(tmp_path / "data")
     given = words(recipe, tiny_models.session("llava"), tmp_path / "run", "--method=delo")

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from delo_llava.cli import told
-from delo_llava.training import signals
-from delo_llava.training.ranks import Ranks
+from delo_llava.engines import signals
+from delo_llava.engines.ranks import Ranks
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

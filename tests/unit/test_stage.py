@@ -20,16 +20,16 @@ from delo_eval.run import Request, evaluate_stage
 from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.stage import current_ranks, open_run
 from delo_llava.backbones.base import find_backbone
-from delo_llava.checkpoint.store import RunStore
 from delo_llava.config import dump_config, load_config
 from delo_llava.data.collate import Batch
+from delo_llava.engines import signals
+from delo_llava.engines.ranks import Ranks
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Capabilities, Stage, TaskChoice
 from delo_llava.methods.individual import Individual
 from delo_llava.methods.lora import Lora
 from delo_llava.registry import load_plugin
-from delo_llava.training import signals
-from delo_llava.training.ranks import Ranks
+from delo_llava.runs.store import RunStore
 
 TASKS = ("shapes", "words", "places")
 RECORDS = {"train": 2, "val": 5, "test": 9}

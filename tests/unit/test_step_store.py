@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from delo_llava.checkpoint.manifest import MANIFEST, manifest_faults, write_manifest
-from delo_llava.checkpoint.steps import StepStore
+from delo_llava.runs.manifest import MANIFEST, manifest_faults, write_manifest
+from delo_llava.runs.steps import StepStore
 
 
 def publish(store: StepStore, step: int, text: str = "weights") -> Path:

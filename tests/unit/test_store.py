@@ -7,16 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from delo_llava.checkpoint.manifest import (
-    HashCache,
-    combined_hash,
-    manifest_faults,
-    sha256_file,
-    write_json_atomic,
-)
-from delo_llava.checkpoint.steps import StepStore
-from delo_llava.checkpoint.store import RunStore, check_tensors, verify
 from delo_llava.errors import DeloError
+from delo_llava.files import HashCache, combined_hash, sha256_file, write_json_atomic
+from delo_llava.runs.manifest import manifest_faults
+from delo_llava.runs.steps import StepStore
+from delo_llava.runs.store import RunStore, check_tensors, verify
 
 GOOD = {"layer.lora_A.weight": torch.ones(2, 4), "layer.lora_B.weight": torch.full((4, 2), 0.5)}
 
@@ -95,7 +90,7 @@ def test_every_damage_is_named(store: RunStore, damage: str) -> None:
 
 
 def test_a_rewrite_together_with_its_manifest_is_noticed(store: RunStore) -> None:
-    from delo_llava.checkpoint.manifest import write_manifest
+    from delo_llava.runs.manifest import write_manifest
 
     folder = publish(store, "one")
     (folder / "more" / "note.json").write_text("[]")
@@ -146,7 +141,7 @@ def test_the_record_grows_by_entries(store: RunStore) -> None:
 
 
 def test_hashes_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from delo_llava.checkpoint import manifest
+    from delo_llava.runs import manifest
 
     file, memory = tmp_path / "data.json", tmp_path / "hashes.json"
     file.write_text("one")
@@ -187,7 +182,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("delo_llava.checkpoint.store.write_manifest", full)
+    monkeypatch.setattr("delo_llava.runs.store.write_manifest", full)
     with pytest.raises(DeloError, match="No space left") as fault, store.publish("one") as folder:
         save_file({"a.delo_B": torch.ones(2)}, folder / "adapter_model.safetensors")
     assert "MiB free" in str(fault.value) and "same command" in str(fault.value)

@@ -8,10 +8,10 @@ import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 
+from delo_llava.adapters.own import TENSORS
 from delo_llava.backbones.base import find_backbone
 from delo_llava.config import load_config
 from delo_llava.errors import DeloError
-from delo_llava.experts.store import FILE
 from delo_llava.methods.base import Method, Stage
 from delo_llava.registry import load_plugin, plugin_names
 
@@ -37,9 +37,9 @@ def changed(saved: tuple[Any, Any, Path], tmp_path: Path, change: Any) -> str:
     method, base, folder = saved
     for file in folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(tmp_path / FILE)
+    tensors = load_file(tmp_path / TENSORS)
     change(tensors)
-    save_file(tensors, tmp_path / FILE, metadata={"format": "pt"})
+    save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
     with pytest.raises(DeloError) as told:
         method.load(base(), {"a": tmp_path})
     return told.value.render()
@@ -51,7 +51,7 @@ def name_of(tensors: dict[str, torch.Tensor]) -> str:
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_every_tensor_that_does_not_fit_is_named(saved: tuple[Any, Any, Path], tmp_path: Path) -> None:
-    names = sorted(load_file(saved[2] / FILE))
+    names = sorted(load_file(saved[2] / TENSORS))
     first, other = name_of(dict.fromkeys(names)), names[-1]  # type: ignore[arg-type]
 
     def drop(tensors: dict[str, torch.Tensor]) -> None:

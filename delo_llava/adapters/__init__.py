@@ -1,0 +1,1 @@
+"""What methods inject into a frozen base, and the files it is kept in."""

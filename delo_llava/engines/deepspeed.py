@@ -1,0 +1,363 @@
+"""DeepSpeed's ZeRO stages and a one-process stand-in behind one interface; only here is DeepSpeed imported.
+
+Loss convention: the caller hands over Σ_k w_k·sum_k / total_k for one micro-batch, totals taken over the
+*global* batch. Both engines sum the gradients of micro-batches and ranks, so every global batch means the
+same for any ranks × micro × accumulation.
+"""
+
+import gc
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from math import nan
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, distributed, nn
+
+from delo_llava.config import RunConfig
+from delo_llava.engines.optim import build_optimizer
+from delo_llava.engines.ranks import Ranks
+from delo_llava.engines.shards import (
+    OptimizerState,
+    Piece,
+    deal_state,
+    gather_state,
+    whole_pieces,
+    zero3_pieces,
+    zero12_pieces,
+)
+from delo_llava.errors import DeloError
+from delo_llava.registry import load_plugin
+
+#: Sections of a DeepSpeed file that would silently replace our optimiser and schedule.
+OVERRIDING = ("optimizer", "scheduler")
+#: Keys of a DeepSpeed file that the run's configuration decides; there they may only be absent or "auto".
+PINNED = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "fp16",
+    "bf16",
+)
+
+
+class Engine(Protocol):
+    """What the training loop needs of an engine."""
+
+    module: nn.Module
+    #: The engine's own file schedules the learning rates, so the loop must not.
+    schedules: bool
+
+    @property
+    def optimizer(self) -> Any:
+        """The optimiser whose `param_groups` hold the learning rates."""
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """The loss sums of one micro-batch."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss."""
+
+    def step(self) -> float | None:
+        """Called after every micro-batch; at the last one of a global batch: clip, update, clear.
+
+        Returns the global gradient norm before clipping at the last one, else None. Where it is not finite,
+        nothing was updated, on any rank.
+        """
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """A block in which trainable parameters are whole on every rank (read-only)."""
+
+    def gather_optimizer(self) -> OptimizerState:
+        """The optimiser's state as whole tensors on the first rank; every rank must call it."""
+
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """Go on from `state`; called before the first step, with the whole tensors on every rank."""
+
+    def schedule_state(self) -> dict[str, Any] | None:
+        """The state of the file's own schedule, as JSON holds it; None without one."""
+
+    def load_schedule(self, state: dict[str, Any] | None) -> None:
+        """Go on from what `schedule_state` gave."""
+
+    def close(self) -> None:
+        """Free everything the engine holds but the module."""
+
+
+class SingleEngine:
+    """One process, plain AdamW: the reference for the others, and the one to debug with."""
+
+    schedules = False
+
+    def __init__(
+        self, module: nn.Module, groups: list[dict[str, Any]], config: RunConfig, accumulation: int
+    ) -> None:
+        self.module, self.clip, self._accumulation, self._micro = module, config.train.clip, accumulation, 0
+        self._optimizer = build_optimizer(groups, config.train)
+        self._trained = [p for group in groups for p in group["params"]]
+
+    @property
+    def optimizer(self) -> Any:
+        """The AdamW itself."""
+        return self._optimizer
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """The loss sums of one micro-batch."""
+        sums: dict[str, Tensor] = self.module(batch)
+        return sums
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of one micro-batch's share of the loss."""
+        loss.backward()
+
+    def step(self) -> float | None:
+        """Count the micro-batch; clip, update and clear at the last one."""
+        self._micro = (self._micro + 1) % self._accumulation
+        if self._micro:
+            return None
+        norm = nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
+        if bool(norm.isfinite()):
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Parameters are always whole here."""
+        yield
+
+    def gather_optimizer(self) -> OptimizerState:
+        """The state as it is."""
+        return gather_state(
+            self._optimizer, whole_pieces(self._trained), trained_parameters(self.module), lambda t: t, True
+        )
+
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """Copy the state in."""
+        deal_state(self._optimizer, whole_pieces(self._trained), trained_parameters(self.module), state)
+
+    def schedule_state(self) -> dict[str, Any] | None:
+        """The loop schedules."""
+        return None
+
+    def load_schedule(self, state: dict[str, Any] | None) -> None:
+        """Nothing to load."""
+
+    def close(self) -> None:
+        """Drop optimiser state and gradients."""
+        self._optimizer.zero_grad(set_to_none=True)
+        self._optimizer.state.clear()
+
+
+class DeepSpeedEngine:
+    """DeepSpeed with ZeRO 1, 2 or 3 around our own AdamW."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[dict[str, Any]],
+        config: RunConfig,
+        ranks: Ranks,
+        accumulation: int,
+    ) -> None:
+        deepspeed = _import_deepspeed(ranks.device)
+        settings = deepspeed_settings(config, accumulation, ranks.device)
+        self.module, self._deepspeed, self._scale = module, deepspeed, ranks.world * accumulation
+        self._ranks = ranks
+        self.schedules = "scheduler" in settings
+        # Taken before DeepSpeed sees the groups: ZeRO-3 empties them.
+        self._trained = [p for group in groups for p in group["params"]]
+        ours: dict[str, Any] = {"optimizer": build_optimizer(groups, config.train)}
+        if "optimizer" in settings:
+            ours = {"model_parameters": groups}
+        self._engine, *_ = deepspeed.initialize(
+            model=module, config=settings, dist_init_required=False, **ours
+        )
+        self._check(settings["zero_optimization"]["stage"], ranks.world)
+
+    @property
+    def optimizer(self) -> Any:
+        """DeepSpeed's wrapper; its `param_groups` are those of our AdamW."""
+        return self._engine.optimizer
+
+    def forward(self, batch: Any) -> dict[str, Tensor]:
+        """The loss sums of one micro-batch, through DeepSpeed's hooks."""
+        sums: dict[str, Tensor] = self._engine(batch)
+        return sums
+
+    def backward(self, loss: Tensor) -> None:
+        """Add one micro-batch's gradient; DeepSpeed's averages over ranks and accumulation are undone."""
+        self._engine.backward(loss * self._scale)
+
+    def step(self) -> float | None:
+        """DeepSpeed counts micro-batches itself and updates at the accumulation boundary."""
+        last = self._engine.is_gradient_accumulation_boundary()
+        self._engine.step()
+        if not last:
+            return None
+        # DeepSpeed leaves an update with a gradient that is not finite out, without a word; ZeRO-3 then still
+        # tells the norm of the step before.
+        return float(self._engine.get_global_grad_norm() or 0.0) if self._engine.was_step_applied() else nan
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Parameters whole on every rank: under ZeRO-3 they are gathered for the block."""
+        parts = [p for p in self._trained if hasattr(p, "ds_id")]
+        with self._deepspeed.zero.GatheredParameters(parts, modifier_rank=None, enabled=bool(parts)):
+            yield
+
+    def gather_optimizer(self) -> OptimizerState:
+        """Gathered from the ranks' partitions, one parameter after the other."""
+        return gather_state(
+            self._inner(), self._pieces(), trained_parameters(self.module), self._ranks.sum, self._ranks.first
+        )
+
+    def load_optimizer(self, state: OptimizerState) -> None:
+        """Fill this rank's partitions."""
+        deal_state(self._inner(), self._pieces(), trained_parameters(self.module), state)
+
+    def schedule_state(self) -> dict[str, Any] | None:
+        """That of the scheduler in the DeepSpeed file."""
+        state: dict[str, Any] | None = self._engine.lr_scheduler.state_dict() if self.schedules else None
+        return state
+
+    def load_schedule(self, state: dict[str, Any] | None) -> None:
+        """Set that scheduler, and the rates it gives."""
+        if state is not None:
+            self._engine.lr_scheduler.load_state_dict(state)
+
+    def _inner(self) -> Any:
+        return self._engine.optimizer.optimizer
+
+    def _pieces(self) -> dict[int, Piece]:
+        optimizer = self._engine.optimizer
+        if self._engine.zero_optimization_stage() == 3:
+            return zero3_pieces(optimizer, self._trained, self._ranks.rank)
+        return zero12_pieces(optimizer)
+
+    def close(self) -> None:
+        """Destroy the engine, so that the next stage's starts on free memory."""
+        self._engine.destroy()
+        self._engine = None
+        self._trained = []
+        gc.collect()
+
+    def _check(self, stage: int, world: int) -> None:
+        """A wrong backend or world size trains each rank alone, silently: refuse it."""
+        found = (
+            type(self._engine).__name__,
+            self._engine.zero_optimization_stage(),
+            distributed.get_world_size(),
+        )
+        if found != ("DeepSpeedEngine", stage, world):
+            raise DeloError(
+                "DeepSpeed built another engine than asked for",
+                given=found,
+                allowed=[("DeepSpeedEngine", stage, world)],
+            )
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The trainable parameters of a `MethodModule`'s model by their names in it."""
+    model = module.get_submodule("model")
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def build_engine(
+    module: nn.Module, groups: list[dict[str, Any]], config: RunConfig, ranks: Ranks, accumulation: int
+) -> Engine:
+    """The engine that `config.zero` names, over the trainable parameters in `groups`."""
+    if config.zero == "none":
+        return SingleEngine(module, groups, config, accumulation)
+    return DeepSpeedEngine(module, groups, config, ranks, accumulation)
+
+
+def read_deepspeed_file(config: RunConfig) -> dict[str, Any]:
+    """The DeepSpeed file of the run, checked for what the run's configuration must decide.
+
+    Raises:
+        DeloError: no such file, not JSON, an optimizer or scheduler section that was not asked for, or a
+            pinned key.
+    """
+    path = config.ds_config or Path(str(load_plugin("zero", config.zero)))
+    try:
+        settings: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise DeloError(f"The DeepSpeed file cannot be read: {error}", given=path) from error
+    for key in OVERRIDING:
+        if key in settings and not config.allow_ds_optimizer:
+            raise DeloError(
+                f"The DeepSpeed file has a section `{key}`, which would silently replace the recipe's",
+                given=path,
+                fix=f"remove `{key}`, or pass --allow_ds_optimizer true",
+            )
+    for key in PINNED:
+        if settings.get(key, "auto") != "auto":
+            raise DeloError(
+                f"`{key}` is decided by the run's configuration, not by the DeepSpeed file",
+                given=path,
+                fix=f"remove `{key}`",
+            )
+    if settings.get("zero_optimization", {}).get("compute_grad_norm") is False:
+        raise DeloError(
+            "The gradient norm is needed to notice gradients that are not finite",
+            given=path,
+            fix="remove `compute_grad_norm`",
+        )
+    if "stage" not in settings.get("zero_optimization", {}):
+        raise DeloError(
+            "The DeepSpeed file names no ZeRO stage", given=path, fix='add "zero_optimization": {"stage": 2}'
+        )
+    return settings
+
+
+def zero_stage(config: RunConfig) -> int:
+    """The ZeRO stage of the run's DeepSpeed file; 0 for the one-process engine."""
+    return 0 if config.zero == "none" else int(read_deepspeed_file(config)["zero_optimization"]["stage"])
+
+
+def deepspeed_settings(config: RunConfig, accumulation: int, device: torch.device) -> dict[str, Any]:
+    """The file's settings with batch sizes and clipping filled in.
+
+    There is no bf16 section: the frozen base is loaded in its dtype and adapters stay fp32, which needs no
+        loss scaling and no second master copy.
+    """
+    settings = {key: value for key, value in read_deepspeed_file(config).items() if key not in PINNED}
+    offload = settings["zero_optimization"].get("offload_optimizer")
+    if offload is not None and device.type == "cpu":
+        offload["pin_memory"] = False
+    return settings | {
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.train.clip,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+def init_deepspeed_group(device: torch.device, timeout: timedelta) -> None:
+    """Join the process group through DeepSpeed: NCCL on CUDA, gloo on the CPU."""
+    deepspeed = _import_deepspeed(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    if device.type == "cpu":
+        # Joining the group would compile a shared-memory op for a minute or two, and a kill meanwhile leaves
+        # a lock that hangs every later run.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.utils.logger.setLevel("WARNING")
+    return deepspeed

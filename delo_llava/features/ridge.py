@@ -1,0 +1,99 @@
+"""Ridge maps between the modalities' queries, solved in closed form from sums over complete samples: sums of
+parts are exact sums of the whole, so nothing is forgotten and any number of ranks gives the same."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from delo_llava.errors import DeloError
+from delo_llava.features.queries import Queries
+from delo_llava.strict import read_tensors
+
+
+@dataclass
+class RidgeStatistics:
+    """Sufficient statistics of both ridge maps over complete samples, in float64; sums of parts are exact
+    sums of
+    the whole.
+
+    Attributes:
+        count: number of samples, a float64 scalar.
+        sums: 2×d, sums of image and text queries.
+        products: 3×d×d, sums of image·imageᵀ, text·textᵀ, image·textᵀ.
+    """
+
+    count: Tensor
+    sums: Tensor
+    products: Tensor
+
+    FILE = "ridge_statistics.safetensors"
+
+    @classmethod
+    def empty(cls, hidden: int) -> "RidgeStatistics":
+        """No samples yet, for queries of length `hidden`."""
+        zeros = torch.zeros(3, hidden, hidden, dtype=torch.float64)
+        return cls(torch.zeros((), dtype=torch.float64), torch.zeros(2, hidden, dtype=torch.float64), zeros)
+
+    def observe(self, queries: Queries, presence: Tensor) -> None:
+        """Add the complete rows of a batch (`presence`: bool B×2)."""
+        complete = presence.all(1).nonzero().squeeze(1)
+        image, text = (
+            q.detach().index_select(0, complete).double().cpu() for q in (queries.image, queries.text)
+        )
+        self.count += len(complete)
+        self.sums += torch.stack([image.sum(0), text.sum(0)])
+        self.products += torch.stack([image.T @ image, text.T @ text, image.T @ text])
+
+    def merge(self, other: "RidgeStatistics") -> "RidgeStatistics":
+        """The statistics of both sets of samples together."""
+        return RidgeStatistics(
+            self.count + other.count, self.sums + other.sums, self.products + other.products
+        )
+
+    def solve(self, target: Literal["image", "text"] | str, relative_ridge: float) -> tuple[Tensor, Tensor]:
+        """Ridge regression of the target modality on the other, with an intercept.
+
+        Minimises Σ‖(x − x̄) W − (y − ȳ)‖² + λ‖W‖² with λ = relative_ridge · mean diagonal of the centred Gram
+        matrix.
+
+        Returns:
+            W (d×d) and the offset ȳ − x̄ W (d), fp32.
+
+        Raises:
+            DeloError: with fewer than two complete samples.
+        """
+        if self.count < 2:
+            raise DeloError(
+                "A ridge map needs complete samples, with image and text",
+                given=f"{int(self.count)} samples",
+                fix="use --delo.cross_modal=identity, or a lower missing ratio",
+            )
+        mean = self.sums / self.count
+        source, goal = (1, 0) if target == "image" else (0, 1)
+        gram = self.products[source] - self.count * torch.outer(mean[source], mean[source])
+        cross = self.products[2].T if target == "image" else self.products[2]
+        cross = cross - self.count * torch.outer(mean[source], mean[goal])
+        ridge = max(relative_ridge * gram.diagonal().mean().item(), torch.finfo(torch.float64).tiny)
+        weight = torch.linalg.solve(gram + ridge * torch.eye(len(gram), dtype=gram.dtype), cross)
+        return weight.float(), (mean[goal] - mean[source] @ weight).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name (what a reduction over ranks adds up, and what is saved)."""
+        return {"count": self.count, "sums": self.sums, "products": self.products}
+
+    def save(self, folder: Path) -> None:
+        """Write the statistics of one task into its folder."""
+        save_file({k: v.clone().contiguous() for k, v in self.tensors().items()}, folder / self.FILE)
+
+    @classmethod
+    def load(cls, folder: Path) -> "RidgeStatistics":
+        """Read what `save` wrote."""
+        if not (folder / cls.FILE).is_file():
+            raise DeloError(
+                "Ridge statistics are missing", given=folder / cls.FILE, fix="train the stage again"
+            )
+        return cls(**read_tensors(folder / cls.FILE, "Ridge statistics"))

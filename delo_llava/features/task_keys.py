@@ -1,0 +1,222 @@
+"""Task-key memory: running means of frozen queries per task and view, and the choice of a task per sample
+(specification 5.4, 10).
+
+Keys are true means over the samples that have the view, kept as float64 sums and counts, so they are exact
+under any number of ranks and any accumulation. Only trained tasks are candidates, each sample chooses for
+itself, and a missing view gives no evidence.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from delo_llava.errors import DeloError
+from delo_llava.features.queries import VIEWS, Queries
+from delo_llava.strict import read_tensors
+
+Matcher = Literal["cosine", "lda"]
+
+
+@dataclass
+class KeyStatistics:
+    """Sums over one task's samples, in float64, on the CPU.
+
+    Attributes:
+        count: 3, samples that have each view. sums: 3×d. products: 3×d×d sums of q·qᵀ, or None when no
+            covariance is kept.
+    """
+
+    count: Tensor
+    sums: Tensor
+    products: Tensor | None
+
+    @classmethod
+    def empty(cls, hidden: int, covariance: bool) -> "KeyStatistics":
+        """No samples yet."""
+        products = torch.zeros(3, hidden, hidden, dtype=torch.float64) if covariance else None
+        return cls(torch.zeros(3, dtype=torch.float64), torch.zeros(3, hidden, dtype=torch.float64), products)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The sums by name."""
+        named = {"count": self.count, "sums": self.sums, "products": self.products}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def add(self, other: "KeyStatistics") -> None:
+        """Sum in place: the statistics of both sets of samples together."""
+        for name, tensor in self.tensors().items():
+            tensor += other.tensors()[name]
+
+    def means(self) -> Tensor:
+        """3×d; zero where a view was never seen."""
+        return self.sums / self.count.clamp(min=1).unsqueeze(1)
+
+    def scatter(self, view: int) -> Tensor:
+        """Within-task scatter Σ(q − μ)(q − μ)ᵀ of a view: d×d."""
+        if self.products is None:
+            raise DeloError(
+                "The matcher lda needs second moments", fix="keep them: TaskKeyMemory(covariance=True)"
+            )
+        mean = self.means()[view]
+        return self.products[view] - self.count[view] * torch.outer(mean, mean)
+
+
+class TaskKeyMemory:
+    """Keys of all trained tasks.
+
+    Args:
+        hidden: d, length of a query.
+        covariance: also keep second moments, for the matcher `lda` (three d×d matrices per task).
+        shrinkage: share of the spherical part in the shared covariance of `lda`, in (0, 1].
+    """
+
+    FILE = "task_keys.safetensors"
+
+    def __init__(self, hidden: int, covariance: bool = True, shrinkage: float = 0.1) -> None:
+        self.hidden, self.covariance, self.shrinkage = hidden, covariance, shrinkage
+        self.tasks: dict[str, KeyStatistics] = {}
+        self._pending: dict[str, KeyStatistics] = {}
+
+    def observe(self, task: str, queries: Queries, presence: Tensor) -> None:
+        """Add a batch of a task (`presence`: bool B×2). Counts once `all_reduce_` or `settle` is called.
+
+        A view counts where it is present in the data; a sample whose instruction has no words gives no
+        instruction.
+        """
+        here = self.pending(task)
+        for view, (query, seen) in enumerate(zip(queries, _seen(queries, presence), strict=True)):
+            q = query.detach()[seen].double().cpu()
+            here.count[view] += len(q)
+            here.sums[view] += q.sum(0)
+            if here.products is not None:
+                here.products[view] += q.T @ q
+
+    def pending(self, task: str) -> KeyStatistics:
+        """What this rank observed of `task` since it was last settled; the sums may be written to."""
+        return self._pending.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance))
+
+    def settle(self, task: str, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
+        """Add what was observed of `task` since the last call to its keys, summed over ranks by `reduce`.
+
+        Every rank must call it, also one that saw no sample. Calling it twice adds nothing twice.
+        """
+        part = self._pending.pop(task, None) or KeyStatistics.empty(self.hidden, self.covariance)
+        products = None if part.products is None else reduce(part.products)
+        summed = KeyStatistics(reduce(part.count), reduce(part.sums), products)
+        self.tasks.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance)).add(summed)
+
+    def all_reduce_(self, task: str) -> None:
+        """`settle` over the ranks of the default process group, if there is one."""
+
+        def total(tensor: Tensor) -> Tensor:
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.all_reduce(tensor)
+            return tensor
+
+        self.settle(task, total)
+
+    def choose(
+        self,
+        queries: Queries,
+        presence: Tensor,
+        tasks: Sequence[str],
+        matcher: Matcher = "cosine",
+        views: Sequence[str] = VIEWS,
+    ) -> tuple[Tensor, Tensor]:
+        """The likeliest of `tasks` for every sample.
+
+        `cosine`: mean cosine to the keys over present views. `lda`: log-likelihood under task means and one
+        shrunk covariance for all tasks, summed over present views. A task that never saw a view gets the mean
+        score of those that did.
+
+        Returns:
+            index int64 B into `tasks`, and scores B×T (float64). Ties go to the earlier task.
+        """
+        self._check_choice(tasks, matcher, views)
+        scores = torch.zeros(len(presence), len(tasks), dtype=torch.float64)
+        weights = torch.zeros(len(presence), 1, dtype=torch.float64)
+        for view, (query, seen) in enumerate(zip(queries, _seen(queries, presence), strict=True)):
+            known = torch.stack([self.tasks[t].count[view] > 0 for t in tasks])
+            if VIEWS[view] not in views or not bool(known.any()):
+                continue
+            evidence = self._evidence(query.detach().double().cpu(), tasks, view, matcher)
+            neutral = (evidence * known).sum(1, keepdim=True) / known.sum()
+            seen_column = seen.cpu().double().unsqueeze(1)
+            scores += torch.where(known, evidence, neutral) * seen_column
+            weights += seen_column
+        if matcher == "cosine":
+            scores = scores / weights.clamp(min=1)
+        return scores.argmax(1).to(presence.device), scores.to(presence.device)
+
+    def _check_choice(self, tasks: Sequence[str], matcher: str, views: Sequence[str]) -> None:
+        if not tasks:
+            raise DeloError("There is no trained task to choose from", fix="train a stage first")
+        given = [("task", t, list(self.tasks)) for t in tasks] + [("view", v, VIEWS) for v in views]
+        for name, item, allowed in (*given, ("matcher", matcher, ("cosine", "lda"))):
+            if item not in allowed:
+                raise DeloError(f"Unknown {name} for the key memory", given=item, allowed=allowed)
+
+    def _evidence(self, query: Tensor, tasks: Sequence[str], view: int, matcher: Matcher) -> Tensor:
+        """B×T scores of one view."""
+        means = torch.stack([self.tasks[t].means()[view] for t in tasks])
+        if matcher == "cosine":
+            return F.normalize(query, dim=1) @ F.normalize(means, dim=1).T
+        count = torch.stack([self.tasks[t].count[view] for t in tasks])
+        scatter = torch.stack([self.tasks[t].scatter(view) for t in tasks]).sum(0)
+        covariance = scatter / (count.sum() - (count > 0).sum()).clamp(min=1)
+        spread = covariance.diagonal().mean().clamp(min=1e-12)
+        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * spread * torch.eye(
+            self.hidden, dtype=torch.float64
+        )
+        white = torch.linalg.solve_triangular(
+            torch.linalg.cholesky(shrunk), torch.cat([query, means]).T, upper=False
+        ).T
+        samples, centres = white[: len(query)], white[len(query) :]
+        return -0.5 * torch.cdist(samples, centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Task -> sums by name."""
+        return {task: statistics.tensors() for task, statistics in self.tasks.items()}
+
+    def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Replace all keys by those of `state_dict`."""
+        self.tasks = {task: self._read(dict(tensors), task) for task, tensors in state.items()}
+
+    def save_task(self, folder: Path, task: str) -> None:
+        """Write one task's statistics into its folder; files of other tasks are not touched."""
+        if task not in self.tasks:
+            raise DeloError("No keys of this task", given=task, allowed=list(self.tasks))
+        sums = {name: tensor.clone().contiguous() for name, tensor in self.tasks[task].tensors().items()}
+        save_file(sums, folder / self.FILE)
+
+    def load(self, folders: Mapping[str, Path]) -> None:
+        """Add the keys of trained tasks, task -> folder."""
+        for task, folder in folders.items():
+            if not (folder / self.FILE).is_file():
+                file = folder / self.FILE
+                raise DeloError(
+                    f"The keys of task {task} are missing", given=file, fix="train the stage again"
+                )
+            self.tasks[task] = self._read(read_tensors(folder / self.FILE, f"The keys of task {task}"), task)
+
+    def _read(self, tensors: dict[str, Tensor], task: str) -> KeyStatistics:
+        if tensors["sums"].shape != (3, self.hidden):
+            width = tensors["sums"].shape[-1]
+            raise DeloError(
+                f"The keys of task {task} are of another base", given=width, allowed=[self.hidden]
+            )
+        if self.covariance and "products" not in tensors:
+            raise DeloError(f"The keys of task {task} hold no second moments", fix="use the matcher cosine")
+        products = tensors["products"].clone() if self.covariance else None
+        return KeyStatistics(tensors["count"].clone(), tensors["sums"].clone(), products)
+
+
+def _seen(queries: Queries, presence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which rows have each view, bool B each: by the data's flags; the instruction's, whether it has
+    words."""
+    return presence[:, 0], presence[:, 1], (queries.instruction != 0).any(1)

@@ -1,0 +1,155 @@
+"""The expert layer around a frozen linear: y = W₀x + s·Σ_j g_j b_j (a_jᵀ x), factors gathered per sample
+(specification 4, M5).
+
+Two look-ups and two small batched products; ΔW is never formed and samples are never looped over. The layer
+does not know its task: it reads the rows of the pools from the plan.
+"""
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from delo_llava.methods.delo.config import DeloConfig
+from delo_llava.methods.delo.plan import RoutePlan, RouteTable
+from delo_llava.methods.delo.state import RouteState
+
+
+class DeloLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear with one pair of pools per adapter.
+
+    A pool is an embedding table, [image factors | text factors] × width: its look-up is the gather, and as a
+    module of its own it is what ZeRO-3 gathers and releases (parameters in a ParameterDict would not be).
+
+    Args:
+        base_layer: `nn.Linear` or a 4-bit linear.
+        state: shared by all layers of the model; holds the plan.
+        projector: inside the projector, where only image pools exist and rows are images.
+    """
+
+    adapter_layer_names = ("delo_A", "delo_B")
+    other_param_names = ("scale",)
+
+    def __init__(self, base_layer: nn.Module, state: RouteState, projector: bool) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.state, self.projector = state, projector
+        linear: Any = base_layer
+        self.in_features, self.out_features = int(linear.in_features), int(linear.out_features)
+        self.slot = -1  # position among the language or projector layers, set by the model after injection
+        self.rank = 0
+        self.scale: dict[str, float] = {}
+        self.delo_A, self.delo_B = nn.ModuleDict(), nn.ModuleDict()
+
+    def update_layer(self, name: str, config: DeloConfig) -> None:
+        """Add the pools of adapter `name`: A ~ N(0, 1/d_in), B = 0, fp32, drawn on the CPU so that a seed
+        fixes them."""
+        factors = config.pool_size * (1 if self.projector else 2)
+        a = torch.randn(factors, self.in_features, device="cpu") * self.in_features**-0.5
+        b = torch.zeros(factors, self.out_features, device="cpu")
+        self.rank, self.scale[name] = config.r, config.scale
+        for pools, start in ((self.delo_A, a), (self.delo_B, b)):
+            pools[name] = nn.Embedding(len(start), start.shape[1], _weight=start)
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters)
+
+    def _move_adapter_to_device_of_base_layer(
+        self, adapter_name: str, device: torch.device | None = None
+    ) -> None:
+        """Move the pools, but keep them fp32 (PEFT would cast them to the base's type)."""
+        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        for pools in (self.delo_A, self.delo_B):
+            if target is not None and pools[adapter_name].weight.device.type != "meta":
+                pools[adapter_name].to(target)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output plus the routed update; the base's alone while experts are off or the frozen
+        features are
+        computed."""
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.state.suspended:
+            return y
+        plan = self.state.current()
+        if not self.projector:
+            return self._language(x, y, plan)
+        if plan.projector is None or plan.packing is None:
+            raise self.state.missing_plan()
+        if x.dim() == 3:
+            return self._add(x, y, plan, plan.projector, None)
+        packing = plan.packing
+        padded = packing.pad(x)
+        delta = self._add(
+            padded, padded.new_zeros(*padded.shape[:2], self.out_features), plan, plan.projector, None
+        )
+        return y + packing.unpad(delta).to(y.dtype)
+
+    def _language(self, x: Tensor, y: Tensor, plan: RoutePlan) -> Tensor:
+        weight = plan.token_weight
+        if weight is None:
+            return self._add(x, y, plan, plan.language, None)
+        offset = self.state.offset
+        if offset >= weight.shape[1]:  # decoding: what is generated is text, so only the text half works
+            return self._add(x, y, plan, plan.language, None, text_only=True)
+        if offset or x.shape[1] != weight.shape[1]:
+            weight = self._weight_at(weight, offset, x.shape[1])
+        return self._add(x, y, plan, plan.language, weight)
+
+    def _weight_at(self, weight: Tensor, start: int, length: int) -> Tensor:
+        """Token weights of `length` positions from `start`; what lies beyond the prompt is text."""
+        window = weight[:, start : start + length]
+        beyond = weight.new_zeros(len(weight), length - window.shape[1], weight.shape[2])
+        beyond[..., self.rank :] = 1
+        return torch.cat([window, beyond], 1)
+
+    def _add(
+        self,
+        x: Tensor,
+        y: Tensor,
+        plan: RoutePlan,
+        table: RouteTable,
+        weight: Tensor | None,
+        text_only: bool = False,
+    ) -> Tensor:
+        """y + s·((x Aᵀ) ∘ gates ∘ weight) B for x R×T×d_in, in x's type."""
+        a, b = self._factors(plan, table, text_only, x.dtype)
+        u = torch.bmm(x, a.transpose(1, 2))
+        if table.gates is not None:
+            gate = table.gates[self.slot].unsqueeze(1)
+            u = u * (gate[..., self.rank :] if text_only else gate).to(u.dtype)
+        if weight is not None:
+            u = u * weight.to(u.dtype)
+        scale = self.scale[plan.used[0]]
+        if y.dtype == u.dtype:
+            return torch.baddbmm(y, u, b, alpha=scale)
+        return y + (torch.bmm(u, b) * scale).to(y.dtype)
+
+    def _factors(
+        self, plan: RoutePlan, table: RouteTable, text_only: bool, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """Chosen A (R×k×d_in) and B (R×k×d_out); kept on the plan when no gradient is wanted, so decode
+        steps gather
+        nothing."""
+        key = (id(self), text_only, dtype)
+        kept: tuple[Tensor, Tensor] | None = None if torch.is_grad_enabled() else plan.cache.get(key)
+        if kept is not None:
+            return kept
+        rows_a, rows_b = table.a[self.slot], table.b[self.slot]
+        if text_only:
+            rows_a, rows_b = rows_a[:, self.rank :], rows_b[:, self.rank :]
+        factors = (
+            self._gather(self.delo_A, plan.used, rows_a).to(dtype),
+            self._gather(self.delo_B, plan.used, rows_b).to(dtype),
+        )
+        if not torch.is_grad_enabled():
+            plan.cache[key] = factors
+        return factors
+
+    @staticmethod
+    def _gather(pools: nn.ModuleDict, used: tuple[str, ...], rows: Tensor) -> Tensor:
+        if len(used) == 1:
+            found: Tensor = pools[used[0]](rows)
+            return found
+        stacked: list[Tensor] = [pools[task].weight for task in used]  # type: ignore[misc]
+        return F.embedding(rows, torch.cat(stacked))

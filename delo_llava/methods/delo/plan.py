@@ -1,0 +1,235 @@
+"""The plan of one forward: which factors every adapted linear uses for every row, decided once and read by
+all layers.
+
+A plan is plain data in the caller's hands; no tensor carries attributes (trap T1) and nothing in it changes
+while layers read it, except caches of gathered factors when no gradient is wanted.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from delo_llava.data.segments import SEGMENT_IMAGE
+from delo_llava.errors import DeloError
+from delo_llava.features.queries import Queries
+from delo_llava.methods.delo.router import Selection
+
+#: From queries and presence (bool B×2) to the task of each row.
+Chooser = Callable[[Queries, Tensor], Sequence[str]]
+
+
+@dataclass(frozen=True)
+class RouteInputs:
+    """What routing must know of a batch besides the model's own inputs.
+
+    Attributes:
+        input_ids: B×S; segments: uint8 B×S (see `queries`); presence: bool B×2 (image, text), as the data
+            says.
+        image_rows: int64 N, batch row of each image that goes through the tower.
+        image_tokens: int64 N, projector output tokens of each image.
+        tasks: one task for all rows, or one per row, or None for the active adapter.
+        choose: picks the tasks from frozen queries instead; used when `tasks` is None.
+        expand: beams per row, for `generate`, which repeats rows.
+    """
+
+    input_ids: Tensor
+    segments: Tensor
+    presence: Tensor
+    image_rows: Tensor
+    image_tokens: Tensor
+    tasks: str | Sequence[str] | None = None
+    choose: Chooser | None = None
+    expand: int = 1
+
+    def __post_init__(self) -> None:
+        rows = len(self.input_ids)
+        if self.segments.shape != self.input_ids.shape or self.presence.shape != (rows, 2):
+            shapes = (
+                f"{tuple(self.input_ids.shape)}, {tuple(self.segments.shape)}, {tuple(self.presence.shape)}"
+            )
+            raise DeloError(
+                "input_ids, segments and presence disagree on the batch",
+                given=shapes,
+                fix="take all three from one Batch",
+            )
+        if self.tasks is not None and not isinstance(self.tasks, str) and len(self.tasks) != rows:
+            raise DeloError("There must be one task per row", given=f"{len(self.tasks)} tasks, {rows} rows")
+        if len(self.image_rows) != len(self.image_tokens):
+            raise DeloError(
+                "Each image needs a row and a number of tokens",
+                given=f"{len(self.image_rows)}, {len(self.image_tokens)}",
+            )
+
+    @classmethod
+    def from_batch(cls, batch: Any, **options: Any) -> "RouteInputs":
+        """From a collated batch; `options` are `tasks`, `choose` and `expand`."""
+        fields = ("segments", "presence", "image_rows", "image_tokens")
+        return cls(batch.inputs["input_ids"], *(getattr(batch, name) for name in fields), **options)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, beams included."""
+        return len(self.input_ids) * self.expand
+
+
+@dataclass(frozen=True)
+class RouteTable:
+    """Per linear: rows of the (stacked) A and B pools, int64 R×k, and gates R×k or None. R is rows, or
+    images in
+    the projector."""
+
+    a: tuple[Tensor, ...]
+    b: tuple[Tensor, ...]
+    gates: tuple[Tensor, ...] | None
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the tokens of N images lie when they are padded to N×T: `flat` int64 total, or None when all
+    have T
+    tokens."""
+
+    images: int
+    longest: int
+    flat: Tensor | None
+
+    @classmethod
+    def of(cls, lengths: list[int], device: torch.device) -> "Packing":
+        """The packing of images with these token counts."""
+        longest = max(lengths)
+        if min(lengths) == longest:
+            return cls(len(lengths), longest, None)
+        starts = [torch.arange(n) + i * longest for i, n in enumerate(lengths)]
+        return cls(len(lengths), longest, torch.cat(starts).to(device))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """Packed total×d to N×T×d, zeros in the gaps."""
+        if self.flat is None:
+            return x.view(self.images, self.longest, x.shape[-1])
+        padded = x.new_zeros(self.images * self.longest, x.shape[-1]).index_copy(0, self.flat, x)
+        return padded.view(self.images, self.longest, x.shape[-1])
+
+    def unpad(self, y: Tensor) -> Tensor:
+        """N×T×d back to total×d."""
+        flat = y.reshape(-1, y.shape[-1])
+        return flat if self.flat is None else flat.index_select(0, self.flat)
+
+
+@dataclass
+class RoutePlan:
+    """The decision for one forward (and, in `generate`, for all its decode steps).
+
+    Attributes:
+        selection: positions within the pools, for every linear and row; the row-wise truth the tables are
+            made of.
+        tasks: task of each row; used: the distinct ones, in the order their pools are stacked.
+        queries: frozen queries; presence: bool B×2.
+        language, projector: what layers read.
+        token_weight: B×S×2r, 1 where a factor acts on a token; None when every token gets both updates.
+        packing: of the images in the projector.
+        cache: gathered factors, filled by layers when no gradient is wanted.
+    """
+
+    selection: Selection
+    tasks: list[str]
+    used: tuple[str, ...]
+    queries: Queries
+    presence: Tensor
+    pool_size: int
+    projector_slots: int
+    language: RouteTable
+    projector: RouteTable | None = None
+    token_weight: Tensor | None = None
+    packing: Packing | None = None
+    cache: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def build(
+        cls,
+        selection: Selection,
+        inputs: RouteInputs,
+        tasks: list[str],
+        used: tuple[str, ...],
+        queries: Queries,
+        *,
+        pool_size: int,
+        projector_slots: int,
+        own_tokens: bool,
+        lengths: list[int],
+    ) -> "RoutePlan":
+        """Lay the selection out for the layers: one contiguous table per linear, offsets of modality and task
+        included."""
+        position = torch.tensor([used.index(t) for t in tasks], device=inputs.presence.device)
+        plan = cls(
+            selection,
+            tasks,
+            used,
+            queries,
+            inputs.presence,
+            pool_size,
+            projector_slots,
+            _language_table(selection, position, pool_size, projector_slots),
+        )
+        if own_tokens:
+            is_image = inputs.segments == SEGMENT_IMAGE
+            rank = selection.image_a.shape[-1]
+            plan.token_weight = torch.stack([is_image, ~is_image], -1).float().repeat_interleave(rank, -1)
+        if lengths:
+            plan.projector = _projector_table(
+                selection, position, pool_size, projector_slots, inputs.image_rows
+            )
+            plan.packing = Packing.of(lengths, inputs.presence.device)
+        return plan
+
+    def index_select(self, rows: Tensor) -> "RoutePlan":
+        """The plan of some rows in a new order (beams), for decoding: images are behind us, so no projector
+        table."""
+        selection, chosen = self.selection.rows(rows), [self.tasks[i] for i in rows.tolist()]
+        position = torch.tensor([self.used.index(t) for t in chosen], device=rows.device)
+        table = _language_table(selection, position, self.pool_size, self.projector_slots)
+        weight = None if self.token_weight is None else self.token_weight.index_select(0, rows)
+        return replace(
+            self,
+            selection=selection,
+            tasks=chosen,
+            queries=self.queries.rows(rows),
+            presence=self.presence[rows],
+            language=table,
+            projector=None,
+            packing=None,
+            token_weight=weight,
+            cache={},
+        )
+
+
+def _language_table(selection: Selection, position: Tensor, pool_size: int, skip: int) -> RouteTable:
+    """Image and text factors side by side; pools are stacked [task][image E | text E]."""
+    start = (position * 2 * pool_size).view(-1, 1, 1)
+
+    def joined(image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
+        both = torch.cat([image[:, skip:] + start, text + start + pool_size], -1)
+        return both.transpose(0, 1).contiguous().unbind(0)
+
+    gates = None
+    if selection.image_gate is not None and selection.text_gate is not None:
+        both = torch.cat([selection.image_gate[:, skip:], selection.text_gate], -1)
+        gates = both.transpose(0, 1).contiguous().unbind(0)
+    return RouteTable(
+        joined(selection.image_a, selection.text_a), joined(selection.image_b, selection.text_b), gates
+    )
+
+
+def _projector_table(
+    selection: Selection, position: Tensor, pool_size: int, slots: int, image_rows: Tensor
+) -> RouteTable:
+    """Image factors only, one row per image; pools are stacked [task][image E]."""
+    start = (position * pool_size).view(-1, 1, 1)
+
+    def per_image(index: Tensor) -> tuple[Tensor, ...]:
+        return index[:, :slots].index_select(0, image_rows).transpose(0, 1).contiguous().unbind(0)
+
+    gates = None if selection.image_gate is None else per_image(selection.image_gate)
+    return RouteTable(per_image(selection.image_a + start), per_image(selection.image_b + start), gates)

@@ -1,0 +1,1 @@
+"""A run on disk: what is left to do, published atomically, locked, resumed."""

@@ -1,0 +1,158 @@
+"""What a run was made of (run.json), and the refusal to go on with anything else."""
+
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from delo_llava import __version__
+from delo_llava.config import RunConfig, dump_config
+from delo_llava.errors import DeloError
+from delo_llava.files import HashCache, combined_hash
+from delo_llava.runs.store import RunStore
+from delo_llava.schema import read_yaml
+from delo_llava.tasks import TaskSequence
+
+PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
+#: Settings that may change between two launches of one run, since no number depends on them.
+FREE = (
+    "output",
+    "eval.batch_size",
+    "eval.cache",
+    *(f"train.{key}" for key in ("log_every", "tensorboard", "save_every", "keep")),
+    # What to do with a fault: a run that stopped at one may go on past it, and says so in its record.
+    *(f"train.{key}" for key in ("on_nonfinite", "max_nonfinite", "on_oom")),
+    *(f"data.{key}" for key in ("on_bad_image", "max_bad_images")),
+)
+WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+
+
+def open_run(store: RunStore, config: RunConfig, sequence: TaskSequence, model_path: str) -> None:
+    """Start a run's record, or check that this launch continues the recorded run. First rank only.
+
+    Raises:
+        DeloError: the configuration, the data or the base differs from the run's; every difference is named.
+    """
+    store.create()
+    facts = {"data_hashes": data_hashes(store, sequence), "base": base_facts(store, model_path)}
+    known = store.read_run()
+    if known:
+        refuse_differences(store, config, facts, known)
+    store.write_config(dump_config(config))
+    store.update_run(
+        **facts,
+        stopped=None,
+        schema="delo-llava/run/1",
+        method=config.method,
+        tasks=sequence.names,
+        template=sequence.template,
+        side_files={
+            task.name: {"joined": list(task.beside), "absent": list(task.absent)}
+            for task in sequence.tasks
+            if task.beside or task.absent
+        },
+        versions=versions(),
+        seeds={"run": config.seed, "missing": config.missing.seed},
+        stages=known.get("stages", {}),
+    )
+
+
+def refuse_differences(
+    store: RunStore, config: RunConfig, facts: dict[str, Any], known: dict[str, Any]
+) -> None:
+    """Compare configuration, data hashes and base hash with the recorded ones.
+
+    Raises:
+        DeloError: one line for each difference.
+    """
+    stored = flat(read_yaml(store.config)) if store.config.is_file() else {}
+    given = flat(yaml.safe_load(dump_config(config)))
+    keys = sorted((stored.keys() | given.keys()) - set(FREE)) if store.config.is_file() else []
+    lines = [
+        f"  {k}: the run has {stored.get(k)}, given {given.get(k)}"
+        for k in keys
+        if stored.get(k) != given.get(k)
+    ]
+    recorded, found = flat(known.get("data_hashes", {})), flat(facts["data_hashes"])
+    for key in sorted(recorded.keys() | found.keys()):
+        if recorded.get(key) != found.get(key):
+            lines.append(f"  data {key}: the run has {recorded.get(key)}, the file is {found.get(key)}")
+    before, now = known.get("base", {}).get("sha256"), facts["base"]["sha256"]
+    if before != now:
+        lines.append(f"  base weights: the run has {before}, {facts['base']['path']} is {now}")
+    if lines:
+        raise DeloError(
+            "\n".join(["This folder holds a run made of something else:", *lines]),
+            given=store.root,
+            fix="give the same settings, data and base to continue it, or another --output",
+        )
+
+
+def data_hashes(store: RunStore, sequence: TaskSequence, *, keep: bool = True) -> dict[str, dict[str, str]]:
+    """sha256 of each task's files and side files, by task and name; unchanged files are not read again.
+
+    Args:
+        keep: remember what was computed (one rank only may).
+    """
+    cache = HashCache(store.logs / "hashes.json")
+    hashes = {
+        task.name: {
+            **{str(split): cache.hash(path) for split, path in task.files.items()},
+            **{name: cache.hash(path) for name, path in task.beside.items()},
+        }
+        for task in sequence.tasks
+    }
+    if keep:
+        cache.save()
+    return hashes
+
+
+def base_facts(store: RunStore, model_path: str, *, keep: bool = True) -> dict[str, str | None]:
+    """Where the base came from and one sha256 over its weight files; a hub id that is no folder has none."""
+    folder = Path(model_path)
+    if not folder.is_dir():
+        return {"path": model_path, "sha256": None}
+    cache = HashCache(store.logs / "hashes.json")
+    found = combined_hash(cache, {file for pattern in WEIGHTS for file in folder.glob(pattern)})
+    if keep:
+        cache.save()
+    return {"path": model_path, "sha256": found}
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of what decides numbers, and of this project with its commit."""
+    found: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "delo-llava": __version__,
+        "git": _commit(),
+    }
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {"a.b": value}."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, sub in tree.items() for key, value in flat(sub, f"{prefix}{name}.").items()}
+
+
+def _commit() -> str | None:
+    """The commit this package was run from; None outside a checkout of its own."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        )
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

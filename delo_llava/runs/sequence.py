@@ -1,0 +1,301 @@
+"""A whole sequence: finished stages are skipped, the others trained, published and evaluated in turn.
+
+Everything a user can get wrong is checked before torch, DeepSpeed or a model is loaded; so this module
+imports them late.
+"""
+
+import sys
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from delo_llava.config import RunConfig
+from delo_llava.data.recipe import load_sequence
+from delo_llava.data.sampler import plan_accumulation
+from delo_llava.engines.signals import Preempted
+from delo_llava.errors import DeloError
+from delo_llava.files import sha256_file, write_json_atomic
+from delo_llava.registry import load_plugin
+from delo_llava.runs.lock import locked
+from delo_llava.runs.manifest import MANIFEST
+from delo_llava.runs.steps import StepStore
+from delo_llava.runs.store import RunStore
+from delo_llava.strict import read_json
+from delo_llava.tasks import TaskSequence
+
+if TYPE_CHECKING:
+    from delo_llava.engines.ranks import Ranks
+    from delo_llava.runs.stage import StageTrainer
+    from delo_llava.training.guards import Planner
+    from delo_llava.training.logging import RunProgress
+
+#: Evaluates one saved stage of a run folder (-1: the base before any training); called on every rank.
+Evaluate = Callable[[Path, int], object]
+
+ZERO_SHOT = "zero_shot"
+#: Entry of run.json that says that, and why, the last launch left before the end.
+STOPPED = "stopped"
+
+
+def run_sequence(
+    config: RunConfig, evaluate: Evaluate | None = None, planner: "Planner | None" = None
+) -> Path:
+    """Train and evaluate all tasks of a sequence, going on after the last finished stage.
+
+    Args:
+        config: validated; `output` may be None for the default folder.
+        evaluate: the harness's `evaluate_stage`; None trains only.
+        planner: what a rank needs at most, in bytes; asked when memory is full.
+
+    Returns:
+        The path of results.json. `complete.json` beside it marks a run that reached its end.
+
+    Raises:
+        DeloError: whatever is wrong with configuration, data, base, an earlier adapter or a step.
+        Preempted: on every rank, if any of them was asked to leave by a signal; what was done is saved.
+    """
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    for name in sequence.names:
+        world = check_plan(config.for_task(name))
+    from delo_llava.backbones.base import find_backbone
+    from delo_llava.runs.record import open_run
+
+    backbone, path = find_backbone(config.model)
+    check_engine(config, world)
+    from transformers.utils.logging import disable_progress_bar
+
+    from delo_llava.engines.ranks import start_ranks, stop_ranks
+    from delo_llava.runs.agree import data_facts, program_facts, require_agreement
+
+    disable_progress_bar()  # one bar for each load of weights would tear ours apart
+    store = RunStore(config.run_dir)
+    ranks = start_ranks(config)
+    with ExitStack() as held:
+        try:
+            ranks.leave_if_asked("starting")
+            ranks.run_first(lambda: _take(store, held))
+            require_agreement(ranks, partial(program_facts, config))
+            ranks.run_first(lambda: open_run(store, config, sequence, path))
+            require_agreement(ranks, partial(data_facts, store, sequence, path))
+            _Sequence(config, store, ranks, sequence, evaluate).run(backbone, path, planner)
+        except Preempted as asked:
+            if asked.together:
+                ranks.run_first(partial(_note_stop, store, asked))
+                stop_ranks(ranks)
+            else:  # this rank leaves alone, and nobody else can note it
+                _note_stop(store, asked)
+            raise
+        stop_ranks(ranks)
+    return store.results
+
+
+def _take(store: RunStore, held: ExitStack) -> None:
+    """Lock the run's folder until `held` ends, and say from whom it was taken, if from anybody."""
+    taken = held.enter_context(locked(store.root))
+    if taken:
+        sys.stderr.write(f"{taken}\n")
+
+
+def _note_stop(store: RunStore, asked: Preempted) -> None:
+    """Tell run.json why the run is not complete; the next launch removes it."""
+    if store.run.is_file():
+        store.update_run(**{STOPPED: {"reason": asked.reason, "where": asked.where, "time": time.time()}})
+
+
+def check_plan(config: RunConfig) -> int:
+    """The number of ranks, once batches can be shared out among them.
+
+    Raises:
+        DeloError: ranks × micro-batch does not divide the global batch, or several ranks without DeepSpeed.
+    """
+    import os
+
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.zero == "none" and world > 1:
+        raise DeloError(
+            "The one-process engine cannot run on several ranks",
+            given=f"--zero none on {world} ranks",
+            fix="start it with `python launch/train.py`, or choose --zero 1, 2 or 3",
+        )
+    plan_accumulation(config.train.global_batch, config.train.micro_batch, world)
+    return world
+
+
+def check_engine(config: RunConfig, world: int) -> None:
+    """Check the DeepSpeed file before the process group is joined.
+
+    Raises:
+        DeloError: it cannot be read, or decides what the run's configuration decides.
+    """
+    if config.zero != "none":
+        from delo_llava.engines.deepspeed import read_deepspeed_file
+
+        read_deepspeed_file(config)
+
+
+class _Sequence:
+    """The state of one launch."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        store: RunStore,
+        ranks: "Ranks",
+        sequence: TaskSequence,
+        evaluate: Evaluate | None,
+    ) -> None:
+        self.config, self.store, self.ranks, self.sequence, self.evaluate = (
+            config,
+            store,
+            ranks,
+            sequence,
+            evaluate,
+        )
+
+    def run(self, backbone: Any, path: str, planner: "Planner | None") -> None:
+        """Do what is left, on every rank."""
+        from delo_llava.runs.stage import StageTrainer
+
+        chosen: Any = load_plugin("method", self.config.method)
+        method = chosen(
+            chosen.Config(**self.config.methods.get(self.config.method, {})), self.config, backbone
+        )
+        done = self._finished()
+        if len(done) < len(self.sequence.tasks):
+            self.ranks.run_first(lambda: self.store.complete.unlink(missing_ok=True))
+        trainer = StageTrainer(self.config, self.store, self.ranks, backbone, path, method, planner)
+        with self._progress(len(done)) as progress:
+            self._say_start(progress, done)
+            self._zero_shot(progress)
+            for index in range(len(self.sequence.tasks)):
+                self._stage(index, index < len(done), trainer, progress)
+            self._finish(progress)
+
+    def _finished(self) -> list[str]:
+        """Tasks with a published adapter, which must be the first ones; each is checked byte by byte."""
+        done: list[str] = []
+
+        def look() -> None:
+            names = self.sequence.names
+            for name in names:
+                if not self.store.finished(name):
+                    break
+                done.append(name)
+            later = [name for name in names[len(done) :] if self.store.adapter(name).exists()]
+            if later:
+                raise DeloError(
+                    f"The adapter of {names[len(done)]} is missing, but later ones exist",
+                    given=", ".join(later),
+                    fix="put it back, or remove the later ones as well to train them again",
+                )
+            for name in done:
+                if "manifest" not in self.store.stage(name):
+                    # The last launch was killed between publishing and noting it.
+                    self.store.update_stage(name, manifest=sha256_file(self.store.adapter(name) / MANIFEST))
+            self.store.verify_published(done)
+            for name in done:  # the last launch may have been killed before it deleted them
+                StepStore(self.store.step_checkpoints(name), keep=1).discard()
+
+        self.ranks.run_first(look)
+        return [name for name in self.sequence.names if self.store.adapter(name).exists()]
+
+    def _stage(self, index: int, trained: bool, trainer: "StageTrainer", progress: "RunProgress") -> None:
+        from delo_llava.methods.base import Stage
+        from delo_llava.runs.stage import free_memory
+
+        task = self.sequence.tasks[index]
+        self.ranks.leave_if_asked(f"before {task.name}")
+        if not trained:
+            earlier = {name: self.store.adapter(name) for name in self.sequence.names[:index]}
+            trainer.train(task, Stage(index, task.name, earlier), progress)
+            free_memory()
+        if self.evaluate is None or self._evaluated(task.name):
+            return
+        self._evaluate(index, f"{index + 1}. {task.name}: evaluating", index + 1, progress)
+        self.ranks.run_first(lambda: self.store.update_stage(task.name, evaluated=True))
+        self._say_results(progress, index)
+
+    def _zero_shot(self, progress: "RunProgress") -> None:
+        """The row before any training, which forward transfer needs."""
+        if self.evaluate is None or self.store.read_run().get(ZERO_SHOT):
+            return
+        self._evaluate(-1, "evaluating the base", len(self.sequence.tasks), progress)
+        self.ranks.run_first(lambda: self.store.update_run(**{ZERO_SHOT: True}))
+
+    def _evaluate(self, stage: int, text: str, cells: int, progress: "RunProgress") -> None:
+        assert self.evaluate is not None
+        self.ranks.leave_if_asked(f"before {text}")
+        began = time.monotonic()
+        progress.describe(text)
+        self.evaluate(self.store.root, stage)
+        self.ranks.barrier()
+        progress.evaluated(time.monotonic() - began, cells)
+
+    def _evaluated(self, task: str) -> bool:
+        return bool(self.store.stage(task).get("evaluated"))
+
+    def _progress(self, done: int) -> "RunProgress":
+        from delo_llava.training.logging import RunProgress
+
+        counts = [self._step_count(index) for index in range(done, len(self.sequence.tasks))]
+        stages = [
+            i for i, name in enumerate(self.sequence.names) if self.evaluate and not self._evaluated(name)
+        ]
+        zero_shot = (
+            0 if self.evaluate is None or self.store.read_run().get(ZERO_SHOT) else len(self.sequence.tasks)
+        )
+        return RunProgress(sum(counts), sum(i + 1 for i in stages) + zero_shot, self.ranks.first)
+
+    def _step_count(self, index: int) -> int:
+        """Optimiser steps of a stage; reads its records, so their faults are told before any model loads."""
+        import math
+
+        from delo_llava.data.readers import read_records
+
+        train = self.config.for_task(self.sequence.names[index]).train
+        records = read_records(self.sequence.tasks[index], "train", self.config.data.sub, self.config.seed)
+        steps = math.ceil(train.epochs * len(records) / train.global_batch)
+        return min(steps, train.max_steps or steps)
+
+    def _say_start(self, progress: "RunProgress", done: list[str]) -> None:
+        config = self.config
+        engine = (
+            "one process"
+            if config.zero == "none"
+            else f"DeepSpeed ({config.ds_config or f'ZeRO {config.zero}'})"
+        )
+        progress.say(
+            f"{config.method} on {self.sequence.name}: {len(self.sequence.tasks)} tasks, "
+            f"{self.ranks.world} rank(s), {engine}, {self.ranks.device}, {config.quant}, "
+            f"missing {config.missing.ratio:.0%} {config.missing.kind} -> {self.store.root}"
+        )
+        for task in self.sequence.tasks:
+            for absent in task.absent:
+                progress.say(f"{task.name}: no {absent}")
+        if done:
+            progress.say(f"already finished: {', '.join(done)}")
+
+    def _say_results(self, progress: "RunProgress", stage: int) -> None:
+        from delo_llava.training.logging import matrix_row
+
+        if self.ranks.first and self.store.results.is_file():
+            progress.say(matrix_row(self._results(), stage))
+
+    def _results(self) -> dict[str, Any]:
+        fix = "move it away and evaluate again: delo-eval --stage all"
+        content = read_json(self.store.results, "results.json", fix)
+        if not {"tasks", "matrix", "metrics"} <= content.keys():
+            raise DeloError("results.json is damaged.", given=self.store.results, fix=fix)
+        return content
+
+    def _finish(self, progress: "RunProgress") -> None:
+        from delo_llava.training.logging import matrix_summary
+
+        marker = {"tasks": self.sequence.names, "evaluated": self.evaluate is not None, "time": time.time()}
+        self.ranks.run_first(lambda: write_json_atomic(self.store.complete, marker))
+        if self.ranks.first and self.store.results.is_file():
+            progress.say(matrix_summary(self._results()))
+            progress.say(f"results: {self.store.results}")
