@@ -1,8 +1,15 @@
-"""Plug-ins by file name: a method, scorer, recipe … is one new file, found without importing the others."""
+"""Plug-ins by file name: a method, scorer, recipe … is one new file, found without importing the others.
+
+A file counts wherever it lies: in its package, in a folder of that kind below one that $DELO_LLAVA_PLUGINS
+    names
+(`methods/`, `backbones/`, `recipes/` …), or behind an entry point `delo_llava.<kind>` of an installed
+package.
+"""
 
 import ast
 import importlib
 import importlib.util
+import os
 import re
 from dataclasses import dataclass
 from functools import cache
@@ -14,24 +21,32 @@ from delo_llava.errors import DeloError
 
 @dataclass(frozen=True)
 class PluginKind:
-    """Where one kind of plug-in lives: modules that define `attribute`, or data files when it is None."""
+    """Where one kind of plug-in lives: modules that define `attribute`, or data files when it is None.
+
+    Attributes:
+        folder: its name below a folder of plug-ins.
+    """
 
     package: str
+    folder: str
     suffix: str = ".py"
     attribute: str | None = None
 
 
 KINDS: dict[str, PluginKind] = {
-    "method": PluginKind("delo_llava.methods", attribute="METHOD"),
-    "backbone": PluginKind("delo_llava.backbones", attribute="BACKBONE"),
-    "scorer": PluginKind("delo_eval.scorers", attribute="SCORER"),
-    "metric": PluginKind("delo_eval.metrics", attribute="METRIC"),
-    "command": PluginKind("delo_llava.commands", attribute="COMMAND"),
-    "eval_command": PluginKind("delo_eval.commands", attribute="COMMAND"),
-    "recipe": PluginKind("delo_recipes", suffix=".yaml"),
-    "published": PluginKind("delo_eval.published", suffix=".yaml"),
-    "zero": PluginKind("delo_ds_configs", suffix=".json"),
+    "method": PluginKind("delo_llava.methods", "methods", attribute="METHOD"),
+    "backbone": PluginKind("delo_llava.backbones", "backbones", attribute="BACKBONE"),
+    "scorer": PluginKind("delo_eval.scorers", "scorers", attribute="SCORER"),
+    "metric": PluginKind("delo_eval.metrics", "metrics", attribute="METRIC"),
+    "command": PluginKind("delo_llava.commands", "commands", attribute="COMMAND"),
+    "eval_command": PluginKind("delo_eval.commands", "eval_commands", attribute="COMMAND"),
+    "recipe": PluginKind("delo_recipes", "recipes", suffix=".yaml"),
+    "published": PluginKind("delo_eval.published", "published", suffix=".yaml"),
+    "zero": PluginKind("delo_ds_configs", "zero", suffix=".json"),
 }
+
+#: Environment variable with folders of plug-ins, separated as in PATH.
+PLUGINS_ENV = "DELO_LLAVA_PLUGINS"
 
 
 def plugin_names(kind: str) -> list[str]:
@@ -96,11 +111,26 @@ def _files(place: PluginKind) -> dict[str, Path]:
         spec = importlib.util.find_spec(place.package)
     except ModuleNotFoundError:
         return {}
-    folders = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    found = {path.stem: path for folder in folders for path in Path(folder).glob(f"*{place.suffix}")}
+    shipped = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
+    # What comes last counts: the package's own.
+    folders = [*(root / place.folder for root in plugin_folders()), *map(Path, shipped)]
+    found = {path.stem: path for folder in folders for path in folder.glob(f"*{place.suffix}")}
     if place.suffix == ".py":
-        found |= {path.parent.name: path for folder in folders for path in Path(folder).glob("*/__init__.py")}
+        found |= {path.parent.name: path for folder in folders for path in folder.glob("*/__init__.py")}
     return {name: path for name, path in found.items() if not name.startswith("_") and name != "base"}
+
+
+def plugin_folders() -> list[Path]:
+    """The folders of plug-ins that $DELO_LLAVA_PLUGINS names.
+
+    Raises:
+        DeloError: one of them is no folder.
+    """
+    folders = [Path(name).expanduser() for name in os.environ.get(PLUGINS_ENV, "").split(os.pathsep) if name]
+    for folder in folders:
+        if not folder.is_dir():
+            raise DeloError(f"${PLUGINS_ENV} names a folder that is not there", given=folder)
+    return folders
 
 
 @cache
@@ -112,6 +142,7 @@ def _entry_points(kind: str) -> dict[str, EntryPoint]:
 def _attribute(kind: str, name: str, place: PluginKind) -> object:
     """Import a shipped plug-in's module and take its declared attribute."""
     try:
+        _extend(place)
         module = importlib.import_module(f"{place.package}.{name}")
     except ImportError as error:
         raise DeloError(
@@ -121,6 +152,14 @@ def _attribute(kind: str, name: str, place: PluginKind) -> object:
     if found is None:
         raise DeloError(f"The {kind} {name!r} defines no {place.attribute} in {module.__file__}.")
     return found
+
+
+def _extend(place: PluginKind) -> None:
+    """Let Python find modules of a package in the folders of plug-ins, too."""
+    package = importlib.import_module(place.package)
+    for root in plugin_folders():
+        if str(root / place.folder) not in package.__path__:
+            package.__path__.append(str(root / place.folder))
 
 
 def _load_entry_point(kind: str, point: EntryPoint, as_path: bool) -> object:

@@ -26,8 +26,8 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (package / "one.yaml").write_text('title: "One sheet"\n')
     monkeypatch.syspath_prepend(str(tmp_path))
     kinds = {
-        "toy": PluginKind("toy_shelf", attribute="TOY"),
-        "sheet": PluginKind("toy_shelf", suffix=".yaml"),
+        "toy": PluginKind("toy_shelf", "toys", attribute="TOY"),
+        "sheet": PluginKind("toy_shelf", "sheets", suffix=".yaml"),
     }
     monkeypatch.setattr(registry, "KINDS", kinds)
     registry._entry_points.cache_clear()
@@ -103,7 +103,7 @@ def test_a_broken_entry_point_is_told(shelf: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_absent_package_has_no_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(registry.KINDS, "toy", PluginKind("no_such_package.inside"))
+    monkeypatch.setitem(registry.KINDS, "toy", PluginKind("no_such_package.inside", "none"))
     assert plugin_names("toy") == []
 
 
@@ -123,3 +123,22 @@ def test_listing_imports_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_folder_of_plug_ins_is_found_and_imported(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "mine" / "toys"
+    mine.mkdir(parents=True)
+    (mine / "green.py").write_text("TOY = 'green object'\n")
+    (mine / "red.py").write_text("TOY = 'not the shipped one'\n")
+    (mine / "house").mkdir()
+    (mine / "house" / "__init__.py").write_text("TOY = 'a folder'\n")
+    monkeypatch.setenv(registry.PLUGINS_ENV, str(tmp_path / "mine"))
+    assert {"green", "house", "red"} < set(plugin_names("toy"))
+    assert [load_plugin("toy", name) for name in ("green", "house", "red")] == [
+        "green object", "a folder", "red object",
+    ]  # fmt: skip
+    monkeypatch.setenv(registry.PLUGINS_ENV, str(tmp_path / "nowhere"))
+    with pytest.raises(DeloError, match="not there"):
+        plugin_names("toy")
