@@ -26,9 +26,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from delo_llava.adapters.carrier import routing
+from delo_llava.features.inputs import RouteInputs
 from delo_llava.methods.delo.config import DeloConfig
-from delo_llava.methods.delo.plan import RouteInputs
-from delo_llava.methods.delo.tuner import routing, set_trainable
+from delo_llava.methods.delo.tuner import set_trainable
 
 LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 PROJECTOR = r".*multi_modal_projector\.linear_[12]"

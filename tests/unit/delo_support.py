@@ -12,9 +12,11 @@ from transformers import AutoModelForImageTextToText
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_models
 
+from delo_llava.adapters.carrier import routing
+from delo_llava.features.inputs import RouteInputs
 from delo_llava.methods.delo.config import DeloConfig
-from delo_llava.methods.delo.plan import RouteInputs, RoutePlan
-from delo_llava.methods.delo.tuner import routing, set_trainable
+from delo_llava.methods.delo.plan import RoutePlan
+from delo_llava.methods.delo.tuner import set_trainable
 
 LANGUAGE = r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 PROJECTORS = {

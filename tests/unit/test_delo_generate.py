@@ -9,11 +9,12 @@ from delo_support import COMPLETE, NO_IMAGE, NO_TEXT, batch, changed, config, en
 from peft import get_peft_model
 from PIL import Image
 
+from delo_llava.adapters.carrier import frozen_queries, routing
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data.collate import Collator
+from delo_llava.features.inputs import RouteInputs
 from delo_llava.methods.delo.layer import DeloLayer
-from delo_llava.methods.delo.plan import RouteInputs
-from delo_llava.methods.delo.tuner import frozen_queries, routing, set_trainable
+from delo_llava.methods.delo.tuner import set_trainable
 from delo_llava.tasks import Record
 
 ROWS = [COMPLETE, NO_IMAGE, NO_TEXT]

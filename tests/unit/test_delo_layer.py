@@ -5,13 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from delo_llava.adapters.carrier import Carrier, Route
 from delo_llava.errors import DeloError
+from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.methods.delo.config import DeloConfig
 from delo_llava.methods.delo.layer import DeloLayer
-from delo_llava.methods.delo.plan import RouteInputs, RoutePlan
+from delo_llava.methods.delo.plan import RoutePlan
 from delo_llava.methods.delo.router import Selection
-from delo_llava.methods.delo.state import Route, RouteState
 
 E, R, D_IN, D_OUT, ROWS, TOKENS = 5, 3, 12, 7, 4, 9
 TASKS = ("first", "second")
@@ -20,7 +21,7 @@ SCALE = 1.7
 
 def build(projector: bool = False, dtype: torch.dtype = torch.float64) -> DeloLayer:
     torch.manual_seed(0)
-    layer = DeloLayer(nn.Linear(D_IN, D_OUT).to(dtype), RouteState(), projector)
+    layer = DeloLayer(nn.Linear(D_IN, D_OUT).to(dtype), Carrier(lambda inputs, queries: None), projector)
     for task in TASKS:
         layer.update_layer(task, DeloConfig(r=R, pool_size=E, alpha=SCALE * R))
         nn.init.normal_(layer.delo_B[task].weight)
@@ -108,7 +109,7 @@ def reference(
 
 
 def apply(layer: DeloLayer, x: Tensor, plan: RoutePlan, offset: int = 0) -> Tensor:
-    with layer.state.entered(Route(None, plan, offset)):  # type: ignore[arg-type]
+    with layer.carrier.entered(Route(None, plan, offset)):  # type: ignore[arg-type]
         return layer(x)
 
 
@@ -254,7 +255,7 @@ def test_gradients_equal_those_of_the_explicit_update() -> None:
 
 
 def test_types_are_kept_and_adapters_stay_fp32() -> None:
-    layer = DeloLayer(nn.Linear(D_IN, D_OUT).bfloat16(), RouteState(), False)
+    layer = DeloLayer(nn.Linear(D_IN, D_OUT).bfloat16(), Carrier(lambda inputs, queries: None), False)
     layer.update_layer("first", DeloConfig(r=R, pool_size=E))
     layer.slot = 0
     layer.requires_grad_(True)

@@ -23,12 +23,13 @@ from delo_support import (
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 
+from delo_llava.adapters.carrier import checkpoint_contexts, routing
 from delo_llava.adapters.store import open_adapters, save_adapter
 from delo_llava.backbones.base import find_backbone
 from delo_llava.errors import DeloError
 from delo_llava.methods.delo.config import DeloConfig, trainable_parameter_count
 from delo_llava.methods.delo.layer import DeloLayer
-from delo_llava.methods.delo.tuner import checkpoint_context_fn, routing, set_trainable, tuner
+from delo_llava.methods.delo.tuner import set_trainable, tuner
 
 ROWS = [COMPLETE, NO_IMAGE, NO_TEXT, COMPLETE]
 LINEARS = 2 * 7 + 2
@@ -256,7 +257,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(between: bool) -> None:
     plain.backward()
     expected = {n: p.grad.clone() for n, p in trained(model).items()}
     model.zero_grad()
-    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_context_fn(model)})
+    model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts(model)})
     loss = loss_of(model, inputs, route)
     if between:
         logits(model, *batch(model, [NO_TEXT, COMPLETE], seed=9))
@@ -281,7 +282,7 @@ def test_routing_contexts_nest() -> None:
         logits(model, *batch(model, [NO_TEXT], seed=5))
         assert len(outer.plan.tasks) == len(ROWS)
         assert torch.equal(model(**inputs).logits, expected)
-    assert not tuner(model).state.stack
+    assert not tuner(model).carrier.stack
 
 
 def test_a_forward_without_routing_is_refused() -> None:

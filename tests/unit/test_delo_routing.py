@@ -8,13 +8,14 @@ import torch
 from delo_support import COMPLETE, NO_IMAGE, NO_TEXT, batch, changed, experts, run, same_routes
 from torch.nn import functional as F
 
+from delo_llava.adapters.carrier import frozen_queries
 from delo_llava.errors import DeloError
 from delo_llava.features import queries
+from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.methods.delo.cross_modal import CrossModal, Routed
-from delo_llava.methods.delo.plan import Packing, RouteInputs
+from delo_llava.methods.delo.plan import Packing
 from delo_llava.methods.delo.router import Router, Selection, top_factors
-from delo_llava.methods.delo.tuner import frozen_queries
 
 ROWS = [COMPLETE, NO_IMAGE, NO_TEXT, COMPLETE]
 

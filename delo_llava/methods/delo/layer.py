@@ -12,9 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from delo_llava.adapters.carrier import Carrier
 from delo_llava.methods.delo.config import DeloConfig
 from delo_llava.methods.delo.plan import RoutePlan, RouteTable
-from delo_llava.methods.delo.state import RouteState
 
 
 class DeloLayer(nn.Module, BaseTunerLayer):
@@ -25,17 +25,17 @@ class DeloLayer(nn.Module, BaseTunerLayer):
 
     Args:
         base_layer: `nn.Linear` or a 4-bit linear.
-        state: shared by all layers of the model; holds the plan.
+        carrier: shared by all layers of the model; holds the plan.
         projector: inside the projector, where only image pools exist and rows are images.
     """
 
     adapter_layer_names = ("delo_A", "delo_B")
     other_param_names = ("scale",)
 
-    def __init__(self, base_layer: nn.Module, state: RouteState, projector: bool) -> None:
+    def __init__(self, base_layer: nn.Module, carrier: Carrier, projector: bool) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.state, self.projector = state, projector
+        self.carrier, self.projector = carrier, projector
         linear: Any = base_layer
         self.in_features, self.out_features = int(linear.in_features), int(linear.out_features)
         self.slot = -1  # position among the language or projector layers, set by the model after injection
@@ -69,13 +69,13 @@ class DeloLayer(nn.Module, BaseTunerLayer):
         features are
         computed."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.state.suspended:
+        if self.disable_adapters or self.carrier.suspended:
             return y
-        plan = self.state.current()
+        plan: RoutePlan = self.carrier.current()
         if not self.projector:
             return self._language(x, y, plan)
         if plan.projector is None or plan.packing is None:
-            raise self.state.missing_plan()
+            raise self.carrier.missing_plan()
         if x.dim() == 3:
             return self._add(x, y, plan, plan.projector, None)
         packing = plan.packing
@@ -89,7 +89,7 @@ class DeloLayer(nn.Module, BaseTunerLayer):
         weight = plan.token_weight
         if weight is None:
             return self._add(x, y, plan, plan.language, None)
-        offset = self.state.offset
+        offset = self.carrier.offset
         if offset >= weight.shape[1]:  # decoding: what is generated is text, so only the text half works
             return self._add(x, y, plan, plan.language, None, text_only=True)
         if offset or x.shape[1] != weight.shape[1]:

@@ -5,7 +5,6 @@ A plan is plain data in the caller's hands; no tensor carries attributes (trap T
 while layers read it, except caches of gathered factors when no gradient is wanted.
 """
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,66 +12,9 @@ import torch
 from torch import Tensor
 
 from delo_llava.data.segments import SEGMENT_IMAGE
-from delo_llava.errors import DeloError
+from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.methods.delo.router import Selection
-
-#: From queries and presence (bool B×2) to the task of each row.
-Chooser = Callable[[Queries, Tensor], Sequence[str]]
-
-
-@dataclass(frozen=True)
-class RouteInputs:
-    """What routing must know of a batch besides the model's own inputs.
-
-    Attributes:
-        input_ids: B×S; segments: uint8 B×S (see `queries`); presence: bool B×2 (image, text), as the data
-            says.
-        image_rows: int64 N, batch row of each image that goes through the tower.
-        image_tokens: int64 N, projector output tokens of each image.
-        tasks: one task for all rows, or one per row, or None for the active adapter.
-        choose: picks the tasks from frozen queries instead; used when `tasks` is None.
-        expand: beams per row, for `generate`, which repeats rows.
-    """
-
-    input_ids: Tensor
-    segments: Tensor
-    presence: Tensor
-    image_rows: Tensor
-    image_tokens: Tensor
-    tasks: str | Sequence[str] | None = None
-    choose: Chooser | None = None
-    expand: int = 1
-
-    def __post_init__(self) -> None:
-        rows = len(self.input_ids)
-        if self.segments.shape != self.input_ids.shape or self.presence.shape != (rows, 2):
-            shapes = (
-                f"{tuple(self.input_ids.shape)}, {tuple(self.segments.shape)}, {tuple(self.presence.shape)}"
-            )
-            raise DeloError(
-                "input_ids, segments and presence disagree on the batch",
-                given=shapes,
-                fix="take all three from one Batch",
-            )
-        if self.tasks is not None and not isinstance(self.tasks, str) and len(self.tasks) != rows:
-            raise DeloError("There must be one task per row", given=f"{len(self.tasks)} tasks, {rows} rows")
-        if len(self.image_rows) != len(self.image_tokens):
-            raise DeloError(
-                "Each image needs a row and a number of tokens",
-                given=f"{len(self.image_rows)}, {len(self.image_tokens)}",
-            )
-
-    @classmethod
-    def from_batch(cls, batch: Any, **options: Any) -> "RouteInputs":
-        """From a collated batch; `options` are `tasks`, `choose` and `expand`."""
-        fields = ("segments", "presence", "image_rows", "image_tokens")
-        return cls(batch.inputs["input_ids"], *(getattr(batch, name) for name in fields), **options)
-
-    @property
-    def rows(self) -> int:
-        """Number of rows, beams included."""
-        return len(self.input_ids) * self.expand
 
 
 @dataclass(frozen=True)
@@ -183,6 +125,11 @@ class RoutePlan:
             )
             plan.packing = Packing.of(lengths, inputs.presence.device)
         return plan
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, beams included."""
+        return len(self.tasks)
 
     def index_select(self, rows: Tensor) -> "RoutePlan":
         """The plan of some rows in a new order (beams), for decoding: images are behind us, so no projector

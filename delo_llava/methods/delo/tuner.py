@@ -1,13 +1,6 @@
-"""The PEFT tuner: injects expert layers, owns the routers, and decides the plan once per forward.
-
-When a forward enters the model under `routing`, the plan is made before the projector's experts act: from the
-frozen projector's output for the image, from frozen word embeddings for the text. With no image in the batch
-it is made on entry.
-"""
+"""The PEFT tuner: injects expert layers, owns the routers, and makes the plan of a forward."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -15,15 +8,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from delo_llava.data.segments import SEGMENT_CONTEXT, SEGMENT_INSTRUCTION
+from delo_llava.adapters.carrier import Carrier
 from delo_llava.errors import DeloError
-from delo_llava.features.queries import Queries, image_mean, segment_mean
+from delo_llava.features.inputs import RouteInputs
+from delo_llava.features.queries import Queries
 from delo_llava.methods.delo.config import DeloConfig
 from delo_llava.methods.delo.cross_modal import CrossModal
 from delo_llava.methods.delo.layer import DeloLayer
-from delo_llava.methods.delo.plan import RouteInputs, RoutePlan
+from delo_llava.methods.delo.plan import RoutePlan
 from delo_llava.methods.delo.router import Router, Selection
-from delo_llava.methods.delo.state import ContextFn, Route, RouteState
 
 #: Fields that may differ between the adapters of one model.
 FREE_FIELDS = {
@@ -48,7 +41,7 @@ class DeloModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter: pools in every target linear, its router and its cross-modal map."""
         if "delo_router" not in self._modules:
-            self.state = RouteState()
+            self.carrier = Carrier(self._decide, self._enabled)
             self.delo_router, self.delo_cross = nn.ModuleDict(), nn.ModuleDict()
         config: Any = self.peft_config[adapter_name]
         self._check_adapter(model, adapter_name, config)
@@ -58,12 +51,7 @@ class DeloModel(BaseTuner):
             for group in (language, projector):
                 for slot, layer in enumerate(group):
                     layer.slot = slot
-            model.register_forward_pre_hook(self._enter, with_kwargs=True)
-            model.register_forward_hook(self._leave, always_call=True)
-            if projector:
-                model.get_submodule(config.projector).register_forward_pre_hook(
-                    self._at_projector, with_kwargs=True
-                )
+            self.carrier.attach(model, config.projector if projector else "")
         self.delo_router[adapter_name] = _router(config, language, projector).to(self._device())
         self.delo_cross[adapter_name] = CrossModal(config.cross_modal, config.hidden_size, config.latent).to(
             self._device()
@@ -117,7 +105,7 @@ class DeloModel(BaseTuner):
                 given=f"{current_key}: {type(target).__name__}",
                 fix="narrow target_modules",
             )
-        layer = DeloLayer(target, self.state, peft_config.is_projector(current_key))
+        layer = DeloLayer(target, self.carrier, peft_config.is_projector(current_key))
         layer.update_layer(adapter_name, peft_config)
         self._replace_module(parent, target_name, layer, target)
 
@@ -167,83 +155,7 @@ class DeloModel(BaseTuner):
     def _enabled(self) -> bool:
         return not next(m for m in self.model.modules() if isinstance(m, DeloLayer)).disable_adapters
 
-    def _enter(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """A forward begins: a fresh plan, unless it continues from a cache."""
-        if self.state.suspended or not self._enabled():
-            return
-        if not self.state.stack:
-            raise self.state.missing_plan()
-        route = self.state.stack[-1]
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        if ids is not None and len(ids) != route.inputs.rows:
-            raise DeloError(
-                "Routing and the model disagree on the number of rows",
-                given=f"{route.inputs.rows} and {len(ids)}",
-                fix="give `expand` = number of beams to RouteInputs",
-            )
-        cache = kwargs.get("past_key_values")
-        route.offset = 0 if cache is None else int(cache.get_seq_length())
-        if route.offset == 0:
-            images = len(route.inputs.image_rows)
-            if not images:
-                route.plan = self._decide(route.inputs, None)
-            elif not route.early and kwargs.get("pixel_values") is not None:
-                route.plan = None  # the projector's hook makes it; without pixels, features were made before
-            if route.plan is not None and len(route.plan.tasks) != route.inputs.rows:
-                rows = torch.arange(len(route.inputs.input_ids), device=route.inputs.input_ids.device)
-                route.plan = route.plan.index_select(rows.repeat_interleave(route.inputs.expand))
-        route.early, route.inside = False, True
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self.state.stack:
-            self.state.stack[-1].inside = False
-
-    def _at_projector(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        """Images reach the projector: its frozen output gives the image queries, and so the plan."""
-        if self.state.suspended or not self.state.stack or not self._enabled():
-            return
-        with torch.no_grad(), self.state.frozen():
-            features = module.forward(*args, **kwargs)
-        route = self.state.stack[-1]
-        route.plan = self._decide(route.inputs, features)
-        route.early = not route.inside  # `generate` encodes images before its first forward
-
-    def queries(self, inputs: RouteInputs, features: Tensor | None) -> Queries:
-        """Frozen queries of a batch; `features` is the frozen projector's output, packed or N×T×d, or None
-        without
-        images.
-
-        Raises:
-            DeloError: when images and features disagree, or a row's image is said to be present and none is
-                given.
-        """
-        with torch.no_grad():
-            embed: nn.Module = self.model.get_input_embeddings()
-            text, instruction = (
-                segment_mean(embed, inputs.input_ids, inputs.segments, segment)
-                for segment in (SEGMENT_CONTEXT, SEGMENT_INSTRUCTION)
-            )
-            lengths = inputs.image_tokens.tolist()
-            tokens = 0 if features is None else features.shape[:-1].numel()
-            if sum(lengths) != tokens:
-                raise DeloError(
-                    "image_tokens does not add up to the projector's output",
-                    given=f"{sum(lengths)} and {tokens} tokens",
-                )
-            image = (
-                torch.zeros_like(text)
-                if features is None
-                else image_mean(features, lengths, inputs.image_rows, len(text))
-            )
-            if bool((inputs.presence[:, 0] & (image == 0).all(1)).any()):
-                raise DeloError(
-                    "A row is marked as having an image, but none is given",
-                    fix="take presence and pixel values from one batch",
-                )
-        return Queries(image, text, instruction)
-
-    def _decide(self, inputs: RouteInputs, features: Tensor | None) -> RoutePlan:
-        queries = self.queries(inputs, features)
+    def _decide(self, inputs: RouteInputs, queries: Queries) -> RoutePlan:
         tasks = self._tasks(inputs, queries)
         used = tuple(name for name in self.delo_router if name in set(tasks))
         if len(used) == 1:
@@ -340,37 +252,6 @@ def tuner(model: nn.Module) -> DeloModel:
             fix="wrap it with peft.get_peft_model and a DeloConfig",
         )
     return inner
-
-
-@contextmanager
-def routing(model: nn.Module, inputs: RouteInputs) -> Iterator[Route]:
-    """Route every forward (or one `generate`) inside by `inputs`; the plan is on the yielded object after the
-    forward."""
-    with tuner(model).state.entered(Route(inputs)) as route:
-        yield route
-
-
-def checkpoint_context_fn(model: nn.Module) -> ContextFn:
-    """`context_fn` for non-reentrant gradient checkpointing, so that recomputed blocks use the plan of their
-    first pass."""
-    return tuner(model).state.checkpoint_contexts
-
-
-def frozen_queries(model: nn.Module, inputs: RouteInputs, model_inputs: Mapping[str, Any]) -> Queries:
-    """Queries of a batch without running the language model (to fit maps and keys, or to choose tasks
-    beforehand).
-
-    Args:
-        model: a PEFT model with experts.
-        inputs: as for `routing`; `model_inputs`: the batch's inputs, of which the image tensors are used.
-    """
-    delo = tuner(model)
-    features = None
-    if len(inputs.image_rows):
-        visual = {k: model_inputs[k] for k in ("pixel_values", "image_grid_thw") if k in model_inputs}
-        with torch.no_grad(), delo.state.frozen():
-            features = torch.cat(list(delo.model.get_image_features(**visual).pooler_output))
-    return delo.queries(inputs, features)
 
 
 def set_trainable(model: nn.Module, task: str) -> None:
