@@ -9,11 +9,12 @@ from typing import Any
 import yaml
 
 from delo_llava import __version__
-from delo_llava.config import RunConfig, dump_config
+from delo_llava.config import RunConfig, dump_config, with_methods
 from delo_llava.errors import DeloError
 from delo_llava.files import HashCache, combined_hash
+from delo_llava.registry import plugin_names
 from delo_llava.runs.store import RunStore
-from delo_llava.schema import read_yaml
+from delo_llava.schema import merged, read_yaml
 from delo_llava.tasks import TaskSequence
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
@@ -24,7 +25,7 @@ FREE = (
     "eval.cache",
     *(f"train.{key}" for key in ("log_every", "tensorboard", "save_every", "keep")),
     # What to do with a fault: a run that stopped at one may go on past it, and says so in its record.
-    *(f"train.{key}" for key in ("on_nonfinite", "max_nonfinite", "on_oom")),
+    *(f"train.{key}" for key in ("on_nonfinite", "max_nonfinite", "on_oom", "patience")),
     *(f"data.{key}" for key in ("on_bad_image", "max_bad_images")),
 )
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
@@ -68,9 +69,9 @@ def refuse_differences(
     Raises:
         DeloError: one line for each difference.
     """
-    stored = flat(read_yaml(store.config)) if store.config.is_file() else {}
+    stored = _stored_settings(store, config) if store.config.is_file() else {}
     given = flat(yaml.safe_load(dump_config(config)))
-    keys = sorted((stored.keys() | given.keys()) - set(FREE)) if store.config.is_file() else []
+    keys = sorted((stored.keys() | given.keys()) - set(FREE)) if stored else []
     lines = [
         f"  {k}: the run has {stored.get(k)}, given {given.get(k)}"
         for k in keys
@@ -89,6 +90,14 @@ def refuse_differences(
             given=store.root,
             fix="give the same settings, data and base to continue it, or another --output",
         )
+
+
+def _stored_settings(store: RunStore, config: RunConfig) -> dict[str, Any]:
+    """The run's settings by dotted key; those that its version did not have yet at their defaults."""
+    stored = read_yaml(store.config)
+    names = {*config.methods, *stored.get("methods", {})} & set(plugin_names("method"))
+    defaults = with_methods(RunConfig(method=config.method, methods={name: {} for name in names}))
+    return flat(merged(yaml.safe_load(dump_config(defaults)), stored))
 
 
 def data_hashes(store: RunStore, sequence: TaskSequence, *, keep: bool = True) -> dict[str, dict[str, str]]:
