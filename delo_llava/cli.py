@@ -108,6 +108,8 @@ def told(command: Callable[..., int], *arguments: object) -> int:
         if int(os.environ.get("RANK", "0")) > 0:
             # Rank 0's exit ends this rank too: only a fault of this rank alone gets past.
             time.sleep(TELL_FIRST)
+            if error.everywhere:
+                return error.exit_code
         report_and_exit(error)
         return error.exit_code
     except OSError as error:

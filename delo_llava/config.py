@@ -69,6 +69,7 @@ class TrainConfig(Section):
             leave); the newest `keep` of them stay until the stage's adapter is published.
         on_nonfinite: a loss or gradient that is not finite ends the run (`stop`), or its step is left out
             (`skip`), up to `max_nonfinite` steps of a stage.
+        patience: seconds without progress after which a rank that is waited for is named and the run ends.
         on_oom: out of memory ends the run (`stop`), or the stage goes on from its last checkpoint with half
             the micro-batch and twice the accumulation (`halve`).
     """
@@ -92,6 +93,7 @@ class TrainConfig(Section):
     on_nonfinite: Literal["stop", "skip"] = "stop"
     max_nonfinite: int = Field(default=10, ge=0)
     on_oom: Literal["stop", "halve"] = "stop"
+    patience: float = Field(default=600.0, gt=0.0)
 
 
 class EvalConfig(Section):
@@ -158,11 +160,14 @@ class RunConfig(Section):
 
     def for_task(self, task: str) -> "RunConfig":
         """This configuration with what `per_task` says of one task put into `train`."""
-        given = self.per_task.get(task)
-        if not given:
-            return self
-        train = TrainConfig.model_validate(self.train.model_dump() | given)
-        return self.model_copy(update={"train": train})
+        return self.for_tasks([task])
+
+    def for_tasks(self, tasks: Sequence[str]) -> "RunConfig":
+        """This configuration with what `per_task` says alike of all of some tasks put into `train`."""
+        first, *others = [self.per_task.get(task, {}) for task in tasks]
+        common = {key: value for key, value in first.items() if all(o.get(key) == value for o in others)}
+        train = TrainConfig.model_validate(self.train.model_dump() | common)
+        return self.model_copy(update={"train": train}) if common else self
 
 
 class _HasConfig(Protocol):

@@ -17,6 +17,7 @@ class DeloError(Exception):
         given: the offending value.
         allowed: the values that would have been accepted; the closest one is suggested.
         fix: the command or edit that puts it right.
+        everywhere: every rank raises this error, or one that tells of it, so one of them may tell it.
     """
 
     exit_code = 2
@@ -28,8 +29,9 @@ class DeloError(Exception):
         given: object = None,
         allowed: Iterable[object] | None = None,
         fix: str | None = None,
+        everywhere: bool = False,
     ) -> None:
-        self.message, self.given, self.fix = message, given, fix
+        self.message, self.given, self.fix, self.everywhere = message, given, fix, everywhere
         self.allowed = [str(a) for a in allowed] if allowed is not None else None
         super().__init__(self.render())
 

@@ -190,10 +190,9 @@ class Answerer:
         """
         batch = batch or self._batch(questions)
         settings = decoding(self.tokenizer, self.model, max_new_tokens, self.beams)
-        with self.method.answering(self.model, batch, tasks, self.beams):
-            ids: Tensor = cast(Any, self.model).generate(**batch.inputs, generation_config=settings)
-        prompt = batch.inputs["input_ids"].shape[1]
-        return self.tokenizer.batch_decode(ids[:, prompt:], skip_special_tokens=True)
+        with self.method.answering(self.model, batch, tasks, self.beams) as prompt:
+            ids: Tensor = cast(Any, self.model).generate(**prompt.inputs, generation_config=settings)
+        return self.tokenizer.batch_decode(ids[:, prompt.skip :], skip_special_tokens=True)
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float | None]:

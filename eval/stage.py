@@ -34,7 +34,7 @@ from delo_llava.config import RunConfig, with_methods
 from delo_llava.data.collate import Collator
 from delo_llava.engines.ranks import PATIENCE, Ranks
 from delo_llava.errors import DeloError
-from delo_llava.methods.base import Method
+from delo_llava.methods.base import Method, Past
 from delo_llava.registry import load_plugin
 
 #: (cell being evaluated, questions done, questions in all), of this rank.
@@ -213,7 +213,7 @@ def answerer(run: StoredRun, stage: int, device: torch.device) -> Iterator[Answe
         run.backbone, processor, config.data.max_length, config.missing.image, generation=True
     )
     ready = Answerer(
-        model=run.method.load(base, adapters).eval(),
+        model=run.method.load(base, {name: Past(folder) for name, folder in adapters.items()}).eval(),
         method=run.method,
         collate=collator,
         tokenizer=processor.tokenizer,

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -141,13 +142,19 @@ def ask_to_leave(stage: int, step: int, rank: int = 0) -> None:
 
 
 def sabotage(
-    poison: str | None = None, rows: int | None = None, rank: int | None = None
+    poison: str | None = None,
+    rows: int | None = None,
+    rank: int | None = None,
+    fail: str | None = None,
+    hang: str | None = None,
 ) -> Callable[[], None]:
     """Make forward passes fail; returns what undoes it.
 
     Args:
         poison: a record (`task/id`) whose loss is not a number.
         rows: more of them than this do not fit into the memory, of `rank` if that is given.
+        fail: a record with which a forward pass raises an exception.
+        hang: a record with which a forward pass does not come back.
     """
     from delo_llava.engines.module import MethodModule
 
@@ -156,8 +163,12 @@ def sabotage(
     def failing(self: MethodModule, batch: Any) -> Any:
         if rows is not None and len(batch) > rows and rank in (None, int(os.environ.get("RANK", "0"))):
             raise RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate a lot")
-        sums = forward(self, batch)
         names = [f"{task}/{name}" for task, name in zip(batch.tasks, batch.record_ids, strict=True)]
+        if fail in names:
+            raise ValueError("something broke")
+        while hang in names:
+            time.sleep(1)
+        sums = forward(self, batch)
         return {key: value * float("nan") for key, value in sums.items()} if poison in names else sums
 
     MethodModule.forward = failing  # type: ignore[method-assign]

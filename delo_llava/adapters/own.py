@@ -4,6 +4,7 @@ PEFT would unpickle `adapter_model.bin`, fetch what is missing from a hub, and a
 configuration that load tokenizers or import modules.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 from peft import PeftConfig
@@ -22,11 +23,12 @@ VARYING = {
 }  # fmt: skip
 
 
-def require_own_adapter(folder: Path, kind: type[PeftConfig]) -> Path:
+def require_own_adapter(folder: Path, kind: type[PeftConfig], fields: Collection[str] = ()) -> Path:
     """`folder`, if PEFT can be let at it.
 
     Args:
         kind: the configuration that the method writes.
+        fields: of PEFT's own kind, those that the method sets besides the usual ones.
 
     Raises:
         DeloError: the tensors are missing or no safetensors, or the configuration is of another kind or sets
@@ -49,7 +51,7 @@ def require_own_adapter(folder: Path, kind: type[PeftConfig]) -> Path:
     # Of PEFT's own kinds we set the fields in VARYING only; another kind's fields are its method's.
     own = set() if kind.__module__.startswith("peft.") else set(vars(kind).get("__annotations__", {}))
     for name, value in given.items():
-        if name not in VARYING | own | {"peft_type"} and value and value != usual.get(name):
+        if name not in VARYING | own | {"peft_type", *fields} and value and value != usual.get(name):
             raise DeloError(
                 f"The adapter's configuration sets `{name}`, which this project never does.",
                 given=f"{path}: {value!r:.80}",

@@ -1,6 +1,6 @@
 """One stage, one folder: `adapter_config.json` and `adapter_model.safetensors`, as PEFT reads them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,11 @@ def save_adapter(model: Any, name: str, folder: Path) -> None:
 
 
 def open_adapters(
-    base: nn.Module, folders: Mapping[str, Path], kind: type[PeftConfig], trainable: bool = False
+    base: nn.Module,
+    folders: Mapping[str, Path],
+    kind: type[PeftConfig],
+    trainable: bool = False,
+    fields: Collection[str] = (),
 ) -> PeftModel:
     """The base with published adapters, each proven to be this project's and to fit tensor by tensor.
 
@@ -44,6 +48,7 @@ def open_adapters(
         folders: PEFT's name of each adapter -> folder; at least one.
         kind: the configuration that the method writes.
         trainable: go on training it (a single one).
+        fields: of one of PEFT's own kinds, those that the method sets besides rank, scale and targets.
 
     Raises:
         DeloError: no adapter is given, one is missing or not of this project, or does not fit: every
@@ -54,7 +59,7 @@ def open_adapters(
     for name, folder in folders.items():
         if not (folder / TENSORS).is_file():
             raise DeloError(f"The adapter of {name} is missing", given=folder, fix="train the stage again")
-        require_own_adapter(folder, kind)
+        require_own_adapter(folder, kind, fields)
     (first, first_folder), *others = folders.items()
     # PEFT draws initial weights before it loads; the caller's stream stays as it is.
     with torch.random.fork_rng(devices=[]), _told_by_tensor(folders):

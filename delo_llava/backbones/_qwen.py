@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
 from transformers.utils import is_torchvision_available
 
-from delo_llava.backbones.base import OWN_CODE, Backbone
+from delo_llava.backbones.base import OWN_CODE, Backbone, config_of
 from delo_llava.data.collate import SEGMENT_CONTEXT, SEGMENT_IMAGE, SEGMENT_INSTRUCTION, SEGMENT_OTHER
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -79,3 +80,13 @@ class QwenVL(Backbone):
     def sequence_inputs(self, segments: Tensor) -> dict[str, Tensor]:
         """`mm_token_type_ids` B×S (1 at image tokens), from which the model derives its 3-D positions."""
         return {"mm_token_type_ids": (segments == SEGMENT_IMAGE).int()}
+
+    def tiny_image(self, model: nn.Module) -> dict[str, Tensor]:
+        """One merged patch of zeros."""
+        vision = config_of(model).vision_config
+        side = vision.spatial_merge_size
+        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        return {
+            "pixel_values": torch.zeros(side**2, width),
+            "image_grid_thw": torch.tensor([[1, side, side]]),
+        }

@@ -114,11 +114,11 @@ class Backbone(ABC):
 
     def image_token_id(self, model: nn.Module) -> int:
         """Token id that the model replaces by projector output."""
-        return int(_config(model).image_token_id)
+        return int(config_of(model).image_token_id)
 
     def hidden_size(self, model: nn.Module) -> int:
         """Width of the language model: of word embeddings and of the projector's output."""
-        return int(_config(model).get_text_config().hidden_size)
+        return int(config_of(model).get_text_config().hidden_size)
 
     @abstractmethod
     def prompt(self, has_image: bool, context: str | None, instruction: str) -> list[tuple[str, int]]:
@@ -136,6 +136,10 @@ class Backbone(ABC):
         self, processor: Any, images: Sequence[Image.Image]
     ) -> tuple[dict[str, Tensor], list[int]]:
         """Model inputs of RGB images, batched along dimension 0 in their order, and the tokens of each."""
+
+    @abstractmethod
+    def tiny_image(self, model: nn.Module) -> dict[str, Tensor]:
+        """Model inputs of the smallest picture that `model` can take, of no meaning."""
 
     def sequence_inputs(self, segments: Tensor) -> dict[str, Tensor]:
         """Further model inputs that follow from the token kinds `segments` (B×S)."""
@@ -251,10 +255,11 @@ def decode_plainly(model: Any) -> None:
     settings.do_sample, settings.num_beams = False, 1
     settings.temperature = settings.top_p = settings.top_k = settings.repetition_penalty = None
     if settings.pad_token_id is None:
-        settings.pad_token_id = _config(model).get_text_config().pad_token_id
+        settings.pad_token_id = config_of(model).get_text_config().pad_token_id
 
 
-def _config(model: nn.Module) -> Any:
+def config_of(model: nn.Module) -> Any:
+    """The configuration of a model, bare or wrapped by PEFT."""
     return unwrapped(model).config
 
 

@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
-from delo_llava.backbones.base import OWN_CODE, Backbone
+from delo_llava.backbones.base import OWN_CODE, Backbone, config_of
 from delo_llava.data.collate import SEGMENT_CONTEXT, SEGMENT_IMAGE, SEGMENT_INSTRUCTION, SEGMENT_OTHER
 
 
@@ -58,6 +59,11 @@ class Llava(Backbone):
         ) + processor.num_additional_image_tokens
         tokens -= processor.vision_feature_select_strategy == "default"
         return {"pixel_values": pixels}, [int(tokens)] * len(images)
+
+    def tiny_image(self, model: nn.Module) -> dict[str, Tensor]:
+        """One image of zeros."""
+        size = config_of(model).vision_config.image_size
+        return {"pixel_values": torch.zeros(1, 3, size, size)}
 
 
 BACKBONE = Llava()

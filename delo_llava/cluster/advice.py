@@ -44,7 +44,7 @@ def candidates(config: RunConfig, world: int) -> Iterable[Setup]:
     """Every combination that could run the configuration's global batch on `world` ranks."""
     per_rank = config.train.global_batch // world
     rows = [m for m in MICRO_BATCHES if per_rank and per_rank % m == 0]
-    stages = ("2", "2_offload", "3") if world > 1 and not _uneven_images(config) else ("2", "2_offload")
+    stages = ("2", "2_offload", "3") if world > 1 else ("2", "2_offload")
     for quant in ("nf4", "none"):
         for zero in stages:
             for checkpointing in (False, True):
@@ -86,32 +86,16 @@ def refuse_impossible(config: RunConfig, world: int) -> None:
     """
     setup = setup_of(config, world)
     if config.zero == "none" and world > 1:
-        raise _impossible("The one-process engine cannot run on several GPUs", setup, zero="2")
-    plan_accumulation(config.train.global_batch, config.train.micro_batch, world)
-    if config.zero == "3" and world > 1 and _uneven_images(config):
-        raise _impossible(
-            "ZeRO-3 needs an image on every rank or on none in each pass; dropped images break that",
-            setup,
-            "or --missing.image dummy",
-            zero="2",
+        raise DeloError(
+            "The one-process engine cannot run on several GPUs",
+            given=setup.label(),
+            fix=replace(setup, zero="2").label(),
         )
-    consistency = config.methods.get("delo", {}).get("consistency", 0)
-    if config.zero == "3" and world > 1 and config.method == "delo" and consistency:
-        raise _impossible("ZeRO-3 cannot run the consistency loss on several ranks", setup, zero="2")
+    plan_accumulation(config.train.global_batch, config.train.micro_batch, world)
     if config.attn == "flash_attention_2" and config.dtype == "float32":
         raise DeloError(
             "flash_attention_2 knows no fp32", given="--dtype float32", fix="--dtype bfloat16, or --attn sdpa"
         )
-
-
-def _uneven_images(config: RunConfig) -> bool:
-    missing = config.missing
-    return missing.ratio > 0 and missing.kind != "text" and missing.image == "absent"
-
-
-def _impossible(message: str, setup: Setup, more: str = "", **change: str) -> DeloError:
-    nearest = replace(setup, **change)  # type: ignore[arg-type]  # only text fields are changed
-    return DeloError(message, given=setup.label(), fix=f"{nearest.label()} {more}".rstrip())
 
 
 def communication(memory: MemoryModel, setup: Setup, accumulation: int) -> float:

@@ -40,7 +40,7 @@ def measure_step(config: RunConfig, picture: Path, words: int) -> Measured:
     method = kind(kind.Config(**config.methods.get(config.method, {})), config, backbone)
     base = backbone.load(path, quant=config.quant, dtype=config.dtype, attn=config.attn, device=str(device))
     base.config.get_text_config().use_cache = False
-    model = method.begin_task(base, Stage(0, "planned", {}))
+    model = method.begin(base, Stage(0, "planned"))
     if config.train.gradient_checkpointing:
         checkpoint_activations(base, model, method)
     model.train()

@@ -1,9 +1,8 @@
 """From records to one batch: prompts with the kind of every token, encoded images, labels on answers only."""
 
-import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, Protocol
@@ -12,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from delo_llava.data.examples import Item, View, shown
 from delo_llava.data.images import (
     EncodedImage,
     ImageCache,
@@ -27,8 +27,8 @@ from delo_llava.tasks import Record
 #: Label of a position that is not trained.
 IGNORE = -100
 
-#: A record and whether its (image, text) may be shown.
-Item = tuple[Record, tuple[bool, bool]]
+#: Makes further views of the rows that a batch will have, by name.
+Views = Callable[[Sequence[Item]], Mapping[str, View]]
 
 
 class PromptFormat(Protocol):
@@ -68,8 +68,7 @@ class Batch:
         image_rows: int64 N, the batch row of each image given to the tower.
         image_tokens: int64 N, how many tokens each becomes (projector outputs, in order).
         answers: reference answers.
-        dropped: the complete rows once more, each with one modality removed (the student's view), or None.
-        dropped_rows: int64, rows of this batch that `dropped` shows, in its order.
+        views: some rows once more, shown in another way, by the view's name.
         filler: no record of this batch could be used; it keeps the ranks in step and trains nothing.
     """
 
@@ -82,8 +81,7 @@ class Batch:
     record_ids: list[str]
     tasks: list[str]
     answers: list[str]
-    dropped: "Batch | None" = None
-    dropped_rows: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    views: Mapping[str, "BatchView"] = field(default_factory=dict)
     filler: bool = False
 
     def __len__(self) -> int:
@@ -99,9 +97,24 @@ class Batch:
             presence=self.presence.to(device),
             image_rows=self.image_rows.to(device),
             image_tokens=self.image_tokens.to(device),
-            dropped=None if self.dropped is None else self.dropped.to(device),
-            dropped_rows=self.dropped_rows.to(device),
+            views={
+                name: BatchView(view.rows.to(device), view.batch.to(device))
+                for name, view in self.views.items()
+            },
         )
+
+
+@dataclass
+class BatchView:
+    """A view of some rows of a batch.
+
+    Attributes:
+        rows: int64, rows of the batch that the view shows, in its order.
+        batch: the view; a filler where it shows no row.
+    """
+
+    rows: Tensor
+    batch: Batch
 
 
 @dataclass(slots=True)
@@ -130,9 +143,6 @@ class Collator:
             never image or answer.
         image_mode: what a missing image becomes: `absent` (no tokens) or `dummy` (constant white).
         generation: leave the answers out.
-        drop_view: add `Batch.dropped`.
-        seed: decides, with task and record id alone, which modality a record loses in the dropped view; may
-            be reassigned, say for each epoch.
         cache_bytes: bound of the memory of encoded images.
         skip_bad_images: leave records out whose image cannot be used, and note them in `bad_images`.
     """
@@ -145,8 +155,6 @@ class Collator:
         image_mode: Literal["absent", "dummy"] = "absent",
         *,
         generation: bool = False,
-        drop_view: bool = False,
-        seed: int = 0,
         cache_bytes: int = 256 * 2**20,
         skip_bad_images: bool = False,
     ) -> None:
@@ -155,8 +163,7 @@ class Collator:
                 "Unknown treatment of missing images.", given=image_mode, allowed=("absent", "dummy")
             )
         self.backbone, self.processor, self.tokenizer = backbone, processor, processor.tokenizer
-        self.max_length, self.image_mode, self.seed = max_length, image_mode, seed
-        self.generation, self.drop_view = generation, drop_view
+        self.max_length, self.image_mode, self.generation = max_length, image_mode, generation
         self.truncated: Counter[str] = Counter()
         self.skip_bad_images = skip_bad_images
         #: task/record id -> why its image cannot be used.
@@ -166,32 +173,23 @@ class Collator:
         pad = self.tokenizer.pad_token_id
         self._pad_id = int(self.tokenizer.eos_token_id if pad is None else pad)
 
-    def collate(self, items: Sequence[Item]) -> Batch:
-        """The batch of `items`, in their order.
-
-        A record is shown without a field that it lacks, whatever its flags say.
+    def collate(self, items: Sequence[Item], views: Views | None = None) -> Batch:
+        """The batch of `items`, in their order, with further views of its rows.
 
         Raises:
             DeloError: nothing to train on, an image that cannot be used, or a record that does not fit.
         """
         items, lost = self._usable(items)
-        if not items:
-            batch = self._batch([(lost[0][0], (False, lost[0][1][1]))])
-            assert batch.labels is not None
-            return replace(batch, labels=torch.full_like(batch.labels, IGNORE), filler=True)
-        batch = self._batch(items)
-        if batch.labels is not None and not bool((batch.labels != IGNORE).any()):
+        batch = self._batch(items) if items else self._filler(lost[0])
+        if batch.labels is not None and not batch.filler and not bool((batch.labels != IGNORE).any()):
             raise DeloError(
                 "A batch has no answer token to train on.",
                 given=", ".join(batch.record_ids),
                 fix="give these records an answer",
             )
-        if self.drop_view and not self.generation:
-            rows = batch.presence.all(1).nonzero().flatten()
-            if len(rows):
-                view = [self._without_one(items[row][0]) for row in rows.tolist()]
-                batch = replace(batch, dropped=self._batch(view), dropped_rows=rows)
-        return batch
+        found = {} if views is None else views(items)
+        shown_again = {name: self._view(view, (items or lost)[0]) for name, view in found.items()}
+        return replace(batch, views=shown_again)
 
     __call__ = collate
 
@@ -208,32 +206,34 @@ class Collator:
                 lost.append((record, has))
         return [item for item in items if item not in lost], lost
 
-    def _without_one(self, record: Record) -> Item:
-        """A complete record with the modality removed that its id and the seed decide."""
-        digest = hashlib.sha256(f"{self.seed}\x1f{record.task}\x1f{record.id}".encode()).digest()
-        keeps_image = bool(digest[0] & 1)
-        return record, (keeps_image, not keeps_image)
+    def _view(self, view: View, other: Item) -> BatchView:
+        """A collated view; one without rows becomes a filler, so that every rank runs the same forwards."""
+        batch = self._batch(view.items) if view.items else self._filler(other)
+        return BatchView(torch.tensor(view.rows, dtype=torch.int64), batch)
+
+    def _filler(self, item: Item) -> Batch:
+        """A record without its image, of which nothing is trained."""
+        batch = self._batch([(item[0], (False, item[1][1]))])
+        assert batch.labels is not None
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORE), filler=True)
 
     def _batch(self, items: Sequence[Item]) -> Batch:
         records = [record for record, _ in items]
-        presence = [
-            (has[0] and r.image is not None, has[1] and bool(r.context and r.context.strip()))
-            for r, has in items
-        ]
+        presence = [shown(item) for item in items]
         images = [self._image(record, has[0]) for record, has in zip(records, presence, strict=True)]
         rows = self.layout(records, presence, [0 if image is None else image.tokens for image in images])
-        shown = [(row, image) for row, image in enumerate(images) if image is not None]
+        given = [(row, image) for row, image in enumerate(images) if image is not None]
         tensors = self._pad(rows)
         inputs = {"input_ids": tensors["ids"], "attention_mask": tensors["mask"]}
-        for key in shown[0][1].inputs if shown else ():
-            inputs[key] = torch.cat([image.inputs[key] for _, image in shown])
+        for key in given[0][1].inputs if given else ():
+            inputs[key] = torch.cat([image.inputs[key] for _, image in given])
         return Batch(
             inputs=inputs | self.backbone.sequence_inputs(tensors["kinds"]),
             labels=None if self.generation else tensors["labels"],
             segments=tensors["kinds"],
             presence=torch.tensor(presence, dtype=torch.bool).reshape(-1, 2),
-            image_rows=torch.tensor([row for row, _ in shown], dtype=torch.int64),
-            image_tokens=torch.tensor([image.tokens for _, image in shown], dtype=torch.int64),
+            image_rows=torch.tensor([row for row, _ in given], dtype=torch.int64),
+            image_tokens=torch.tensor([image.tokens for _, image in given], dtype=torch.int64),
             record_ids=[record.id for record in records],
             tasks=[record.task for record in records],
             answers=[record.answer for record in records],

@@ -50,6 +50,32 @@ def step_batches(
     return _grouped(stream, np.asarray(lengths), global_batch, np.random.default_rng([seed, 1]))
 
 
+def mixed_batches(
+    counts: Sequence[int], sizes: Sequence[int], steps: int, lengths: Sequence[int], seed: int
+) -> list[list[int]]:
+    """Record indices of every optimiser step of a mixture: so many of each part, each part in an order of its
+    own.
+
+    Args:
+        counts: records of each part, which lie one after the other.
+        sizes: records of each part in a global batch.
+        lengths: cost of each record; within a batch the longest is first.
+
+    Raises:
+        DeloError: a part without records.
+    """
+    if min(counts) < 1:
+        raise DeloError("A part of a mixture has no records.", given=list(counts))
+    starts = np.cumsum([0, *counts])[:-1]
+    streams = [
+        (_stream(count, steps * size, seed, part) + start).reshape(steps, size)
+        for part, (count, size, start) in enumerate(zip(counts, sizes, starts, strict=True))
+    ]
+    known = np.asarray(lengths)
+    joined = np.concatenate(streams, axis=1)
+    return [row[np.argsort(-known[row], kind="stable")].tolist() for row in joined]
+
+
 def plan_accumulation(global_batch: int, micro_batch: int, world_size: int) -> int:
     """Forward passes per optimiser step and rank.
 
@@ -69,9 +95,9 @@ def plan_accumulation(global_batch: int, micro_batch: int, world_size: int) -> i
     )
 
 
-def _stream(count: int, length: int, seed: int) -> NDArray[np.int64]:
+def _stream(count: int, length: int, seed: int, part: int = 0) -> NDArray[np.int64]:
     """`length` indices: one permutation of all records after the other."""
-    generator = np.random.default_rng([seed, 0])
+    generator = np.random.default_rng([seed, 2, part] if part else [seed, 0])
     epochs = [generator.permutation(count) for _ in range(math.ceil(length / count))]
     return np.concatenate(epochs)[:length].astype(np.int64)
 

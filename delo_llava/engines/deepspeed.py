@@ -1,9 +1,4 @@
-"""DeepSpeed's ZeRO stages and a one-process stand-in behind one interface; only here is DeepSpeed imported.
-
-Loss convention: the caller hands over Σ_k w_k·sum_k / total_k for one micro-batch, totals taken over the
-*global* batch. Both engines sum the gradients of micro-batches and ranks, so every global batch means the
-same for any ranks × micro × accumulation.
-"""
+"""DeepSpeed's ZeRO stages behind `Engine`; only here is DeepSpeed imported."""
 
 import gc
 import json
@@ -13,24 +8,26 @@ from contextlib import contextmanager
 from datetime import timedelta
 from math import nan
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from delo_llava.config import RunConfig
+from delo_llava.engines.base import trained_parameters
 from delo_llava.engines.optim import build_optimizer
 from delo_llava.engines.ranks import Ranks
+from delo_llava.engines.sharded import ShardedTrained, forget_gradients, make_plain
 from delo_llava.engines.shards import (
     OptimizerState,
     Piece,
     deal_state,
     gather_state,
-    whole_pieces,
     zero3_pieces,
     zero12_pieces,
 )
 from delo_llava.errors import DeloError
+from delo_llava.methods.base import Trained
 from delo_llava.registry import load_plugin
 
 #: Sections of a DeepSpeed file that would silently replace our optimiser and schedule.
@@ -44,115 +41,6 @@ PINNED = (
     "fp16",
     "bf16",
 )
-
-
-class Engine(Protocol):
-    """What the training loop needs of an engine."""
-
-    module: nn.Module
-    #: The engine's own file schedules the learning rates, so the loop must not.
-    schedules: bool
-
-    @property
-    def optimizer(self) -> Any:
-        """The optimiser whose `param_groups` hold the learning rates."""
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """The loss sums of one micro-batch."""
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's share of the loss."""
-
-    def step(self) -> float | None:
-        """Called after every micro-batch; at the last one of a global batch: clip, update, clear.
-
-        Returns the global gradient norm before clipping at the last one, else None. Where it is not finite,
-        nothing was updated, on any rank.
-        """
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """A block in which trainable parameters are whole on every rank (read-only)."""
-
-    def gather_optimizer(self) -> OptimizerState:
-        """The optimiser's state as whole tensors on the first rank; every rank must call it."""
-
-    def load_optimizer(self, state: OptimizerState) -> None:
-        """Go on from `state`; called before the first step, with the whole tensors on every rank."""
-
-    def schedule_state(self) -> dict[str, Any] | None:
-        """The state of the file's own schedule, as JSON holds it; None without one."""
-
-    def load_schedule(self, state: dict[str, Any] | None) -> None:
-        """Go on from what `schedule_state` gave."""
-
-    def close(self) -> None:
-        """Free everything the engine holds but the module."""
-
-
-class SingleEngine:
-    """One process, plain AdamW: the reference for the others, and the one to debug with."""
-
-    schedules = False
-
-    def __init__(
-        self, module: nn.Module, groups: list[dict[str, Any]], config: RunConfig, accumulation: int
-    ) -> None:
-        self.module, self.clip, self._accumulation, self._micro = module, config.train.clip, accumulation, 0
-        self._optimizer = build_optimizer(groups, config.train)
-        self._trained = [p for group in groups for p in group["params"]]
-
-    @property
-    def optimizer(self) -> Any:
-        """The AdamW itself."""
-        return self._optimizer
-
-    def forward(self, batch: Any) -> dict[str, Tensor]:
-        """The loss sums of one micro-batch."""
-        sums: dict[str, Tensor] = self.module(batch)
-        return sums
-
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradient of one micro-batch's share of the loss."""
-        loss.backward()
-
-    def step(self) -> float | None:
-        """Count the micro-batch; clip, update and clear at the last one."""
-        self._micro = (self._micro + 1) % self._accumulation
-        if self._micro:
-            return None
-        norm = nn.utils.clip_grad_norm_(self._trained, self.clip or float("inf"))
-        if bool(norm.isfinite()):
-            self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        return float(norm)
-
-    @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Parameters are always whole here."""
-        yield
-
-    def gather_optimizer(self) -> OptimizerState:
-        """The state as it is."""
-        return gather_state(
-            self._optimizer, whole_pieces(self._trained), trained_parameters(self.module), lambda t: t, True
-        )
-
-    def load_optimizer(self, state: OptimizerState) -> None:
-        """Copy the state in."""
-        deal_state(self._optimizer, whole_pieces(self._trained), trained_parameters(self.module), state)
-
-    def schedule_state(self) -> dict[str, Any] | None:
-        """The loop schedules."""
-        return None
-
-    def load_schedule(self, state: dict[str, Any] | None) -> None:
-        """Nothing to load."""
-
-    def close(self) -> None:
-        """Drop optimiser state and gradients."""
-        self._optimizer.zero_grad(set_to_none=True)
-        self._optimizer.state.clear()
 
 
 class DeepSpeedEngine:
@@ -169,10 +57,11 @@ class DeepSpeedEngine:
         deepspeed = _import_deepspeed(ranks.device)
         settings = deepspeed_settings(config, accumulation, ranks.device)
         self.module, self._deepspeed, self._scale = module, deepspeed, ranks.world * accumulation
+        self._own = {id(p): set(vars(p)) for p in module.parameters()}
         self._ranks = ranks
         self.schedules = "scheduler" in settings
         # Taken before DeepSpeed sees the groups: ZeRO-3 empties them.
-        self._trained = [p for group in groups for p in group["params"]]
+        self._parameters = [p for group in groups for p in group["params"]]
         ours: dict[str, Any] = {"optimizer": build_optimizer(groups, config.train)}
         if "optimizer" in settings:
             ours = {"model_parameters": groups}
@@ -185,6 +74,13 @@ class DeepSpeedEngine:
     def optimizer(self) -> Any:
         """DeepSpeed's wrapper; its `param_groups` are those of our AdamW."""
         return self._engine.optimizer
+
+    @property
+    def trained(self) -> Trained:
+        """Put together from the ranks' parts."""
+        return ShardedTrained(
+            self._engine.optimizer, trained_parameters(self.module), self._pieces(), self._ranks, self._stage
+        )
 
     def forward(self, batch: Any) -> dict[str, Tensor]:
         """The loss sums of one micro-batch, through DeepSpeed's hooks."""
@@ -201,6 +97,8 @@ class DeepSpeedEngine:
         self._engine.step()
         if not last:
             return None
+        if self._stage == 3:
+            forget_gradients(self._engine.optimizer)
         # DeepSpeed leaves an update with a gradient that is not finite out, without a word; ZeRO-3 then still
         # tells the norm of the step before.
         return float(self._engine.get_global_grad_norm() or 0.0) if self._engine.was_step_applied() else nan
@@ -208,7 +106,7 @@ class DeepSpeedEngine:
     @contextmanager
     def gathered(self) -> Iterator[None]:
         """Parameters whole on every rank: under ZeRO-3 they are gathered for the block."""
-        parts = [p for p in self._trained if hasattr(p, "ds_id")]
+        parts = [p for p in self._parameters if hasattr(p, "ds_id")]
         with self._deepspeed.zero.GatheredParameters(parts, modifier_rank=None, enabled=bool(parts)):
             yield
 
@@ -237,15 +135,28 @@ class DeepSpeedEngine:
 
     def _pieces(self) -> dict[int, Piece]:
         optimizer = self._engine.optimizer
-        if self._engine.zero_optimization_stage() == 3:
-            return zero3_pieces(optimizer, self._trained, self._ranks.rank)
+        if self._stage == 3:
+            return zero3_pieces(optimizer, self._parameters, self._ranks.rank)
         return zero12_pieces(optimizer)
 
-    def close(self) -> None:
-        """Destroy the engine, so that the next stage's starts on free memory."""
+    @property
+    def _stage(self) -> int:
+        return int(self._engine.zero_optimization_stage())
+
+    def close(self, whole: bool = True) -> None:
+        """Destroy the engine and take everything of it off the module, so that the next stage starts on free
+        memory. (`destroy` alone leaves two hooks on the module, which keep the engine alive, and ZeRO-3's
+        parameters empty.)
+        """
+        if self._engine is None:
+            return
+        for hook in (self._engine.module_forward_pre_hook, self._engine.module_forward_post_hook):
+            hook.remove()
         self._engine.destroy()
         self._engine = None
-        self._trained = []
+        self._parameters = []
+        if whole:
+            make_plain(self.module, self._own)
         gc.collect()
 
     def _check(self, stage: int, world: int) -> None:
@@ -261,21 +172,6 @@ class DeepSpeedEngine:
                 given=found,
                 allowed=[("DeepSpeedEngine", stage, world)],
             )
-
-
-def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The trainable parameters of a `MethodModule`'s model by their names in it."""
-    model = module.get_submodule("model")
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def build_engine(
-    module: nn.Module, groups: list[dict[str, Any]], config: RunConfig, ranks: Ranks, accumulation: int
-) -> Engine:
-    """The engine that `config.zero` names, over the trainable parameters in `groups`."""
-    if config.zero == "none":
-        return SingleEngine(module, groups, config, accumulation)
-    return DeepSpeedEngine(module, groups, config, ranks, accumulation)
 
 
 def read_deepspeed_file(config: RunConfig) -> dict[str, Any]:
@@ -326,9 +222,12 @@ def deepspeed_settings(config: RunConfig, accumulation: int, device: torch.devic
     """The file's settings with batch sizes and clipping filled in.
 
     There is no bf16 section: the frozen base is loaded in its dtype and adapters stay fp32, which needs no
-        loss scaling and no second master copy.
+        loss
+    scaling and no second master copy. ZeRO-3's own linear is switched off: it takes the place of torch's for
+    the rest of the process, so that statistics and evaluations differed from those of a fresh one.
     """
     settings = {key: value for key, value in read_deepspeed_file(config).items() if key not in PINNED}
+    settings["zero_optimization"]["memory_efficient_linear"] = False
     offload = settings["zero_optimization"].get("offload_optimizer")
     if offload is not None and device.type == "cpu":
         offload["pin_memory"] = False

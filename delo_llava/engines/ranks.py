@@ -21,6 +21,8 @@ T = TypeVar("T")
 LEAVE = "delo_llava/leave"
 #: Evaluation on one rank may be much longer than on another, so waiting ranks must be patient.
 PATIENCE = timedelta(hours=12)
+#: torch's flight recorder, which knows the collectives of a process; read when the process group is made.
+RECORDER, RECORDED = "TORCH_FR_BUFFER_SIZE", "200"
 
 
 @dataclass(frozen=True)
@@ -117,14 +119,23 @@ class Ranks:
         fault: DeloError | None = None
         try:
             action()
-        except DeloError as error:
-            fault = error
+        except Exception as error:  # noqa: BLE001 - the others wait for this rank's word, whatever it is
+            fault = as_fault(error)
+        self.agree(fault)
+
+    def agree(self, fault: DeloError | None) -> None:
+        """Raise the ranks' faults on all of them; every rank must ask.
+
+        Raises:
+            DeloError: this rank's own, else the first one, by rank.
+        """
         told = self.each(None if fault is None else str(fault))
         if fault is not None:
+            fault.everywhere = True
             raise fault
         for rank, text in enumerate(told):
             if text is not None:
-                raise DeloError(f"rank {rank}: {text}")
+                raise DeloError(f"rank {rank}: {text}", everywhere=True)
 
     def run_first(self, action: Callable[[], None]) -> None:
         """Run `action` on the first rank while the others wait; its DeloError is raised on all of them.
@@ -136,14 +147,26 @@ class Ranks:
         if self.first:
             try:
                 action()
-            except DeloError as error:
-                fault = error
+            except Exception as error:
+                if self.world == 1:
+                    raise
+                fault = as_fault(error)
         if self.world > 1:
             told = self.same(str(fault) if fault else None)
             if told is not None and fault is None:
-                raise DeloError(told)
+                raise DeloError(told, everywhere=True)
         if fault is not None:
+            fault.everywhere = True
             raise fault
+
+
+def as_fault(error: Exception) -> DeloError:
+    """Any exception as an error that can be told on every rank."""
+    if isinstance(error, DeloError):
+        return error
+    fault = DeloError(f"{type(error).__name__}: {error}")
+    fault.__cause__ = error
+    return fault
 
 
 def world_size() -> int:
@@ -167,6 +190,7 @@ def start_ranks(config: RunConfig) -> Ranks:
     if not distributed.is_initialized():
         from delo_llava.engines.deepspeed import init_deepspeed_group
 
+        os.environ.setdefault(RECORDER, RECORDED)
         _complete_environment()
         init_deepspeed_group(device, PATIENCE)
     ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), device)

@@ -68,7 +68,7 @@ def zero3_pieces(optimizer: Any, parameters: Iterable[nn.Parameter], rank: int) 
     pieces: dict[int, Piece] = {}
     for parameter in parameters:
         group, at, share = optimizer.grad_position[optimizer.get_param_id(parameter)]
-        length = min(share, _numel(parameter) - rank * share)
+        length = min(share, numel_of(parameter) - rank * share)
         if length > 0:
             flat = optimizer.fp32_partitioned_groups_flat[group]
             pieces[id(parameter)] = Piece(flat, at, rank * share, length)
@@ -92,13 +92,13 @@ def gather_state(
         piece = pieces.get(id(parameter))
         for key in keys:
             # Summed as integers: bits of one rank and zeros of the others add up to these very bits.
-            bits = torch.zeros(_numel(parameter), dtype=torch.int32, device=parameter.device)
+            bits = torch.zeros(numel_of(parameter), dtype=torch.int32, device=parameter.device)
             if piece is not None:
                 part = optimizer.state[piece.flat][key].flatten()[piece.at : piece.at + piece.length]
                 bits[piece.start : piece.start + piece.length] = part.to(bits.device).view(torch.int32)
             summed = reduce(bits)
             if keep:
-                tensors[f"{key}/{name}"] = summed.view(torch.float32).reshape(_shape(parameter)).cpu()
+                tensors[f"{key}/{name}"] = summed.view(torch.float32).reshape(shape_of(parameter)).cpu()
     groups = [group.get("step") for group in optimizer.param_groups]
     return OptimizerState(tensors, _scalars(states) if keep else {}, groups)
 
@@ -155,9 +155,11 @@ def _is_tensor(value: Any) -> bool:
     return torch.is_tensor(value) and value.dim() > 0
 
 
-def _numel(parameter: Any) -> int:
+def numel_of(parameter: Any) -> int:
+    """Elements of a parameter, however ZeRO-3 splits it."""
     return int(parameter.ds_numel if hasattr(parameter, "ds_id") else parameter.numel())
 
 
-def _shape(parameter: Any) -> torch.Size:
+def shape_of(parameter: Any) -> torch.Size:
+    """Its whole shape."""
     return torch.Size(parameter.ds_shape if hasattr(parameter, "ds_id") else parameter.shape)

@@ -1,7 +1,7 @@
 """What the LoRA baselines share: the adapter, its rank at equal trainable parameters, its files."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -13,7 +13,7 @@ from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Footprint, Method, MethodConfig, Stage, answer_loss_sum
-from delo_llava.methods.delo.method import DeloOptions, trainable_parameters
+from delo_llava.registry import load_plugin
 
 ADAPTER = "default"
 
@@ -22,26 +22,30 @@ class LoraOptions(MethodConfig):
     """Options of the LoRA baselines.
 
     Attributes:
-        rank: a number, or `match`: the rank whose trainable parameters come nearest to DeLo's for one task.
+        rank: a number, or `match`: the rank whose trainable parameters come nearest to those that the method
+            `like` trains in a stage.
+        like: a method's name.
         alpha_over_rank: the update is scaled by this factor (alpha / r).
         dropout: on the adapter's input, while training.
     """
 
     rank: Literal["match"] | int = "match"
+    like: str = "delo"
     alpha_over_rank: float = Field(2.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
 
 
-def matched_rank(base: nn.Module, backbone: Backbone, run: RunConfig) -> int:
-    """The LoRA rank r whose r·Σ(d_in + d_out) is nearest to DeLo's trainable parameters for one task."""
+def matched_rank(like: str, base: nn.Module, backbone: Backbone, run: RunConfig) -> int:
+    """The LoRA rank r whose r·Σ(d_in + d_out) is nearest to what the method `like` trains in a stage."""
     linears = adapted_linears(base, backbone)
-    target = trainable_parameters(DeloOptions(**run.methods.get("delo", {})), base, backbone)
-    return max(1, round(target / sum(i + o for i, o in linears.values())))
+    kind = cast(type[Method], load_plugin("method", like))
+    other = kind(kind.Config(**run.methods.get(like, {})), run, backbone)
+    return max(1, round(other.footprint(base).parameters / sum(i + o for i, o in linears.values())))
 
 
 def lora_config(options: LoraOptions, base: nn.Module, backbone: Backbone, run: RunConfig) -> LoraConfig:
     """PEFT's configuration for every language and projector linear, like DeLo's."""
-    rank = matched_rank(base, backbone, run) if options.rank == "match" else options.rank
+    rank = matched_rank(options.like, base, backbone, run) if options.rank == "match" else options.rank
     if rank < 1:
         raise DeloError(
             "A LoRA rank must be at least 1", given=rank, fix="set rank to a positive number or to match"

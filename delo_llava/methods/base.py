@@ -1,25 +1,31 @@
 """What a continual-learning method says: how it is built, what it minimises, what it stores, how it answers.
 
-The engine and the harness know only this interface. A method is one file in this folder that ends in
-`METHOD = MyMethod`; its options are the pydantic class `MyMethod.Config`, filled from the section of the run
-configuration that carries the method's name.
+The trainer and the harness know only this interface, and ask capabilities, never names. A method is one file
+or folder here whose module ends in `METHOD = MyMethod`; its options are the pydantic class `MyMethod.Config`,
+filled from the section of the run configuration that carries the method's name. A hook that a method does not
+override costs nothing: no gradient is gathered and no parameter copied for it.
 """
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
+from peft.utils import get_peft_model_state_dict
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
-from delo_llava.backbones.base import Backbone
-from delo_llava.config import RunConfig
+from delo_llava.adapters.carrier import checkpoint_contexts
+from delo_llava.backbones.base import Backbone, adapted_linears
+from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.data.collate import Batch
-from delo_llava.errors import DeloError
+from delo_llava.data.examples import Examples, Item, View
+from delo_llava.methods._groups import parameter_groups
+from delo_llava.tasks import TaskSequence, TaskSpec
 
 #: Names in `Method.state_dict` that begin so are one rank's part of a sum over ranks.
 SUMMED = "sum/"
@@ -36,35 +42,146 @@ class MethodConfig(BaseModel):
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What the harness must know before it evaluates.
+    """What trainer and harness must know of a method.
 
     Attributes:
         chooses_task: the method picks the task per sample, so `matched` results exist beside `oracle` ones.
         needs_task: the method cannot answer without the true task, so only `oracle` results exist.
-        isolated: every task has parameters of its own; adapters of earlier tasks stay bit-identical on disk.
+        isolated: what a stage trains answers for its own tasks alone, whatever is trained later.
+        transductive: an answer may depend on the other samples of its batch (a paper's batch form, as an
+            option).
+        encoders: what frozen features come from besides the base's own tower and embeddings.
     """
 
     chooses_task: bool = False
     needs_task: bool = False
     isolated: bool = False
+    transductive: bool = False
+    encoders: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage to come: its name (also of its folder) and the tasks whose records it trains on."""
+
+    name: str
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Past:
+    """A finished stage: where its files are, and what it was trained on."""
+
+    folder: Path
+    tasks: tuple[TaskSpec, ...] = ()
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage `index` (from 0) trains `task`; `earlier` maps earlier tasks to their published folders."""
+    """Stage `index` (from 0) trains `tasks`; `past` maps the names of earlier stages to what they left.
+
+    Attributes:
+        seed: of this stage; the same on every rank.
+    """
 
     index: int
-    task: str
-    earlier: dict[str, Path]
+    name: str
+    tasks: tuple[TaskSpec, ...] = ()
+    past: Mapping[str, Past] = field(default_factory=dict)
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Where a stage stands: optimiser step `step` (from 0) of `steps`, of which `epoch_steps` make an
+    epoch.
+    """
+
+    step: int
+    steps: int
+    epoch_steps: int
+
+    @property
+    def epoch(self) -> int:
+        """Number of whole epochs before this step."""
+        return self.step // max(1, self.epoch_steps)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples of a mixture; `share` is theirs of every global batch, None takes them in with the others."""
+
+    examples: Examples
+    share: float | None = None
+
+
+#: What a stage trains on; the first part's number of examples decides the number of steps.
+Mixture = tuple[Part, ...]
+
+
+class Passes(Protocol):
+    """This rank's part of single passes over a stage's own examples, in their order, collated on demand."""
+
+    def all(self, size: int | None = None) -> Iterator[Batch]:
+        """Every example once, `size` to a batch (None: the micro-batch)."""
+
+    def first(self, count: int, size: int | None = None) -> Iterator[Batch]:
+        """The first `count` examples; which ones they are does not depend on the number of ranks."""
+
+    def complete(self, count: int) -> Iterator[Batch]:
+        """The first `count` examples that have both modalities."""
+
+
+class Trained(Protocol):
+    """The trained parameters: whole, named, fp32, and bit-equal on every rank under every engine.
+
+    Every rank must make the same calls, between the last backward pass of a global batch and its update
+    (gradients) or between two updates (all others).
+    """
+
+    def values(self) -> dict[str, Tensor]:
+        """A copy of every parameter."""
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The gradient of the global batch's loss, summed over ranks and accumulation, before clipping."""
+
+    def add_gradients(self, extra: Mapping[str, Tensor]) -> None:
+        """Add to gradients; the update and its norm see the sum."""
+
+    def rewrite(self, new: Mapping[str, Tensor]) -> None:
+        """Replace whole parameters, bit-equal on every rank, down to the engine's master copies."""
+
+    def reset_moments(self, where: Mapping[str, Tensor]) -> None:
+        """Forget the optimiser's moments where a mask of the parameter's shape is true."""
 
 
 @dataclass(frozen=True)
 class TaskChoice:
-    """Per-sample task choice among `tasks`: `index` int64 B, `scores` float B×T (higher is likelier)."""
+    """Per-sample task choice among `tasks`: `index` int64 B (−1: no evidence), `scores` B×T (higher is
+    likelier).
+    """
 
     tasks: tuple[str, ...]
     index: Tensor
     scores: Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What the model is given to answer.
+
+    Attributes:
+        inputs: keyword arguments of `model(...)` and `model.generate(...)`.
+        skip: positions at the beginning of what `generate` returns that are no answer.
+    """
+
+    inputs: Mapping[str, Any]
+    skip: int
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Prompt":
+        """The batch as it is."""
+        return cls(batch.inputs, batch.inputs["input_ids"].shape[1])
 
 
 @dataclass(frozen=True)
@@ -76,7 +193,7 @@ class Footprint:
         kind: `gathered`: factors are looked up for every row; `lora`: one pair of matrices for all rows.
         rank: of the update of a linear in a forward pass.
         stored_bytes: what a finished stage keeps on disk besides the trained parameters (statistics).
-        every_task: evaluation holds the adapters of all finished tasks, not just the last one.
+        every_task: evaluation holds the adapters of all finished stages, not just the last one.
     """
 
     parameters: int
@@ -95,30 +212,41 @@ class Method(ABC):
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
         self.options, self.run, self.backbone = options, run, backbone
 
+    # ---- what is trained on
+    def stages(self, sequence: TaskSequence) -> tuple[StagePlan, ...]:
+        """The stages of a sequence; by default one per task. None at all is legal."""
+        return tuple(StagePlan(name, (name,)) for name in sequence.names)
+
+    def mixture(self, stage: Stage, own: Examples, past: Mapping[str, Examples]) -> Mixture:
+        """Which examples, in which shares. `past` reads an earlier stage's examples when it is asked for
+        them.
+        """
+        return (Part(own),)
+
+    def views(self, items: Sequence[Item], clock: Clock) -> Mapping[str, View]:
+        """Further views of a micro-batch's rows, collated into `Batch.views`; always of the same names."""
+        return {}
+
+    # ---- a stage
     @abstractmethod
-    def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
-        """Inject what `stage` trains into the freshly loaded frozen `base`, restoring what it needs of
-        earlier stages.
+    def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
+        """Inject what `stage` trains into the freshly loaded frozen `base`, restoring what it needs of the
+        past.
         """
 
-    #: `prepare` is called before the first step, with the task's first `preparation_records` complete records
-    #: (None: all).
-    wants_preparation: bool = False
-    preparation_records: int | None = None
-    #: The collator adds, to each batch, a view of the complete rows with one modality removed.
-    wants_dropped_view: bool = False
-
-    def prepare(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce) -> None:
-        """See this rank's part of some training records once, without gradient, before the first step
-        (statistics).
-        """
+    def prepare(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
+        """See training examples, without gradient, before the first step (statistics)."""
         return None
+
+    def groups(self, model: nn.Module, train: TrainConfig) -> list[dict[str, Any]]:
+        """The trainable parameters in groups with `name` and peak rate `peak`; empty: nothing is trained by
+        steps.
+        """
+        return parameter_groups(model, self.backbone.projector_pattern, train)
 
     def checkpoint_context_fn(self, model: nn.Module) -> Callable[[], Any] | None:
-        """`context_fn` of `torch.utils.checkpoint`, where recomputation needs a state of the forward pass;
-        else None.
-        """
-        return None
+        """`context_fn` of `torch.utils.checkpoint`, where recomputation needs a state of the forward pass."""
+        return checkpoint_contexts(model)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """How many items each loss term of `batch` averages over: known from labels and presence, before any
@@ -128,8 +256,10 @@ class Method(ABC):
             return {"answer": 0.0}
         return {"answer": float((batch.labels[:, 1:] != -100).sum())}
 
-    def weights(self) -> dict[str, float]:
-        """The weight of each loss term; the terms named here are those of `counts` and `loss_sums`."""
+    def weights(self, clock: Clock) -> dict[str, float]:
+        """The weight of each loss term and penalty; the terms are those of `counts`, `loss_sums`,
+        `penalties`.
+        """
         return {"answer": 1.0}
 
     @abstractmethod
@@ -138,12 +268,31 @@ class Method(ABC):
         forward.
         """
 
-    def after_backward(self, model: nn.Module, batch: Batch) -> None:
-        """Called once for each micro-batch after its backward pass: running statistics belong here, not in a
-        forward.
+    def penalties(self, values: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor]:
+        """Terms over the trained parameters alone, once an update; `values` are whole and carry gradients."""
+        return {}
+
+    def after_backward(self, model: nn.Module, batch: Batch, clock: Clock) -> None:
+        """Called once for each micro-batch that counts, after its backward pass: running statistics belong
+        here, not in a forward. Not on every rank alike, so no collective may be called.
         """
         return None
 
+    def before_step(self, trained: Trained, clock: Clock) -> None:
+        """Before an update: statistics of the gradient, or surgery on it."""
+        return None
+
+    def after_step(self, trained: Trained, before: Mapping[str, Tensor], clock: Clock) -> None:
+        """After an update that was made: it may be projected (`before` holds the values it began with)."""
+        return None
+
+    def finish(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
+        """Close the stage. The engine is gone, parameters are whole, autograd is plain: Fisher, anchors,
+        SVD.
+        """
+        return None
+
+    # ---- what is kept
     def state_dict(self) -> dict[str, Tensor]:
         """What the method holds between two steps of a stage beside the trainable parameters, for a step
         checkpoint.
@@ -154,62 +303,42 @@ class Method(ABC):
         return {}
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        """Go on from what `state_dict` gave: called after `begin_task`, in place of `prepare`.
-
-        Buffers that `prepare` sets must be set again here.
+        """Go on from what `state_dict` gave: called after `begin`, in place of `prepare`, whose buffers must
+        be set again here.
         """
         return None
 
-    def end_task(self, model: nn.Module, reduce: Reduce) -> None:
-        """Close the task: statistics that live on several ranks are summed here."""
-        return None
-
-    @abstractmethod
-    def save(self, model: nn.Module, stage: Stage, folder: Path) -> None:
-        """Write what this stage adds into `folder` (safetensors, JSON). Parameters are gathered already."""
-
-    def adapter_tensors(self, model: Any, stage: Stage) -> dict[str, Tensor]:
+    def tensors(self, model: Any, stage: Stage) -> dict[str, Tensor]:
         """What `save` writes into `adapter_model.safetensors`, by name, as it is in memory: published files
-        are compared with it. A method whose adapter is not PEFT's own overrides it.
+        are compared with it. By default PEFT's adapter of the stage's name, or the model's first one.
         """
-        from peft.utils import get_peft_model_state_dict
-
-        name = stage.task if stage.task in model.peft_config else next(iter(model.peft_config))
+        name = stage.name if stage.name in model.peft_config else next(iter(model.peft_config))
         found: dict[str, Tensor] = get_peft_model_state_dict(
             model, adapter_name=name, save_embedding_layers=False
         )
         return found
 
     @abstractmethod
-    def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
-        """The model as it stands after the stages in `adapters` (task -> folder, in order); empty means the
-        bare base.
-        """
+    def save(self, model: nn.Module, stage: Stage, folder: Path) -> None:
+        """Write what this stage adds into `folder` (safetensors, JSON); parameters are whole."""
 
+    @abstractmethod
+    def load(self, base: nn.Module, past: Mapping[str, Past]) -> nn.Module:
+        """The model as it stands after the stages in `past` (in order); empty means the bare base."""
+
+    # ---- answers
     def choose(self, model: nn.Module, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice | None:
         """The task of each sample, or None for methods without a choice. `views` limits the evidence (image,
         text, instruction).
         """
         return None
 
-    def footprint(self, base: nn.Module) -> Footprint:
-        """What a stage over `base` (which may be on the meta device) trains and stores.
-
-        Raises:
-            DeloError: the method does not say.
-        """
-        raise DeloError(
-            "This method does not say what it needs, so it cannot be planned",
-            given=type(self).__name__,
-            fix="implement its footprint()",
-        )
-
     @abstractmethod
     def answering(
         self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> AbstractContextManager[Any]:
-        """A context in which `model(**batch.inputs)` or `model.generate(**batch.inputs)` answers as the given
-        tasks (one per row).
+    ) -> AbstractContextManager[Prompt]:
+        """A context in which `model` or `model.generate` with the prompt's inputs answers as the given tasks
+        (one per row).
         """
 
     def routing_use(self, model: nn.Module) -> dict[str, Any] | None:
@@ -222,6 +351,20 @@ class Method(ABC):
             linear, how often each of its factors was chosen).
         """
         return None
+
+    def footprint(self, base: nn.Module) -> Footprint:
+        """What a stage over `base` (which may be on the meta device) trains and stores; by default counted on
+        what `begin` injects.
+        """
+        model = self.begin(copy.deepcopy(base), Stage(0, "planned"))
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        widths = sum(i + o for i, o in adapted_linears(base, self.backbone).values())
+        return Footprint(trained, "lora", max(1, round(trained / widths)), 0, self.capabilities.isolated)
+
+
+def overrides(method: Method, hook: str) -> bool:
+    """Whether a method has a hook of its own: what it needs is gathered only then."""
+    return getattr(type(method), hook) is not getattr(Method, hook)
 
 
 def answer_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

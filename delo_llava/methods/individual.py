@@ -1,8 +1,7 @@
 """`individual`: a fresh PEFT LoRA per task, the true task given at test: the upper bound."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from peft import LoraConfig, PeftModel
 from torch import nn
@@ -11,7 +10,7 @@ from delo_llava.adapters.store import open_adapters
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
 from delo_llava.methods._lora import LoraMethod, bare, no_grad_parameters
-from delo_llava.methods.base import Capabilities, Stage
+from delo_llava.methods.base import Capabilities, Past, Prompt, Stage
 
 
 class Individual(LoraMethod):
@@ -19,18 +18,19 @@ class Individual(LoraMethod):
 
     capabilities = Capabilities(needs_task=True, isolated=True)
 
-    def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
+    def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
         return self.fresh(base)
 
-    def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
-        if not adapters:
+    def load(self, base: nn.Module, past: Mapping[str, Past]) -> nn.Module:
+        if not past:
             return bare(base)
-        return no_grad_parameters(open_adapters(base, adapters, LoraConfig))
+        folders = {name: stage.folder for name, stage in past.items()}
+        return no_grad_parameters(open_adapters(base, folders, LoraConfig))
 
     @contextmanager
     def answering(
         self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> Iterator[None]:
+    ) -> Iterator[Prompt]:
         if isinstance(model, PeftModel):
             wanted = set(tasks or ())
             if len(wanted) != 1:
@@ -40,7 +40,7 @@ class Individual(LoraMethod):
                     fix="evaluate with the true task and one task per batch",
                 )
             model.set_adapter(wanted.pop(), inference_mode=True)
-        yield
+        yield Prompt.of(batch)
 
 
 METHOD = Individual

@@ -1,6 +1,6 @@
 """`lora`: one PEFT LoRA trained through all tasks in turn: the lower bound."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from torch import nn
 from delo_llava.adapters.store import open_adapters
 from delo_llava.data.collate import Batch
 from delo_llava.methods._lora import ADAPTER, LoraMethod, bare, no_grad_parameters
-from delo_llava.methods.base import Capabilities, Stage
+from delo_llava.methods.base import Capabilities, Past, Prompt, Stage
 
 
 class Lora(LoraMethod):
@@ -18,26 +18,26 @@ class Lora(LoraMethod):
 
     capabilities = Capabilities()
 
-    def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
-        if not stage.earlier:
+    def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
+        if not stage.past:
             return self.fresh(base)
-        return open_adapters(base, _last(stage.earlier), LoraConfig, trainable=True)
+        return open_adapters(base, _last(stage.past), LoraConfig, trainable=True)
 
-    def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
-        if not adapters:
+    def load(self, base: nn.Module, past: Mapping[str, Past]) -> nn.Module:
+        if not past:
             return bare(base)
-        return no_grad_parameters(open_adapters(base, _last(adapters), LoraConfig))
+        return no_grad_parameters(open_adapters(base, _last(past), LoraConfig))
 
     @contextmanager
     def answering(
         self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> Iterator[None]:
-        yield
+    ) -> Iterator[Prompt]:
+        yield Prompt.of(batch)
 
 
-def _last(adapters: dict[str, Path]) -> dict[str, Path]:
+def _last(past: Mapping[str, Past]) -> dict[str, Path]:
     """The last stage's folder, under the name that PEFT gives the only adapter."""
-    return {ADAPTER: list(adapters.values())[-1]}
+    return {ADAPTER: list(past.values())[-1].folder}
 
 
 METHOD = Lora

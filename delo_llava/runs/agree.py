@@ -2,7 +2,7 @@
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import yaml
 from delo_llava.config import RunConfig, dump_config
 from delo_llava.engines.ranks import Ranks
 from delo_llava.errors import DeloError
+from delo_llava.registry import plugin_folders
 from delo_llava.runs.record import base_facts, data_hashes, flat, versions
 from delo_llava.runs.store import RunStore
 from delo_llava.tasks import TaskSequence
@@ -64,15 +65,21 @@ def data_facts(store: RunStore, sequence: TaskSequence, model_path: str) -> dict
 
 @cache
 def source_hash() -> str:
-    """One sha256 over all Python files of this project's packages."""
+    """One sha256 over all Python files of this project's packages and of folders of plug-ins."""
     digest = hashlib.sha256()
+    for package, folder in [*_sources(), *(("plug-ins", folder) for folder in plugin_folders())]:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{package}/{file.relative_to(folder).as_posix()}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    """(package, folder) of this project's packages."""
     for package in SOURCES:
         spec = importlib.util.find_spec(package)
         for folder in (spec.submodule_search_locations or []) if spec else []:
-            for file in sorted(Path(folder).rglob("*.py")):
-                digest.update(f"{package}/{file.relative_to(folder).as_posix()}\n".encode())
-                digest.update(file.read_bytes())
-    return digest.hexdigest()
+            yield package, Path(folder)
 
 
 def _digest(found: dict[str, Any]) -> str:

@@ -1,29 +1,24 @@
 """What happens beside the steps of a stage: metrics, progress, checkpoints, records that were left out."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 
 from delo_llava.config import RunConfig
-from delo_llava.data.collate import Collator
-from delo_llava.engines.deepspeed import Engine
 from delo_llava.engines.ranks import Ranks
 from delo_llava.methods.base import Stage
 from delo_llava.runs.step_state import StepCheckpoints
 from delo_llava.runs.store import RunStore
+from delo_llava.training.fit import Running
 from delo_llava.training.guards import judge_bad_images
 from delo_llava.training.logging import MetricsLog, RunProgress
-from delo_llava.training.loop import Ledger, StepReport
+from delo_llava.training.loop import StepReport
 
 
 class StageObserver:
     """Writes down one stage's steps; every rank has one, and the first one's writes.
 
     Args:
-        steps, records: of the stage, to tell the epoch and which step is the last.
-        start: the first step of this launch; metrics from there on are written anew.
-        collator: of the training batches, whose bad images are counted.
+        running: the stage as training begins it.
         began: `time.monotonic()` when this launch began the stage.
     """
 
@@ -33,40 +28,29 @@ class StageObserver:
         store: RunStore,
         ranks: Ranks,
         stage: Stage,
-        engine: Engine,
         checkpoints: StepCheckpoints,
-        collator: Collator,
-        ledger: Ledger,
         progress: RunProgress,
-        *,
-        steps: int,
-        records: int,
-        start: int,
+        running: Running,
         began: float,
     ) -> None:
         self.config, self.store, self.ranks, self.stage = config, store, ranks, stage
-        self.engine, self.checkpoints, self.collator = engine, checkpoints, collator
-        self.ledger, self.progress = ledger, progress
-        self.steps, self.records, self.start = steps, records, start
-        self._began, self._before = began, ledger.seconds
+        self.checkpoints, self.progress, self.running = checkpoints, progress, running
+        self.ledger = running.ledger
+        self._began, self._before = began, running.ledger.seconds
         self._log: MetricsLog | None = None
+        if ranks.first:
+            train = config.train
+            self._log = MetricsLog(store.metrics, stage.index, running.start, train.tensorboard)
 
-    @contextmanager
-    def logging(self) -> Iterator[None]:
-        """The block in which steps are trained: the metrics file is open."""
-        if self.ranks.first:
-            train = self.config.train
-            self._log = MetricsLog(self.store.metrics, self.stage.index, self.start, train.tensorboard)
-        try:
-            yield
-        finally:
-            if self._log is not None:
-                self._log.close()
+    def close(self) -> None:
+        """No step comes any more."""
+        if self._log is not None:
+            self._log.close()
 
     def step(self, report: StepReport) -> None:
         """Show it, log it, and look at the records whose images could not be read."""
         self.progress.step(report.seconds, report.loss)
-        if report.step % self.config.train.log_every == 0 or report.step == self.steps - 1:
+        if report.step % self.config.train.log_every == 0 or report.step == self.running.steps - 1:
             self._write(asdict(report))
         self._count_bad_images()
 
@@ -75,7 +59,7 @@ class StageObserver:
         self._write({"step": step, "skipped": record_ids, "loss": None, "grad_norm": None})
         self.progress.say(f"step {step} left out: loss or gradient is not finite ({', '.join(record_ids)})")
         self.ranks.run_first(
-            lambda: self.store.update_stage(self.stage.task, skipped_steps=self.ledger.skipped)
+            lambda: self.store.update_stage(self.stage.name, skipped_steps=self.ledger.skipped)
         )
         self._count_bad_images()
 
@@ -84,7 +68,7 @@ class StageObserver:
         self.ledger.seconds = self.seconds()
         if self._log is not None:
             self._log.flush()
-        self.checkpoints.save(step, self.engine, self.ledger)
+        self.checkpoints.save(step, self.running.engine, self.ledger)
 
     def seconds(self) -> float:
         """Seconds spent in this stage, earlier launches included."""
@@ -95,14 +79,16 @@ class StageObserver:
             return
         step = entry["step"]
         assert isinstance(step, int)
-        epoch = (step + 1) * self.config.train.global_batch / self.records
-        known = {"stage": self.stage.index, "task": self.stage.task, "epoch": epoch, "time": time.time()}
+        epoch = (step + 1) * self.config.train.global_batch / self.running.examples
+        known = {"stage": self.stage.index, "task": self.stage.name, "epoch": epoch, "time": time.time()}
         self._log.write({**known, **entry})
 
     def _count_bad_images(self) -> None:
         """Raises DeloError on every rank when there are too many."""
-        if not self.collator.skip_bad_images:
+        if not self.running.collator.skip_bad_images:
             return
-        self.ledger.bad_images |= dict(self.collator.bad_images)  # a copy: the collator's thread adds to it
+        self.ledger.bad_images |= dict(
+            self.running.collator.bad_images
+        )  # a copy: the collator's thread adds to it
         # A record comes to another rank in another epoch, and counts once.
         judge_bad_images(self.ranks.union(self.ledger.bad_images), self.config.data.max_bad_images)

@@ -6,8 +6,9 @@ imports them late.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from delo_llava.tasks import TaskSequence
 
 if TYPE_CHECKING:
     from delo_llava.engines.ranks import Ranks
+    from delo_llava.methods.base import StagePlan
     from delo_llava.runs.stage import StageTrainer
     from delo_llava.training.guards import Planner
     from delo_llava.training.logging import RunProgress
@@ -136,8 +138,29 @@ def check_engine(config: RunConfig, world: int) -> None:
         read_deepspeed_file(config)
 
 
+def check_stages(plans: "Sequence[StagePlan]", sequence: TaskSequence) -> None:
+    """Refuse stages that a run's folder cannot hold.
+
+    Raises:
+        DeloError: two stages of one name, or a stage without tasks or with unknown ones.
+    """
+    names = [plan.name for plan in plans]
+    if len(set(names)) < len(names):
+        raise DeloError("A method's stages must have names of their own", given=", ".join(names))
+    for plan in plans:
+        for task in plan.tasks or ("no task",):
+            if task not in sequence.names:
+                raise DeloError(
+                    f"Stage {plan.name} trains what the sequence does not have", given=task,
+                    allowed=sequence.names,
+                )  # fmt: skip
+
+
 class _Sequence:
     """The state of one launch."""
+
+    #: The stages to train, as the method has them.
+    plans: "tuple[StagePlan, ...]" = ()
 
     def __init__(
         self,
@@ -163,23 +186,26 @@ class _Sequence:
         method = chosen(
             chosen.Config(**self.config.methods.get(self.config.method, {})), self.config, backbone
         )
+        self.plans = method.stages(self.sequence)
+        check_stages(self.plans, self.sequence)
+        self.ranks.run_first(lambda: self.store.update_run(plan=[asdict(plan) for plan in self.plans]))
         done = self._finished()
-        if len(done) < len(self.sequence.tasks):
+        if len(done) < len(self.plans):
             self.ranks.run_first(lambda: self.store.complete.unlink(missing_ok=True))
         trainer = StageTrainer(self.config, self.store, self.ranks, backbone, path, method, planner)
         with self._progress(len(done)) as progress:
             self._say_start(progress, done)
             self._zero_shot(progress)
-            for index in range(len(self.sequence.tasks)):
+            for index in range(len(self.plans)):
                 self._stage(index, index < len(done), trainer, progress)
             self._finish(progress)
 
     def _finished(self) -> list[str]:
-        """Tasks with a published adapter, which must be the first ones; each is checked byte by byte."""
+        """Stages with a published adapter, which must be the first ones; each is checked byte by byte."""
         done: list[str] = []
+        names = [plan.name for plan in self.plans]
 
         def look() -> None:
-            names = self.sequence.names
             for name in names:
                 if not self.store.finished(name):
                     break
@@ -200,23 +226,28 @@ class _Sequence:
                 StepStore(self.store.step_checkpoints(name), keep=1).discard()
 
         self.ranks.run_first(look)
-        return [name for name in self.sequence.names if self.store.adapter(name).exists()]
+        return [name for name in names if self.store.adapter(name).exists()]
 
     def _stage(self, index: int, trained: bool, trainer: "StageTrainer", progress: "RunProgress") -> None:
-        from delo_llava.methods.base import Stage
-        from delo_llava.runs.stage import free_memory
+        from delo_llava.runs.stage import free_memory, make_stage
 
-        task = self.sequence.tasks[index]
-        self.ranks.leave_if_asked(f"before {task.name}")
+        name, row = self.plans[index].name, self._row(index)
+        self.ranks.leave_if_asked(f"before {name}")
         if not trained:
-            earlier = {name: self.store.adapter(name) for name in self.sequence.names[:index]}
-            trainer.train(task, Stage(index, task.name, earlier), progress)
+            trainer.train(
+                make_stage(index, self.plans, self.sequence, self.store, self.config.seed), progress
+            )
             free_memory()
-        if self.evaluate is None or self._evaluated(task.name):
+        if self.evaluate is None or self._evaluated(name):
             return
-        self._evaluate(index, f"{index + 1}. {task.name}: evaluating", index + 1, progress)
-        self.ranks.run_first(lambda: self.store.update_stage(task.name, evaluated=True))
-        self._say_results(progress, index)
+        self._evaluate(row, f"{index + 1}. {name}: evaluating", row + 1, progress)
+        self.ranks.run_first(lambda: self.store.update_stage(name, evaluated=True))
+        self._say_results(progress, row)
+
+    def _row(self, index: int) -> int:
+        """The row of the accuracy matrix that a stage fills: that of the last task trained so far."""
+        trained = [name for plan in self.plans[: index + 1] for name in plan.tasks]
+        return max(map(self.sequence.names.index, trained))
 
     def _zero_shot(self, progress: "RunProgress") -> None:
         """The row before any training, which forward transfer needs."""
@@ -240,24 +271,29 @@ class _Sequence:
     def _progress(self, done: int) -> "RunProgress":
         from delo_llava.training.logging import RunProgress
 
-        counts = [self._step_count(index) for index in range(done, len(self.sequence.tasks))]
-        stages = [
-            i for i, name in enumerate(self.sequence.names) if self.evaluate and not self._evaluated(name)
+        counts = [self._step_count(plan) for plan in self.plans[done:]]
+        rows = [
+            self._row(i)
+            for i, plan in enumerate(self.plans)
+            if self.evaluate and not self._evaluated(plan.name)
         ]
         zero_shot = (
             0 if self.evaluate is None or self.store.read_run().get(ZERO_SHOT) else len(self.sequence.tasks)
         )
-        return RunProgress(sum(counts), sum(i + 1 for i in stages) + zero_shot, self.ranks.first)
+        return RunProgress(sum(counts), sum(row + 1 for row in rows) + zero_shot, self.ranks.first)
 
-    def _step_count(self, index: int) -> int:
-        """Optimiser steps of a stage; reads its records, so their faults are told before any model loads."""
+    def _step_count(self, plan: "StagePlan") -> int:
+        """Optimiser steps of a stage on its own records; reads them, so their faults are told before any
+        model loads.
+        """
         import math
 
         from delo_llava.data.readers import read_records
 
-        train = self.config.for_task(self.sequence.names[index]).train
-        records = read_records(self.sequence.tasks[index], "train", self.config.data.sub, self.config.seed)
-        steps = math.ceil(train.epochs * len(records) / train.global_batch)
+        tasks = [task for task in self.sequence.tasks if task.name in plan.tasks]
+        train = self.config.for_tasks(plan.tasks).train
+        records = sum(len(read_records(t, "train", self.config.data.sub, self.config.seed)) for t in tasks)
+        steps = math.ceil(train.epochs * records / train.global_batch)
         return min(steps, train.max_steps or steps)
 
     def _say_start(self, progress: "RunProgress", done: list[str]) -> None:

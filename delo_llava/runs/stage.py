@@ -1,12 +1,15 @@
-"""One stage: a pure function of the base, the earlier adapters on disk, the task's data and the seed."""
+"""One stage on disk: a pure function of the base, the earlier adapters, the tasks' data and the seed.
+
+Goes on from the stage's last checkpoint if there is one, trains it by `training.fit`, and publishes its
+adapter.
+"""
 
 import gc
-import random
 import time
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,40 +17,30 @@ from delo_llava.adapters.own import TENSORS
 from delo_llava.adapters.store import require_same_tensors
 from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
-from delo_llava.data.collate import Collator
-from delo_llava.data.sampler import plan_accumulation
-from delo_llava.engines.deepspeed import Engine, build_engine, zero_stage
-from delo_llava.engines.module import MethodModule
-from delo_llava.engines.optim import parameter_groups
+from delo_llava.data.examples import Examples
+from delo_llava.data.missing import effective
+from delo_llava.data.readers import read_records
 from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.signals import Preempted
-from delo_llava.errors import DeloError
-from delo_llava.methods.base import Method, Stage
+from delo_llava.methods.base import Method, Past, Stage, StagePlan
 from delo_llava.runs.observer import StageObserver
 from delo_llava.runs.step_state import Resumed, StepCheckpoints
 from delo_llava.runs.steps import StepStore
 from delo_llava.runs.store import RunStore
-from delo_llava.tasks import TaskSpec
+from delo_llava.tasks import TaskSequence, TaskSpec
+from delo_llava.training.fit import Fitted, Kit, Running, fit, seed_everything
 from delo_llava.training.guards import (
     OutOfMemory,
     Planner,
-    fingerprint,
-    frozen_parameters,
     memory_planned,
     memory_told,
-    require_unchanged,
     smaller_micro_batch,
 )
 from delo_llava.training.logging import RunProgress
-from delo_llava.training.loop import Ledger, run_steps
-from delo_llava.training.mixture import TaskBatches
-
-#: Ranks that a checkpoint has no random state for, as there were fewer, are seeded this far apart by step.
-RANK_SEEDS = 1_000_003
 
 
 class StageTrainer:
-    """Trains one task and publishes its adapter.
+    """Trains one stage and publishes its adapter.
 
     Args:
         path: of the base, as `find_backbone` resolved it.
@@ -66,13 +59,14 @@ class StageTrainer:
         planner: Planner | None = None,
     ) -> None:
         self.run_config, self.store, self.ranks = config, store, ranks
-        #: The run's, with what differs for the task that is being trained: `per_task`, a halved micro-batch.
+        #: The run's, with what differs for the tasks that are being trained: `per_task`, a halved
+        #: micro-batch.
         self.config = config
         self.backbone, self.path, self.method, self.planner = backbone, path, method, planner
-        self.processor = backbone.load_processor(path)
+        self.kit = Kit(backbone, backbone.load_processor(path))
 
-    def train(self, task: TaskSpec, stage: Stage, progress: RunProgress) -> None:
-        """Train `task`, from its last checkpoint if there is one, and publish `adapters/<task>`.
+    def train(self, stage: Stage, progress: RunProgress) -> None:
+        """Train `stage`, from its last checkpoint if there is one, and publish `adapters/<its name>`.
 
         Raises:
             DeloError: anything the guards find; nothing is published then.
@@ -80,15 +74,15 @@ class StageTrainer:
                 command goes on.
         """
         while True:
-            self.config = self.run_config.for_task(task.name)
-            smaller = self.ranks.same(self.store.stage(stage.task).get("micro_batch"))
+            self.config = self.run_config.for_tasks([task.name for task in stage.tasks])
+            smaller = self.ranks.same(self.store.stage(stage.name).get("micro_batch"))
             if smaller is not None:
                 train = self.config.train.model_copy(update={"micro_batch": smaller})
                 self.config = self.config.model_copy(update={"train": train})
             planned = partial(memory_planned, self.planner, self.config, self.ranks)
             try:
                 with memory_told(self.config.train, self.ranks.device, planned):
-                    self._train(task, stage, progress)
+                    self._train(stage, progress)
                 break
             except OutOfMemory as error:
                 self._halve(stage, error, progress)
@@ -105,64 +99,84 @@ class StageTrainer:
         smaller = smaller_micro_batch(self.config.train, self.ranks.world)
         if self.config.train.on_oom == "stop" or smaller is None:
             raise error
-        self.store.update_stage(stage.task, micro_batch=smaller)
+        self.store.update_stage(stage.name, micro_batch=smaller)
         progress.say(f"{error.message}: going on with train.micro_batch={smaller}")
         if self.ranks.world > 1:
             reason = f"a lack of memory (now train.micro_batch={smaller})"
-            raise Preempted(reason, f"training {stage.task}", together=False)
+            raise Preempted(reason, f"training {stage.name}", together=False)
 
-    def _train(self, task: TaskSpec, stage: Stage, progress: RunProgress) -> None:
-        began, seed = time.monotonic(), stage_seed(self.config.seed, stage.index)
-        self.ranks.run_first(lambda: self.store.verify_published(stage.earlier))
-        batches = TaskBatches(self.config, task, seed)
-        self._check_plan(batches)
+    def _train(self, stage: Stage, progress: RunProgress) -> None:
+        began = time.monotonic()
+        self.ranks.run_first(lambda: self.store.verify_published(stage.past))
+        mixture = self.method.mixture(stage, self._own(stage.tasks), PastExamples(self, stage.past))
         checkpoints = self._checkpoints(stage)
         resumed = self._find(checkpoints, stage, progress)
-        seed_everything(seed)
+        seed_everything(stage.seed)
         model = self._build(stage)
-        collator = self._collator(seed, self.method.wants_dropped_view)
-        if resumed is not None:
-            resumed.load_weights(model)
-            self.method.load_state_dict(model, resumed.method)
-        elif self.method.wants_preparation:
-            self.method.prepare(model, self._preparation(batches, seed), self.ranks.sum)
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        engine, module = self._engine(model)
-        start, ledger = self._start(resumed, engine, seed, progress)
-        observer = StageObserver(
-            self.config, self.store, self.ranks, stage, engine, checkpoints, collator, ledger, progress,
-            steps=len(batches.steps), records=len(batches.records), start=start, began=began,
-        )  # fmt: skip
+        observers: list[StageObserver] = []
+
+        def observe(running: Running) -> StageObserver:
+            progress.describe(f"{stage.index + 1}. {stage.name}")
+            progress.resumed(running.start)
+            observers.append(
+                StageObserver(
+                    self.config, self.store, self.ranks, stage, checkpoints, progress, running, began
+                )
+            )
+            return observers[-1]
+
         try:
-            self._run(engine, module, batches, stage, observer)
-            self.method.end_task(model, self.ranks.sum)
-            facts = {
-                "index": stage.index,
-                "steps": len(batches.steps),
-                "samples": len(batches.records),
-                "seed": seed,
-                "trainable_parameters": trainable,
-                "lr_first": ledger.first,
-                "lr_last": ledger.last,
-                "missing": batches.effective,
-                "world": self.ranks.world,
-                "train_seconds": observer.seconds(),
-                "skipped_steps": ledger.skipped,
-                "bad_images": self.ranks.union(ledger.bad_images),
-                "resumed_at": ledger.resumed,
-            }
-            # Before the adapter: a launch killed in between trains the end of the stage again and notes it
-            # again, while one killed after publishing never comes back here.
-            self.ranks.run_first(lambda: self.store.update_stage(stage.task, **facts))
-            self._publish(engine, model, stage)
+            fitted = fit(
+                model, self.method, mixture, self.config, self.ranks, self.kit,
+                seed=stage.seed, resumed=resumed, observe=observe,
+            )  # fmt: skip
         finally:
-            engine.close()
-        self.ranks.run_first(lambda: self.store.verify_published(stage.earlier))
+            for observer in observers:
+                observer.close()
+        seconds = observers[-1].seconds() if observers else time.monotonic() - began
+        facts = self._facts(stage, fitted, seconds)
+        # Before the adapter: a launch killed in between trains the end of the stage again and notes it
+        # again, while one killed after publishing never comes back here.
+        self.ranks.run_first(lambda: self.store.update_stage(stage.name, **facts))
+        self.ranks.run_first(lambda: self._publish(fitted.model, stage))
+        self.ranks.run_first(lambda: self.store.verify_published(stage.past))
         checkpoints.discard()
 
+    def _facts(self, stage: Stage, fitted: Fitted, seconds: float) -> dict[str, Any]:
+        """What run.json says of the stage."""
+        ledger = fitted.ledger
+        return {
+            "index": stage.index,
+            "steps": fitted.steps,
+            "samples": fitted.examples,
+            "seed": stage.seed,
+            "trainable_parameters": fitted.trainable,
+            "lr_first": ledger.first,
+            "lr_last": ledger.last,
+            "missing": self._missing(stage.tasks),
+            "world": self.ranks.world,
+            "train_seconds": seconds,
+            "skipped_steps": ledger.skipped,
+            "bad_images": self.ranks.union(ledger.bad_images),
+            "resumed_at": ledger.resumed,
+        }
+
+    def _own(self, tasks: tuple[TaskSpec, ...]) -> Examples:
+        """The training records of some tasks under the run's missing pattern."""
+        parts = (Examples.of(self._records(task), self.config.missing) for task in tasks)
+        return sum(parts, start=Examples())
+
+    def _records(self, task: TaskSpec) -> Any:
+        return read_records(task, "train", self.config.data.sub, self.config.seed)
+
+    def _missing(self, tasks: tuple[TaskSpec, ...]) -> dict[str, Any]:
+        """What is missing in the training records: of the stage's task, or of each one by name."""
+        found = {task.name: effective(self.config.missing, self._records(task)) for task in tasks}
+        return dict(next(iter(found.values()))) if len(found) == 1 else dict(found)
+
     def _checkpoints(self, stage: Stage) -> StepCheckpoints:
-        steps = StepStore(self.store.step_checkpoints(stage.task), self.config.train.keep)
-        facts = {"task": stage.task, "stage": stage.index, "zero": self.config.zero}
+        steps = StepStore(self.store.step_checkpoints(stage.name), self.config.train.keep)
+        facts = {"task": stage.name, "stage": stage.index, "zero": self.config.zero}
         return StepCheckpoints(steps, self.ranks, self.method, facts)
 
     def _find(self, checkpoints: StepCheckpoints, stage: Stage, progress: RunProgress) -> Resumed | None:
@@ -171,49 +185,13 @@ class StageTrainer:
         where = "the beginning of the stage" if resumed is None else f"step {resumed.step}"
         if checkpoints.faults:
             told = "; ".join(checkpoints.faults)
-            progress.say(f"{stage.task}: a checkpoint is damaged, going on from {where}: {told}")
+            progress.say(f"{stage.name}: a checkpoint is damaged, going on from {where}: {told}")
             self.ranks.run_first(
-                lambda: self.store.update_stage(stage.task, bad_checkpoints=checkpoints.faults)
+                lambda: self.store.update_stage(stage.name, bad_checkpoints=checkpoints.faults)
             )
         elif resumed is not None:
-            progress.say(f"{stage.task}: going on from {where}")
+            progress.say(f"{stage.name}: going on from {where}")
         return resumed
-
-    def _start(
-        self, resumed: Resumed | None, engine: Engine, seed: int, progress: RunProgress
-    ) -> tuple[int, Ledger]:
-        """The first step to train and what is known of the steps before it; sets the random states."""
-        start = 0 if resumed is None else resumed.step
-        seed_everything(seed + 1 + self.ranks.rank + RANK_SEEDS * start)
-        if resumed is None:
-            return 0, Ledger()
-        resumed.load_engine(engine)
-        resumed.load_random()
-        progress.resumed(start)
-        ledger = resumed.ledger()
-        ledger.resumed.append(start)
-        if not self.ranks.first:
-            ledger.bad_images = {}  # the first rank keeps those of all; this one's own come again
-        return start, ledger
-
-    def _check_plan(self, batches: TaskBatches) -> None:
-        """What ZeRO-3 cannot run on several ranks, told before the base is loaded."""
-        if zero_stage(self.config) < 3 or self.ranks.world == 1:
-            return
-        batches.require_matching_ranks(self.ranks.world)
-        if self.config.data.on_bad_image == "skip" and self.config.missing.image == "absent":
-            raise DeloError(
-                "ZeRO-3 needs the same passes on all ranks, and a record that is left out may have a pass's "
-                "only image",
-                given="data.on_bad_image=skip",
-                fix="use --zero 2, --missing.image dummy, or --data.on_bad_image=error",
-            )
-        if self.method.wants_dropped_view:
-            raise DeloError(
-                "A second view of some rows differs between ranks, which ZeRO-3 cannot run",
-                given="consistency loss",
-                fix="use --zero 2, or switch the consistency loss off",
-            )
 
     def _build(self, stage: Stage) -> nn.Module:
         config = self.config
@@ -222,74 +200,49 @@ class StageTrainer:
         )
         # A key/value cache is of no use in training and would be kept for the backward pass.
         base.config.get_text_config().use_cache = False
-        model = self.method.begin_task(base, stage)
+        model = self.method.begin(base, stage)
         if config.train.gradient_checkpointing:
             checkpoint_activations(base, model, self.method)
         return model.train()
 
-    def _collator(self, seed: int, drop_view: bool) -> Collator:
-        config = self.config
-        return Collator(
-            self.backbone,
-            self.processor,
-            config.data.max_length,
-            config.missing.image,
-            drop_view=drop_view,
-            seed=seed,
-            skip_bad_images=config.data.on_bad_image == "skip",
-        )
+    def _publish(self, model: nn.Module, stage: Stage) -> None:
+        with self.store.publish(stage.name) as folder:
+            self.method.save(model, stage, folder)
+            require_same_tensors(self.method.tensors(model, stage), folder / TENSORS)
 
-    def _preparation(self, batches: TaskBatches, seed: int) -> Any:
-        """This rank's shard of the task, or of its first `preparation_records` complete ones."""
-        collator, complete = self._collator(seed, drop_view=False), self.method.preparation_records
-        shard = batches.shard(self.ranks.rank, self.ranks.world, collator, complete)
-        return (batch.to(self.ranks.device) for batch in shard)
 
-    def _engine(self, model: nn.Module) -> tuple[Engine, MethodModule]:
-        config, ranks = self.config, self.ranks
-        groups = parameter_groups(model, self.backbone.projector_pattern, config.train)
-        module = MethodModule(model, self.method, touch_all=zero_stage(config) < 3)
-        accumulation = plan_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world)
-        return build_engine(module, groups, config, ranks, accumulation), module
+class PastExamples(Mapping[str, Examples]):
+    """The examples of earlier stages by name; one is read when it is asked for."""
 
-    def _run(
-        self,
-        engine: Engine,
-        module: MethodModule,
-        batches: TaskBatches,
-        stage: Stage,
-        observer: StageObserver,
-    ) -> None:
-        observer.progress.describe(f"{stage.index + 1}. {stage.task}")
-        before = fingerprint(frozen_parameters(module.model))
-        mine = batches.mine(self.ranks.rank, self.ranks.world, observer.collator, observer.start)
-        with observer.logging():
-            run_steps(
-                engine, module, mine, len(batches.steps), self.config.train, self.ranks, observer,
-                start=observer.start, ledger=observer.ledger,
-            )  # fmt: skip
-        require_unchanged(before, fingerprint(frozen_parameters(module.model)), stage.task)
+    def __init__(self, trainer: StageTrainer, past: Mapping[str, Past]) -> None:
+        self._trainer, self._past = trainer, past
 
-    def _publish(self, engine: Engine, model: nn.Module, stage: Stage) -> None:
-        def save() -> None:
-            with self.store.publish(stage.task) as folder:
-                self.method.save(model, stage, folder)
-                require_same_tensors(self.method.adapter_tensors(model, stage), folder / TENSORS)
+    def __getitem__(self, name: str) -> Examples:
+        return self._trainer._own(self._past[name].tasks)
 
-        with engine.gathered():
-            self.ranks.run_first(save)
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._past)
+
+    def __len__(self) -> int:
+        return len(self._past)
+
+
+def make_stage(
+    index: int, plans: tuple[StagePlan, ...], sequence: TaskSequence, store: RunStore, seed: int
+) -> Stage:
+    """Stage `index` of a run, with what earlier ones left."""
+    tasks = {task.name: task for task in sequence.tasks}
+    past = {
+        plan.name: Past(store.adapter(plan.name), tuple(tasks[name] for name in plan.tasks))
+        for plan in plans[:index]
+    }
+    own = tuple(tasks[name] for name in plans[index].tasks)
+    return Stage(index, plans[index].name, own, past, stage_seed(seed, index))
 
 
 def stage_seed(seed: int, index: int) -> int:
     """The seed of a stage: runs and stages never share one."""
     return seed * 1000 + index
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch on this rank."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def checkpoint_activations(base: Any, model: nn.Module, method: Method) -> None:

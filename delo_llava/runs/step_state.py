@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from delo_llava.adapters.store import tensor_report
-from delo_llava.engines.deepspeed import Engine, trained_parameters
+from delo_llava.engines.base import Engine, trained_parameters
 from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.shards import OptimizerState
 from delo_llava.errors import DeloError

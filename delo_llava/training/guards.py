@@ -147,7 +147,7 @@ def frozen_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in model.named_parameters() if not p.requires_grad]
 
 
-def require_unchanged(before: str, after: str, task: str) -> None:
+def require_unchanged(before: str, after: str) -> None:
     """Compare two fingerprints of the frozen parameters.
 
     Raises:
@@ -155,7 +155,7 @@ def require_unchanged(before: str, after: str, task: str) -> None:
     """
     if before != after:
         raise DeloError(
-            f"Frozen weights changed while {task} was trained",
+            "Frozen weights changed during training",
             fix="the method must not touch frozen parameters",
         )
 

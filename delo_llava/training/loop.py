@@ -1,7 +1,7 @@
 """The steps of one stage: the same arithmetic for every engine, rank count and accumulation."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from math import isfinite, nan
 from typing import Any, Protocol
@@ -12,11 +12,11 @@ from torch import Tensor
 from delo_llava.config import TrainConfig
 from delo_llava.data.collate import Batch
 from delo_llava.engines import signals
-from delo_llava.engines.deepspeed import Engine
+from delo_llava.engines.base import Engine
 from delo_llava.engines.module import MethodModule
 from delo_llava.engines.optim import cosine_with_warmup, rates, set_rates
-from delo_llava.engines.ranks import Ranks
-from delo_llava.methods.base import Method
+from delo_llava.engines.ranks import Ranks, as_fault
+from delo_llava.methods.base import Clock, Method, Trained, overrides
 from delo_llava.training.guards import judge_nonfinite, require_trained_tokens
 
 
@@ -79,18 +79,21 @@ def run_steps(
     engine: Engine,
     module: MethodModule,
     batches: Iterable[list[Batch]],
-    steps: int,
+    clock: Callable[[int], Clock],
     train: TrainConfig,
     ranks: Ranks,
     observer: Observer,
     *,
     start: int = 0,
     ledger: Ledger | None = None,
+    at: Callable[[str], None] = lambda phase: None,
 ) -> Ledger:
-    """Train the global batches from `start` to `steps`.
+    """Train the global batches from `start` on.
 
     Args:
         batches: this rank's micro-batches of each global batch, from `start` on.
+        clock: where the stage stands at a step.
+        at: told what this rank begins to do.
 
     Raises:
         DeloError: a micro-batch without trained tokens, or a loss or gradient that is not finite; raised on
@@ -98,25 +101,28 @@ def run_steps(
         Preempted: a rank was asked to leave; the stage is saved.
     """
     ledger = ledger or Ledger()
+    steps, source = clock(start).steps, iter(batches)
     began = time.monotonic()
-    for step, micros in enumerate(batches, start):
+    for step in range(start, steps):
+        at(f"before step {step}")
         if ranks.any(signals.requested() is not None):
             if step > start:
                 observer.save(step)
             ranks.leave_if_asked(f"training, before step {step}")
-        totals = _totals(module.method, micros, ranks)
+        now = clock(step)
+        micros, totals = _next(source, module.method, now, ranks)
         if engine.schedules:
             lr = rates(engine.optimizer)
         else:
             lr = set_rates(engine.optimizer, cosine_with_warmup(step, steps, train.warmup))
-        terms, norm, faulty = _step(engine, module, micros, totals, ranks)
-        now = time.monotonic()
+        terms, norm, faulty = _step(engine, module, micros, totals, now, ranks, at)
+        ended = time.monotonic()
         if isfinite(norm):
-            report = _report(step, terms, module.method.weights(), lr, norm, totals, now - began, train)
-            observer.step(report)
+            weights = module.method.weights(now)
+            observer.step(_report(step, terms, weights, lr, norm, totals, ended - began, train))
         else:
             _skip(step, micros, faulty, train, ranks, observer, ledger)
-        began = now
+        began = ended
         ledger.first, ledger.last = ledger.first or lr, lr
         if train.save_every and (step + 1) % train.save_every == 0 and step + 1 < steps:
             observer.save(step + 1)
@@ -146,19 +152,26 @@ def _report(
 
 
 def _step(
-    engine: Engine, module: MethodModule, micros: list[Batch], totals: dict[str, float], ranks: Ranks
+    engine: Engine,
+    module: MethodModule,
+    micros: list[Batch],
+    totals: dict[str, float],
+    clock: Clock,
+    ranks: Ranks,
+    at: Callable[[str], None],
 ) -> tuple[dict[str, float], float, list[str]]:
-    """Forward and backward of every micro-batch, then the update.
+    """Forward and backward of every micro-batch, then the update with the method's hooks around it.
 
     Returns:
         the terms' means; the gradient norm, which is not finite where nothing was updated; and this rank's
         records whose loss is not finite.
     """
     method, names = module.method, sorted(totals)
-    weights, faulty = method.weights(), list[str]()
+    weights, faulty = method.weights(clock), list[str]()
     summed = torch.zeros(len(names), dtype=torch.float64)
     norm = 0.0
-    for micro in micros:
+    for number, micro in enumerate(micros, 1):
+        at(f"training step {clock.step} on records {', '.join(micro.record_ids)}")
         batch = micro.to(ranks.device)
         sums = engine.forward(batch)
         loss = _weighted(sums, weights, totals)
@@ -173,11 +186,47 @@ def _step(
         )
         engine.backward(loss)
         if finite and not micro.filler:
-            method.after_backward(module.model, batch)
-        norm = engine.step() or 0.0
+            method.after_backward(module.model, batch, clock)
+        if number < len(micros):
+            engine.step()
+    penalties, norm = _update(engine, method, weights, clock)
     whole = ranks.sum(summed).tolist()
     means = {name: value / max(totals[name], 1.0) for name, value in zip(names, whole, strict=True)}
-    return means, norm, faulty
+    return means | penalties, norm, faulty
+
+
+def _update(
+    engine: Engine, method: Method, weights: dict[str, float], clock: Clock
+) -> tuple[dict[str, float], float]:
+    """The update after the last backward pass; what a method's hooks need is gathered only for those it has.
+
+    Returns:
+        the value of each penalty, and the gradient norm.
+    """
+    told: dict[str, float] = {}
+    if overrides(method, "penalties"):
+        told = _penalise(engine.trained, method, weights, clock)
+    if overrides(method, "before_step"):
+        method.before_step(engine.trained, clock)
+    before = engine.trained.values() if overrides(method, "after_step") else {}
+    norm = engine.step() or 0.0
+    if before and isfinite(norm):
+        method.after_step(engine.trained, before, clock)
+    return told, norm
+
+
+def _penalise(trained: Trained, method: Method, weights: dict[str, float], clock: Clock) -> dict[str, float]:
+    """Add the gradient of the weighted penalties; they are the same on every rank, so each adds it once."""
+    values = {name: value.requires_grad_() for name, value in trained.values().items()}
+    with torch.enable_grad():
+        terms = method.penalties(values, clock)
+        if not terms:
+            return {}
+        total: Any = sum(weights[name] * value for name, value in terms.items())
+        gradients = torch.autograd.grad(total, list(values.values()), allow_unused=True)
+    found = {name: g for name, g in zip(values, gradients, strict=True) if g is not None}
+    trained.add_gradients(found)
+    return {name: float(value.detach()) for name, value in terms.items()}
 
 
 def _skip(
@@ -209,12 +258,30 @@ def _weighted(sums: dict[str, Tensor], weights: dict[str, float], totals: dict[s
     return total
 
 
-def _totals(method: Method, micros: list[Batch], ranks: Ranks) -> dict[str, float]:
-    """How many items each loss term averages over in the whole global batch."""
-    counts = [method.counts(batch) for batch in micros]
-    for batch, count in zip(micros, counts, strict=True):
-        if not batch.filler:
-            require_trained_tokens(count, batch.record_ids)
-    names = sorted(method.weights())
-    own = torch.tensor([sum(count.get(name, 0.0) for count in counts) for name in names], dtype=torch.float64)
-    return dict(zip(names, ranks.sum(own).tolist(), strict=True))
+def _next(
+    source: Iterator[list[Batch]], method: Method, clock: Clock, ranks: Ranks
+) -> tuple[list[Batch], dict[str, float]]:
+    """This rank's micro-batches of a step, and how many items each loss term averages over on all ranks.
+
+    Raises:
+        DeloError: on every rank, before anything is reduced: a rank has no batch to train on.
+    """
+    micros, fault = list[Batch](), None
+    names = sorted(method.weights(clock))
+    own = dict.fromkeys(names, 0.0)
+    try:
+        micros = next(source)
+        for batch in micros:
+            count = method.counts(batch)
+            if not batch.filler:
+                require_trained_tokens(count, batch.record_ids)
+            own = {name: own[name] + count.get(name, 0.0) for name in names}
+    except Exception as error:
+        if ranks.world == 1:
+            raise
+        fault = as_fault(error)
+    told = torch.tensor([*own.values(), float(fault is not None)], dtype=torch.float64)
+    *totals, faults = ranks.sum(told).tolist()
+    if faults:
+        ranks.agree(fault)
+    return micros, dict(zip(names, totals, strict=True))

@@ -1,94 +1,77 @@
-"""One task's batches on one rank: which records in which forward pass, collated one step ahead."""
+"""What a stage trains on, as batches on one rank: which examples in which forward pass, collated one step
+ahead."""
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from delo_llava.config import RunConfig
-from delo_llava.data.collate import Batch, Collator
-from delo_llava.data.missing import Presence, effective, record_presence
-from delo_llava.data.readers import read_records
-from delo_llava.data.sampler import step_batches
+from delo_llava.data.collate import Batch, Collator, Views
+from delo_llava.data.examples import Examples, Item
+from delo_llava.data.sampler import mixed_batches, step_batches
+from delo_llava.engines.ranks import Ranks
 from delo_llava.errors import DeloError
-from delo_llava.tasks import Record, TaskSpec
+from delo_llava.methods.base import Clock, Method, Mixture
 
 #: What an image adds to a record's length, in characters of text: only the order of lengths matters.
 IMAGE_CHARACTERS = 256
 
 
-class TaskBatches:
-    """Records of one task's training split under the run's missing pattern, cut into global batches.
+class StageBatches:
+    """A stage's mixture cut into global batches.
 
     Args:
-        seed: decides the order of records; the same for every rank.
+        seed: decides the order of examples; the same for every rank.
 
     Attributes:
-        steps: global batches, each a list of record indices.
-        effective: counts and ratios of what is missing.
+        examples: all parts, one after the other.
+        steps: global batches, each a list of positions in `examples`.
+        epoch_steps: steps in which the first part is seen once.
     """
 
-    def __init__(self, config: RunConfig, task: TaskSpec, seed: int) -> None:
-        self.config, self.task = config, task
-        self.records = read_records(task, "train", config.data.sub, config.seed)
-        self.presence: Presence = record_presence(config.missing, self.records)
-        self.effective = effective(config.missing, self.records)
-        self.steps = step_batches(
-            self._lengths(),
-            config.train.global_batch,
-            seed,
-            epochs=config.train.epochs,
-            steps=config.train.max_steps,
-            group_by_length=config.data.group_by_length,
-        )
+    def __init__(self, config: RunConfig, mixture: Mixture, seed: int) -> None:
+        self.config = config
+        self.examples = sum((part.examples for part in mixture[1:]), start=mixture[0].examples)
+        self.presence = self.examples.presence
+        train, shares = config.train, [part.share for part in mixture]
+        if all(share is None for share in shares):
+            self.steps = step_batches(
+                self._lengths(), train.global_batch, seed, epochs=train.epochs, steps=train.max_steps,
+                group_by_length=config.data.group_by_length,
+            )  # fmt: skip
+            self.epoch_steps = math.ceil(len(self.examples) / train.global_batch)
+        else:
+            sizes = _sizes(shares, train.global_batch)
+            counts = [len(part.examples) for part in mixture]
+            self.epoch_steps = math.ceil(counts[0] / sizes[0])
+            steps = math.ceil(train.epochs * counts[0] / sizes[0])
+            self.steps = mixed_batches(
+                counts, sizes, min(steps, train.max_steps or steps), self._lengths(), seed
+            )
 
-    def mine(self, rank: int, world: int, collator: Collator, start: int = 0) -> Iterator[list[Batch]]:
+    def clock(self, step: int) -> Clock:
+        """Where the stage stands at `step`."""
+        return Clock(step, len(self.steps), self.epoch_steps)
+
+    def mine(self, ranks: Ranks, collator: Collator, method: Method, start: int = 0) -> Iterator[list[Batch]]:
         """This rank's micro-batches of every global batch from step `start` on; a thread collates the next
         ones meanwhile.
         """
         micro = self.config.train.micro_batch
-        shares = (deal(step, self._images(step), world, micro)[rank] for step in self.steps[start:])
-        yield from _ahead(shares, lambda share: [collator(self._items(indices)) for indices in share])
 
-    def shard(
-        self, rank: int, world: int, collator: Collator, complete: int | None = None
-    ) -> Iterator[Batch]:
-        """This rank's part of one pass over the task, in micro-batches.
+        def make(step: int) -> list[Batch]:
+            indices = self.steps[step]
+            share = deal(indices, self._images(indices), ranks.world, micro)[ranks.rank]
+            clock = self.clock(step)
+            return [
+                _collated(collator, self._items(part), lambda items: method.views(items, clock))
+                for part in share
+            ]
 
-        Args:
-            complete: pass over the first so many records that have both modalities, instead of all; which
-                ones they are does not depend on the number of ranks.
-        """
-        chosen = (
-            range(len(self.records))
-            if complete is None
-            else np.flatnonzero(self.presence.all(1))[:complete].tolist()
-        )
-        mine = chosen[rank::world]
-        size = self.config.train.micro_batch
-        parts = (list(mine[start : start + size]) for start in range(0, len(mine), size))
-        batches = _ahead(parts, lambda indices: collator(self._items(indices)))
-        yield from (batch for batch in batches if not batch.filler)
-
-    def require_matching_ranks(self, world: int) -> None:
-        """Check for ZeRO-3 that in every forward pass either all ranks have an image or none has.
-
-        Its ranks gather parameters layer by layer, together; a rank that skips the vision tower would leave
-        the others waiting.
-
-        Raises:
-            DeloError: some pass has images on some ranks only.
-        """
-        for number, step in enumerate(self.steps):
-            shares = deal(step, self._images(step), world, self.config.train.micro_batch)
-            for passes in zip(*shares, strict=True):
-                if len({any(self._images(indices)) for indices in passes}) > 1:
-                    raise DeloError(
-                        f"ZeRO-3 cannot run step {number} of {self.task.name}: only some ranks get an image",
-                        given=f"{sum(self._images(step))} images on {world} ranks",
-                        fix="use --zero 2, a larger train.global_batch, or --missing.image dummy",
-                    )
+        yield from ahead(iter(range(start, len(self.steps))), make)
 
     def _images(self, indices: Sequence[int]) -> list[bool]:
         """Whether each record is given to the vision tower."""
@@ -96,14 +79,43 @@ class TaskBatches:
             return [True] * len(indices)
         return [bool(self.presence[i, 0]) for i in indices]
 
-    def _items(self, indices: Sequence[int]) -> list[tuple[Record, tuple[bool, bool]]]:
-        return [(self.records[i], (bool(self.presence[i, 0]), bool(self.presence[i, 1]))) for i in indices]
+    def _items(self, indices: Sequence[int]) -> list[Item]:
+        return [self.examples[i] for i in indices]
 
     def _lengths(self) -> list[int]:
-        texts, contexts = self.records.characters.T
+        texts, contexts = self.examples.characters.T
         image, text = self.presence.T
         lengths: list[int] = (texts + contexts * text + IMAGE_CHARACTERS * image).tolist()
         return lengths
+
+
+class StagePasses:
+    """This rank's part of single passes over a stage's own examples (`methods.base.Passes`)."""
+
+    def __init__(
+        self, examples: Examples, config: RunConfig, ranks: Ranks, collator: Callable[[], Collator]
+    ) -> None:
+        self._examples, self._config, self._ranks, self._collator = examples, config, ranks, collator
+
+    def all(self, size: int | None = None) -> Iterator[Batch]:
+        """Every example once."""
+        return self._pass(range(len(self._examples)), size)
+
+    def first(self, count: int, size: int | None = None) -> Iterator[Batch]:
+        """The first `count` examples."""
+        return self._pass(range(min(count, len(self._examples))), size)
+
+    def complete(self, count: int) -> Iterator[Batch]:
+        """The first `count` examples that have both modalities."""
+        return self._pass(np.flatnonzero(self._examples.presence.all(1))[:count].tolist(), None)
+
+    def _pass(self, chosen: Sequence[int], size: int | None) -> Iterator[Batch]:
+        mine, size = chosen[self._ranks.rank :: self._ranks.world], size or self._config.train.micro_batch
+        collator = self._collator()
+        parts = (list(mine[start : start + size]) for start in range(0, len(mine), size))
+        for batch in ahead(parts, lambda indices: collator([self._examples[i] for i in indices])):
+            if not batch.filler:
+                yield batch.to(self._ranks.device)
 
 
 def deal(step: Sequence[int], images: Sequence[bool], world: int, micro: int) -> list[list[list[int]]]:
@@ -132,7 +144,7 @@ def deal(step: Sequence[int], images: Sequence[bool], world: int, micro: int) ->
     return [[group[rank::world] for group in groups] for rank in range(world)]
 
 
-def _ahead(sources: Iterator[Any], make: Any) -> Iterator[Any]:
+def ahead(sources: Iterator[Any], make: Callable[[Any], Any]) -> Iterator[Any]:
     """`make(source)` for each source, in order, the next one being made while the caller works."""
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="collate") as pool:
         waiting = [pool.submit(make, source) for source in _first(sources, 1)]
@@ -140,6 +152,45 @@ def _ahead(sources: Iterator[Any], make: Any) -> Iterator[Any]:
             ready = waiting.pop(0).result()
             waiting += [pool.submit(make, source) for source in _first(sources, 1)]
             yield ready
+
+
+def _collated(collator: Collator, items: list[Item], views: Views) -> Batch:
+    """A batch.
+
+    Raises:
+        DeloError: whatever went wrong, with the records.
+    """
+    try:
+        return collator(items, views)
+    except DeloError:
+        raise
+    except Exception as error:
+        names = ", ".join(f"{record.task}/{record.id}" for record, _ in items)
+        text = f"A batch cannot be made: {type(error).__name__}: {error}"
+        raise DeloError(text, given=f"records {names}") from error
+
+
+def _sizes(shares: Sequence[float | None], batch: int) -> list[int]:
+    """How many examples of each part make up a global batch: the largest remainders are rounded up.
+
+    Raises:
+        DeloError: the shares are not all given, do not sum to one, or leave a part without any.
+    """
+    given = [share or 0.0 for share in shares]
+    if None in shares or not math.isclose(sum(given), 1.0, abs_tol=1e-6):
+        raise DeloError(
+            "The shares of a mixture must be given for every part and sum to one", given=list(shares)
+        )
+    exact = [share * batch for share in given]
+    sizes = [int(size) for size in exact]
+    for place in sorted(range(len(exact)), key=lambda i: sizes[i] - exact[i])[: batch - sum(sizes)]:
+        sizes[place] += 1
+    if min(sizes) < 1:
+        raise DeloError(
+            "A part of a mixture has no place in the global batch",
+            given=f"shares {list(shares)} of {batch}", fix="a larger train.global_batch",
+        )  # fmt: skip
+    return sizes
 
 
 def _first(sources: Iterator[Any], count: int) -> list[Any]:

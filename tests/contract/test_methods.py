@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from method_support import START, Given, alone
 from training_support import write_sequence
 
 from delo_llava.backbones.base import find_backbone
@@ -16,7 +17,7 @@ from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch, Collator
 from delo_llava.data.readers import read_records
 from delo_llava.data.recipe import load_sequence
-from delo_llava.methods.base import Method, Stage
+from delo_llava.methods.base import Method, Past, Prompt, Stage
 from delo_llava.registry import load_plugin, plugin_names
 
 METHODS = plugin_names("method")
@@ -50,27 +51,26 @@ class Bench:
     def batch(self, task: str, generation: bool = False, rows: slice = slice(None)) -> Batch:
         """The records of `task` with mixed presence."""
         processor = self.backbone.load_processor(self.path)
-        drop = self.method.wants_dropped_view and not generation
-        collate = Collator(self.backbone, processor, 2048, generation=generation, drop_view=drop)
-        return collate(list(zip(records(task), PRESENCE, strict=True))[rows])
+        collate = Collator(self.backbone, processor, 2048, generation=generation)
+        views = None if generation else lambda items: self.method.views(items, START)
+        return collate(list(zip(records(task), PRESENCE, strict=True))[rows], views)
 
     def train(self, stage: Stage, folder: Path, steps: int = 3) -> Any:
         """A few steps of AdamW, then the stage's files in `folder`; returns the trained model."""
         torch.manual_seed(stage.index)
-        model = self.method.begin_task(self.base(), stage).train()
-        batch = self.batch(stage.task)
-        if self.method.wants_preparation:
-            self.method.prepare(model, [batch], lambda tensor: tensor)
+        model = self.method.begin(self.base(), stage).train()
+        batch = self.batch(stage.name)
+        self.method.prepare(model, Given([batch]), alone)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-        counts, weights = self.method.counts(batch), self.method.weights()
+        counts, weights = self.method.counts(batch), self.method.weights(START)
         for _ in range(steps):
             sums = self.method.loss_sums(model, batch)
             assert set(sums) == set(counts) == set(weights)
             sum(weights[k] * sums[k] / max(counts[k], 1) for k in sums).backward()
-            self.method.after_backward(model, batch)
+            self.method.after_backward(model, batch, START)
             optimizer.step()
             optimizer.zero_grad()
-        self.method.end_task(model, lambda tensor: tensor)
+        self.method.finish(model, Given([batch]), alone)
         folder.mkdir()
         self.method.save(model, stage, folder)
         return model.eval()
@@ -79,9 +79,10 @@ class Bench:
         """Logits of the task's batch when answering as the task; a model just trained has only one."""
         batch = self.batch(task)
         needs_no_choice = not loaded and self.method.capabilities.needs_task
-        answering = nullcontext() if needs_no_choice else self.method.answering(model, batch, [task] * 4)
-        with torch.no_grad(), answering:
-            return model(**batch.inputs).logits
+        plain = nullcontext(Prompt.of(batch))
+        answering = plain if needs_no_choice else self.method.answering(model, batch, [task] * 4)
+        with torch.no_grad(), answering as prompt:
+            return model(**prompt.inputs).logits
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -94,7 +95,7 @@ def test_two_tasks_are_trained_saved_and_answered(name: str, tmp_path: Path) -> 
     """A reload gives the same logits, and isolated tasks stay as they were."""
     bench = Bench(name)
     first, second = tmp_path / "task0", tmp_path / "task1"
-    trained = bench.train(Stage(0, "task0", {}), first)
+    trained = bench.train(Stage(0, "task0"), first)
     before, inside = hashes(first), bench.logits(trained, "task0", loaded=False)
     assert any(f.endswith(".safetensors") for f in before) and not any(
         f.endswith((".bin", ".pt")) for f in before
@@ -102,14 +103,14 @@ def test_two_tasks_are_trained_saved_and_answered(name: str, tmp_path: Path) -> 
     alone = bench.logits(_loaded(bench, {"task0": first}), "task0")
     assert torch.equal(inside, alone)
 
-    bench.train(Stage(1, "task1", {"task0": first}), second)
+    bench.train(Stage(1, "task1", past={"task0": Past(first)}), second)
     assert hashes(first) == before
     both = bench.logits(_loaded(bench, {"task0": first, "task1": second}), "task0")
     assert torch.equal(both, alone) == bench.method.capabilities.isolated
 
 
 def _loaded(bench: Bench, folders: dict[str, Path]) -> Any:
-    return bench.method.load(bench.base(), folders)
+    return bench.method.load(bench.base(), {name: Past(folder) for name, folder in folders.items()})
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -117,7 +118,7 @@ def test_only_the_method_s_own_parameters_train(name: str) -> None:
     bench = Bench(name)
     base = bench.base()
     frozen = {n: p.clone() for n, p in base.named_parameters()}
-    model = bench.method.begin_task(base, Stage(0, "task0", {}))
+    model = bench.method.begin(base, Stage(0, "task0"))
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trainable and not any(
         ".base_layer." in n or n.startswith("base_model.model.lm_head") for n in trainable
@@ -136,8 +137,8 @@ def test_the_bare_base_answers_before_any_training(name: str) -> None:
     bench = Bench(name)
     model = bench.method.load(bench.base(), {})
     batch = bench.batch("task0", generation=True)
-    with torch.no_grad(), bench.method.answering(model, batch, None):
-        out = model.generate(**batch.inputs, max_new_tokens=2, do_sample=False)
+    with torch.no_grad(), bench.method.answering(model, batch, None) as prompt:
+        out = model.generate(**prompt.inputs, max_new_tokens=2, do_sample=False)
     assert out.shape[0] == 4
 
 
@@ -145,7 +146,7 @@ def test_the_bare_base_answers_before_any_training(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_row_is_answered_alike_alone_and_in_a_batch(name: str, kind: str, tmp_path: Path) -> None:
     bench = Bench(name, kind)
-    bench.train(Stage(0, "task0", {}), tmp_path / "task0")
+    bench.train(Stage(0, "task0"), tmp_path / "task0")
     model = _loaded(bench, {"task0": tmp_path / "task0"})
     whole = _answers(bench, model, slice(None))
     for row in range(4):
@@ -154,10 +155,11 @@ def test_a_row_is_answered_alike_alone_and_in_a_batch(name: str, kind: str, tmp_
 
 def _answers(bench: Bench, model: Any, rows: slice) -> list[list[int]]:
     batch = bench.batch("task0", generation=True, rows=rows)
-    with torch.no_grad(), bench.method.answering(model, batch, ["task0"] * len(batch.record_ids)):
-        ids = model.generate(**batch.inputs, max_new_tokens=4, do_sample=False)
+    tasks = ["task0"] * len(batch.record_ids)
+    with torch.no_grad(), bench.method.answering(model, batch, tasks) as prompt:
+        ids = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False)
     ended = {model.generation_config.pad_token_id, model.generation_config.eos_token_id}
-    tails = ids[:, batch.inputs["input_ids"].shape[1] :].tolist()
+    tails = ids[:, prompt.skip :].tolist()
     return [[token for token in tail if token not in ended] for tail in tails]
 
 
@@ -167,7 +169,9 @@ def test_a_choice_is_per_sample_and_among_trained_tasks(name: str, views: Any, t
     bench = Bench(name)
     folders = {}
     for index, task in enumerate(TASKS):
-        bench.train(Stage(index, task, dict(folders)), tmp_path / task)
+        bench.train(
+            Stage(index, task, past={name: Past(folder) for name, folder in folders.items()}), tmp_path / task
+        )
         folders[task] = tmp_path / task
         model = _loaded(bench, folders)
         choice = bench.method.choose(model, bench.batch("task0", generation=True), views)
@@ -189,35 +193,33 @@ def test_delo_s_auxiliary_losses_train(options: dict[str, Any], tmp_path: Path) 
     own tests.
     """
     bench = Bench("delo", **options)
-    bench.train(Stage(0, "task0", {}), tmp_path / "task0")
+    bench.train(Stage(0, "task0"), tmp_path / "task0")
     batch = bench.batch("task0")
-    model = bench.method.begin_task(bench.base(), Stage(0, "task0", {})).train()
+    model = bench.method.begin(bench.base(), Stage(0, "task0")).train()
     sums = bench.method.loss_sums(model, batch)
     for term in set(options) & {"align", "consistency"}:
         assert (
             sums[term].requires_grad and torch.isfinite(sums[term]) and bench.method.counts(batch)[term] > 0
         )
-        assert bench.method.weights()[term] == options[term]
+        assert bench.method.weights(START)[term] == options[term]
 
 
 def test_keys_count_each_sample_once_and_never_a_dropped_view(tmp_path: Path) -> None:
     """Trap T6: a consistency forward must not enter the keys; every micro-batch enters exactly once."""
     bench = Bench("delo", consistency=1.0)
-    bench.train(Stage(0, "task0", {}), tmp_path / "task0", steps=3)
+    bench.train(Stage(0, "task0"), tmp_path / "task0", steps=3)
     keys: Any = bench.method
     assert keys._keys.tasks["task0"].count.tolist() == [3 * 3, 3 * 3, 3 * 4]
 
 
 def test_the_baselines_match_delo_s_trainable_parameters() -> None:
     def trainable(name: str) -> int:
-        model = Bench(name).method.begin_task(Bench(name).base(), Stage(0, "task0", {}))
+        model = Bench(name).method.begin(Bench(name).base(), Stage(0, "task0"))
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     bench = Bench("individual", rank=1)
     per_rank = sum(
-        p.numel()
-        for p in bench.method.begin_task(bench.base(), Stage(0, "t", {})).parameters()
-        if p.requires_grad
+        p.numel() for p in bench.method.begin(bench.base(), Stage(0, "t")).parameters() if p.requires_grad
     )
     for name in ("lora", "individual"):
         assert abs(trainable(name) - trainable("delo")) <= per_rank / 2 + 1

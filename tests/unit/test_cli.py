@@ -177,11 +177,11 @@ def test_train_hands_over_the_resolved_configuration(sequence: Path, handed: lis
     file.write_text("train: {lr: 0.25}\nmissing: {ratio: 0.3}\n")
     more = ["--local_rank=1", "--config", str(file), "--missing.ratio=0.5", "--local_rank", "0"]
     assert cli.main(["train", *words(sequence, *more)]) == 0
-    [(config, callback)] = handed
+    [(config, callback, planner)] = handed
     assert (config.train.lr, config.train.clip, config.seed, config.missing.ratio) == (0.25, 2.0, 4, 0.5)
     assert config.output == Path("runs/mine-lora-s4")
     assert list(config.methods) == ["lora"]
-    assert callback == "the callback"
+    assert callback == "the callback" and planner is cli._planned_bytes
 
 
 def test_print_config_writes_yaml_and_trains_nothing(

@@ -11,6 +11,7 @@ from PIL import Image
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data import images
 from delo_llava.data.collate import IGNORE, Batch, Collator, token_kinds
+from delo_llava.data.examples import dropped_view
 from delo_llava.data.images import EncodedImage, ImageCache, load_image
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
@@ -312,22 +313,25 @@ def test_cached_images_are_the_same_as_fresh_ones(record: Record) -> None:
 # ---- the dropped view ----------------------------------------
 
 
+def dropping(seed: int = 0):
+    return lambda items: {"dropped": dropped_view(items, seed)}
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_dropped_view_shows_complete_rows_less_one_modality(kind: str, record: Record) -> None:
     records = [change(record, id=f"r{i}", answer="four" if i % 2 else "two one") for i in range(24)]
     shown = [(BOTH, NO_IMAGE, BOTH, NO_TEXT)[i % 4] for i in range(24)]
-    batch = collator(kind, drop_view=True)(list(zip(records, shown, strict=True)))
-    view = batch.dropped
-    assert view is not None
-    assert batch.dropped_rows.tolist() == list(range(0, 24, 2))
+    batch = collator(kind)(list(zip(records, shown, strict=True)), dropping())
+    rows, view = batch.views["dropped"].rows, batch.views["dropped"].batch
+    assert rows.tolist() == list(range(0, 24, 2))
     assert view.record_ids == [f"r{i}" for i in range(0, 24, 2)]
     assert (view.presence.sum(1) == 1).all()
     assert 0 < view.presence[:, 0].sum() < 12, "always the same modality is dropped"
     assert len(view.image_rows) == view.presence[:, 0].sum()
-    assert view.dropped is None
+    assert not view.views and not view.filler
     assert batch.labels is not None
     assert view.labels is not None
-    for row, source in enumerate(batch.dropped_rows.tolist()):
+    for row, source in enumerate(rows.tolist()):
         mine, its = view.labels[row], batch.labels[source]
         assert torch.equal(mine[mine != IGNORE], its[its != IGNORE])
 
@@ -336,23 +340,28 @@ def test_dropped_view_depends_on_seed_and_record_only(record: Record) -> None:
     records = [(change(record, id=f"r{i}"), BOTH) for i in range(16)]
 
     def dropped(seed: int, items) -> dict[str, list[bool]]:
-        view = collator(drop_view=True, seed=seed)(items).dropped
-        assert view is not None
+        view = collator()(items, dropping(seed)).views["dropped"].batch
         return dict(zip(view.record_ids, view.presence.tolist(), strict=True))
 
     whole = dropped(0, records)
     assert whole == dropped(0, records[::-1])
     assert dropped(0, records[:3]) == {key: whole[key] for key in ("r0", "r1", "r2")}
     assert dropped(1, records) != whole
-    assert collator(drop_view=True)([(record, NO_TEXT)]).dropped is None
-    assert collator(drop_view=True, generation=True)([(record, BOTH)]).dropped is None
+
+
+def test_a_view_without_rows_is_a_filler_of_which_nothing_is_trained(record: Record) -> None:
+    view = collator()([(record, NO_TEXT)], dropping()).views["dropped"]
+    assert view.rows.tolist() == [] and view.batch.filler and len(view.batch) == 1
+    assert view.batch.labels is not None and bool((view.batch.labels == IGNORE).all())
+    assert "pixel_values" not in view.batch.inputs
 
 
 def test_to_moves_every_tensor(record: Record) -> None:
-    batch = collator("qwen2_vl", drop_view=True)([(record, BOTH), (record, NO_IMAGE)])
+    batch = collator("qwen2_vl")([(record, BOTH), (record, NO_IMAGE)], dropping())
     moved = batch.to("meta")
-    assert moved.dropped is not None
-    for part in (moved, moved.dropped):
+    view = moved.views["dropped"]
+    assert view.rows.device.type == "meta"
+    for part in (moved, view.batch):
         tensors = [
             *part.inputs.values(),
             part.labels,
@@ -361,9 +370,7 @@ def test_to_moves_every_tensor(record: Record) -> None:
             part.image_rows,
             part.image_tokens,
         ]
-        assert {tensor.device.type for tensor in (*tensors, part.dropped_rows) if tensor is not None} == {
-            "meta"
-        }
+        assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
     assert moved.record_ids == batch.record_ids
     assert len(batch) == 2
 

@@ -10,20 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from delo_llava.config import RunConfig, TrainConfig
-from delo_llava.engines.deepspeed import (
-    SingleEngine,
-    build_engine,
-    deepspeed_settings,
-    read_deepspeed_file,
-    zero_stage,
-)
+from delo_llava.engines.build import build_engine
+from delo_llava.engines.deepspeed import deepspeed_settings, read_deepspeed_file, zero_stage
 from delo_llava.engines.module import MethodModule
 from delo_llava.engines.optim import cosine_with_warmup
 from delo_llava.engines.ranks import Ranks
+from delo_llava.engines.single import SingleEngine
 from delo_llava.errors import DeloError
+from delo_llava.methods.base import Clock, Method
 from delo_llava.runs.sequence import check_plan
 from delo_llava.training.loop import StepReport, run_steps
-from delo_llava.training.mixture import _ahead, deal
+from delo_llava.training.mixture import ahead, deal
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -58,23 +55,25 @@ class Notes:
         raise AssertionError("nothing asks to save here")
 
 
-class Toy:
+class Toy(Method):
     """Two loss terms: squared error over all rows, absolute value over the rows with y != 0."""
+
+    begin = save = load = answering = None  # type: ignore[assignment]
 
     def __init__(self) -> None:
         self.seen: list[str] = []
 
-    def weights(self) -> dict[str, float]:
+    def weights(self, clock: Clock) -> dict[str, float]:
         return {"answer": 1.0, "extra": 0.5}
 
-    def counts(self, batch: Rows) -> dict[str, float]:
+    def counts(self, batch: Any) -> dict[str, float]:
         return {"answer": float(len(batch.y)), "extra": float((batch.y != 0).sum())}
 
     def loss_sums(self, model: nn.Module, batch: Rows) -> dict[str, Tensor]:
         out = model(batch.x).squeeze(1)
         return {"answer": ((out - batch.y) ** 2).sum(), "extra": (out.abs() * (batch.y != 0)).sum()}
 
-    def after_backward(self, model: nn.Module, batch: Rows) -> None:
+    def after_backward(self, model: nn.Module, batch: Any, clock: Clock) -> None:
         self.seen += batch.record_ids
 
 
@@ -103,7 +102,7 @@ def trained(
     engine = SingleEngine(module, groups, settings, len(sizes))
     notes = notes or Notes()
     shares: Any = [pieces(batch, sizes) for batch in batches]
-    run_steps(engine, module, shares, len(batches), settings.train, ALONE, notes)
+    run_steps(engine, module, shares, lambda step: Clock(step, len(batches), 1), settings.train, ALONE, notes)
     return model, notes.reports, toy
 
 
@@ -180,7 +179,7 @@ def test_an_unlabelled_micro_batch_is_an_error() -> None:
     )
     share: Any = [[rows(2, 0)]]
     with pytest.raises(DeloError, match="no trained answer token"):
-        run_steps(engine, module, share, 1, config().train, ALONE, Notes())
+        run_steps(engine, module, share, lambda step: Clock(step, 1, 1), config().train, ALONE, Notes())
 
 
 def test_steps_that_are_not_finite_are_left_out_by_policy_up_to_a_limit() -> None:
@@ -303,7 +302,7 @@ def test_work_done_ahead_keeps_its_order_and_its_errors() -> None:
             raise DeloError("record 3 is broken")
         return number * 10
 
-    results = _ahead(iter(range(5)), make)
+    results = ahead(iter(range(5)), make)
     assert [next(results) for _ in range(3)] == [0, 10, 20]
     with pytest.raises(DeloError, match="record 3"):
         next(results)

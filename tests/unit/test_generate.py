@@ -16,7 +16,7 @@ from delo_eval.generate import Answer, Answerer, Question, batches, decoding
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data.collate import Batch, Collator
 from delo_llava.data.images import UnusableImage
-from delo_llava.methods.base import Capabilities, TaskChoice
+from delo_llava.methods.base import Capabilities, Prompt, TaskChoice
 from delo_llava.tasks import Record
 
 CPU = torch.device("cpu")
@@ -34,10 +34,10 @@ class Plain:
     @contextmanager
     def answering(
         self, model: Any, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> Iterator[None]:
+    ) -> Iterator[Prompt]:
         self.asked.append(None if tasks is None else list(tasks))
         model.tasks = tasks
-        yield
+        yield Prompt.of(batch)
 
 
 class Needy(Plain):

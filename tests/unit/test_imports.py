@@ -103,8 +103,8 @@ def test_the_plotting_library_is_the_harness_s_alone() -> None:
     ]
 
 
-def test_features_and_adapters_need_torch_and_peft_only() -> None:
-    known = {"torch", "peft", "safetensors", "numpy", "delo_llava", *sys.stdlib_module_names}
+def test_features_and_adapters_need_few_libraries() -> None:
+    known = {"torch", "peft", "transformers", "safetensors", "numpy", "delo_llava", *sys.stdlib_module_names}
     for path in [path for path in modules() if room(path) in ("features", "adapters")]:
         outside = {name.split(".")[0] for name in imports(path)} - known
         assert not outside, f"{path} imports {outside}"

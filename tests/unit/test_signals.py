@@ -53,7 +53,7 @@ def test_a_command_that_left_ends_with_75(capsys: pytest.CaptureFixture[str]) ->
 
 CHILD = """
 import os, signal, sys, time
-from delo_llava.training import signals
+from delo_llava.engines import signals
 signals.install()
 assert "torch" not in sys.modules, "handlers must stand before the slow imports"
 for word in sys.argv[1:]:

@@ -25,7 +25,7 @@ from delo_llava.data.collate import Batch
 from delo_llava.engines import signals
 from delo_llava.engines.ranks import Ranks
 from delo_llava.errors import DeloError
-from delo_llava.methods.base import Capabilities, Stage, TaskChoice
+from delo_llava.methods.base import Capabilities, Prompt, Stage, TaskChoice
 from delo_llava.methods.individual import Individual
 from delo_llava.methods.lora import Lora
 from delo_llava.registry import load_plugin
@@ -51,10 +51,10 @@ class Chooser(Individual):
     @contextmanager
     def answering(
         self, model: Any, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> Iterator[None]:
+    ) -> Iterator[Prompt]:
         if tasks is not None:
             model.generate = lambda **inputs: self.row_by_row(model, list(tasks), inputs)
-        yield
+        yield Prompt.of(batch)
         vars(model).pop("generate", None)
 
     def row_by_row(self, model: Any, tasks: list[str], inputs: dict[str, Any]) -> torch.Tensor:
@@ -138,8 +138,8 @@ def make_run(
     built = kind(kind.Config(**config.methods[method]), config, backbone)
     for index, task in enumerate(TASKS[:stages]):
         torch.manual_seed(index)
-        stage = Stage(index, task, {})
-        model = built.begin_task(backbone.load(path, quant="none", device="cpu"), stage)
+        stage = Stage(index, task)
+        model = built.begin(backbone.load(path, quant="none", device="cpu"), stage)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter.data, std=0.5)

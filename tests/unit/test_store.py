@@ -141,14 +141,14 @@ def test_the_record_grows_by_entries(store: RunStore) -> None:
 
 
 def test_hashes_are_remembered_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from delo_llava.runs import manifest
+    from delo_llava import files
 
     file, memory = tmp_path / "data.json", tmp_path / "hashes.json"
     file.write_text("one")
     cache = HashCache(memory)
     first = cache.hash(file)
     cache.save()
-    monkeypatch.setattr(manifest, "sha256_file", lambda path: "computed")
+    monkeypatch.setattr(files, "sha256_file", lambda path: "computed")
     assert HashCache(memory).hash(file) == first
     file.write_text("other")
     assert HashCache(memory).hash(file) == "computed"

@@ -6,13 +6,14 @@ from typing import Any, cast
 import pytest
 import tiny_models
 import torch
+from method_support import Given, alone
 from safetensors.torch import load_file, save_file
 
 from delo_llava.adapters.own import TENSORS
 from delo_llava.backbones.base import find_backbone
 from delo_llava.config import load_config
 from delo_llava.errors import DeloError
-from delo_llava.methods.base import Method, Stage
+from delo_llava.methods.base import Method, Past, Stage
 from delo_llava.registry import load_plugin, plugin_names
 
 
@@ -26,9 +27,9 @@ def saved(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     kind = cast(type[Method], load_plugin("method", request.param))
     method = kind(kind.Config(**run.methods[request.param]), run, backbone)
     base = lambda: backbone.load(path, quant="none", device="cpu")  # noqa: E731
-    model = method.begin_task(base(), Stage(0, "a", {}))
-    method.end_task(model, lambda tensor: tensor)
-    method.save(model, Stage(0, "a", {}), folder)
+    model = method.begin(base(), Stage(0, "a"))
+    method.finish(model, Given(), alone)
+    method.save(model, Stage(0, "a"), folder)
     return method, base, folder
 
 
@@ -41,7 +42,7 @@ def changed(saved: tuple[Any, Any, Path], tmp_path: Path, change: Any) -> str:
     change(tensors)
     save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
     with pytest.raises(DeloError) as told:
-        method.load(base(), {"a": tmp_path})
+        method.load(base(), {"a": Past(tmp_path)})
     return told.value.render()
 
 

@@ -6,7 +6,7 @@ symmetric cross-modal routing, true running means as keys, per-sample choice amo
 docs/delo.md.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -16,20 +16,27 @@ from peft import get_peft_model
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from delo_llava.adapters.carrier import frozen_queries, routing
 from delo_llava.adapters.store import open_adapters, save_adapter
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
+from delo_llava.data.examples import Item, View, dropped_view
 from delo_llava.errors import DeloError
+from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.features.ridge import RidgeStatistics
 from delo_llava.features.task_keys import TaskKeyMemory
 from delo_llava.methods.base import (
     SUMMED,
     Capabilities,
+    Clock,
     Footprint,
     Method,
     MethodConfig,
+    Passes,
+    Past,
+    Prompt,
     Reduce,
     Stage,
     TaskChoice,
@@ -38,9 +45,12 @@ from delo_llava.methods.base import (
 from delo_llava.methods.delo.config import DeloConfig, trainable_parameter_count
 from delo_llava.methods.delo.cross_modal import CrossModal
 from delo_llava.methods.delo.losses import align_loss_sum, consistency_loss_sum
-from delo_llava.methods.delo.plan import RouteInputs, RoutePlan
-from delo_llava.methods.delo.tuner import checkpoint_context_fn, frozen_queries, routing, set_trainable, tuner
+from delo_llava.methods.delo.plan import RoutePlan
+from delo_llava.methods.delo.tuner import set_trainable, tuner
 from delo_llava.methods.delo.use import RoutingUse
+
+#: Name of the view for the consistency loss.
+DROPPED = "dropped"
 
 
 class DeloOptions(MethodConfig):
@@ -105,37 +115,36 @@ class Delo(Method):
     def __init__(self, options: DeloOptions, run: RunConfig, backbone: Backbone) -> None:
         super().__init__(options, run, backbone)
         self.options: DeloOptions = options
-        self.wants_dropped_view = options.consistency > 0
-        self.wants_preparation = options.cross_modal == "ridge"
-        self.preparation_records = options.ridge_samples
         self._keys: TaskKeyMemory | None = None
         self._ridge: RidgeStatistics | None = None
-        self._task = ""
+        self._task, self._seed = "", 0
         self._seen: tuple[Queries, Tensor] | None = None
         self._use = RoutingUse()
 
-    def begin_task(self, base: nn.Module, stage: Stage) -> nn.Module:
+    def views(self, items: Sequence[Item], clock: Clock) -> Mapping[str, View]:
+        """The complete rows with one modality dropped, for the consistency loss: the student's view."""
+        return {DROPPED: dropped_view(items, self._seed)} if self.options.consistency else {}
+
+    def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
         hidden = self.backbone.hidden_size(base)
         model = get_peft_model(
-            base, adapter_config(self.options, base, self.backbone), adapter_name=stage.task
+            base, adapter_config(self.options, base, self.backbone), adapter_name=stage.name
         )
-        set_trainable(model, stage.task)
-        self._task, self._keys = stage.task, self._memory(hidden)
-        if self.wants_preparation:
-            self._ridge = (
-                RidgeStatistics.load(list(stage.earlier.values())[-1])
-                if stage.earlier
-                else RidgeStatistics.empty(hidden)
-            )
+        set_trainable(model, stage.name)
+        self._task, self._seed, self._keys = stage.name, stage.seed, self._memory(hidden)
+        if self.options.cross_modal == "ridge":
+            past = list(stage.past.values())
+            self._ridge = RidgeStatistics.load(past[-1].folder) if past else RidgeStatistics.empty(hidden)
         return model
 
-    def prepare(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce) -> None:
+    def prepare(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
         """Add this task's complete samples to the ridge statistics of the earlier ones and solve the map,
         which then stays.
         """
-        assert self._ridge is not None
+        if self._ridge is None:
+            return
         here = RidgeStatistics.empty(self._ridge.sums.shape[1])
-        for batch in batches:
+        for batch in passes.complete(self.options.ridge_samples):
             here.observe(
                 frozen_queries(model, RouteInputs.from_batch(batch), batch.inputs), batch.presence.cpu()
             )
@@ -153,12 +162,12 @@ class Delo(Method):
         if self.options.align:
             counts["align"] = float(batch.presence.all(1).sum())
         if self.options.consistency:
-            counts["consistency"] = 0.0 if batch.dropped is None else super().counts(batch.dropped)["answer"]
+            counts["consistency"] = super().counts(batch.views[DROPPED].batch)["answer"]
         return counts
 
-    def weights(self) -> dict[str, float]:
+    def weights(self, clock: Clock) -> dict[str, float]:
         auxiliary = {"align": self.options.align, "consistency": self.options.consistency}
-        return super().weights() | {name: weight for name, weight in auxiliary.items() if weight}
+        return super().weights(clock) | {name: weight for name, weight in auxiliary.items() if weight}
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits, plan = _routed_logits(model, batch)
@@ -189,14 +198,15 @@ class Delo(Method):
         """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no
         gradient.
         """
-        if batch.dropped is None:
-            return logits.sum() * 0.0
-        assert batch.labels is not None and batch.dropped.labels is not None
-        student, _ = _routed_logits(model, batch.dropped)
-        rows = batch.dropped_rows
-        return consistency_loss_sum(logits.detach()[rows], batch.labels[rows], student, batch.dropped.labels)
+        view = batch.views[DROPPED]
+        assert batch.labels is not None and view.batch.labels is not None
+        student, _ = _routed_logits(model, view.batch)
+        if view.batch.filler:  # no row of this batch is complete; the forward keeps the ranks in step
+            return student.sum() * 0.0
+        teacher = logits.detach()[view.rows], batch.labels[view.rows]
+        return consistency_loss_sum(*teacher, student, view.batch.labels)
 
-    def after_backward(self, model: nn.Module, batch: Batch) -> None:
+    def after_backward(self, model: nn.Module, batch: Batch, clock: Clock) -> None:
         """Add the micro-batch to the task's keys: its own samples only, never the dropped views (trap T6)."""
         assert self._keys is not None and self._seen is not None
         self._keys.observe(self._task, *self._seen)
@@ -223,24 +233,21 @@ class Delo(Method):
             self._ridge = RidgeStatistics(**under("ridge/"))
             self._fit(model)
 
-    def end_task(self, model: nn.Module, reduce: Reduce) -> None:
+    def finish(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
         assert self._keys is not None
         self._keys.settle(self._task, reduce)
 
-    def checkpoint_context_fn(self, model: nn.Module) -> Any:
-        """Recomputed blocks must see the plan of their first pass."""
-        return checkpoint_context_fn(model)
-
     def save(self, model: nn.Module, stage: Stage, folder: Path) -> None:
         assert self._keys is not None
-        save_adapter(model, stage.task, folder)
-        self._keys.save_task(folder, stage.task)
+        save_adapter(model, stage.name, folder)
+        self._keys.save_task(folder, stage.name)
         if self._ridge is not None:
             self._ridge.save(folder)
 
-    def load(self, base: nn.Module, adapters: dict[str, Path]) -> nn.Module:
-        if not adapters:
+    def load(self, base: nn.Module, past: Mapping[str, Past]) -> nn.Module:
+        if not past:
             return base
+        adapters = {name: stage.folder for name, stage in past.items()}
         self._keys = self._memory(self.backbone.hidden_size(base))
         self._keys.load(adapters)
         return open_adapters(base, adapters, DeloConfig)
@@ -258,13 +265,13 @@ class Delo(Method):
     @contextmanager
     def answering(
         self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> Iterator[None]:
+    ) -> Iterator[Prompt]:
         """Route by `tasks`; without them (the bare base of the zero-shot row) nothing is routed."""
         if tasks is None:
-            yield
+            yield Prompt.of(batch)
             return
         with routing(model, RouteInputs.from_batch(batch, tasks=list(tasks), expand=beams)) as route:
-            yield
+            yield Prompt.of(batch)
         if route.plan is not None:
             # Beams repeat each row, which is one sample all the same.
             chosen = route.plan.selection.rows(

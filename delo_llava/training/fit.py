@@ -1,0 +1,261 @@
+"""One stage in memory: a model as a method built it, its examples and an engine in; trained tensors out.
+
+The run on disk (`runs.stage`) and a federated client call this same function: it knows no folder.
+"""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from delo_llava.backbones.base import Backbone
+from delo_llava.config import RunConfig
+from delo_llava.data.collate import Collator
+from delo_llava.data.sampler import plan_accumulation
+from delo_llava.engines.base import Engine
+from delo_llava.engines.build import build_engine
+from delo_llava.engines.deepspeed import zero_stage
+from delo_llava.engines.dummy_image import DummyImage
+from delo_llava.engines.module import MethodModule
+from delo_llava.engines.ranks import Ranks
+from delo_llava.engines.watchdog import watched
+from delo_llava.methods.base import Method, Mixture
+from delo_llava.training.guards import fingerprint, frozen_parameters, require_unchanged
+from delo_llava.training.loop import Ledger, Observer, StepReport, run_steps
+from delo_llava.training.mixture import StageBatches, StagePasses
+
+#: Ranks that a checkpoint has no random state for, as there were fewer, are seeded this far apart by step.
+RANK_SEEDS = 1_000_003
+
+
+class Resumed(Protocol):
+    """A stage that was left between two steps, as one rank reads it."""
+
+    step: int
+
+    @property
+    def method(self) -> dict[str, Tensor]:
+        """What `Method.state_dict` gave."""
+
+    def ledger(self) -> Ledger:
+        """The record of the steps before."""
+
+    def load_weights(self, model: nn.Module) -> None:
+        """Copy the trained parameters into the model; before an engine shards them."""
+
+    def load_engine(self, engine: Engine) -> None:
+        """Give the optimiser and the file's schedule their state back."""
+
+    def load_random(self) -> bool:
+        """Set this rank's random states; False if it has none here."""
+
+
+@dataclass(frozen=True)
+class Running:
+    """What an observer is told of a stage before its first step: `start` is the first one of this launch."""
+
+    engine: Engine
+    collator: Collator
+    ledger: Ledger
+    steps: int
+    examples: int
+    start: int
+
+
+#: Makes the observer of a stage.
+Observe = Callable[[Running], Observer]
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A stage that was trained.
+
+    Attributes:
+        model: plain again, every parameter whole on every rank.
+        examples: how many the stage's own part has (what an average over clients is weighted by).
+        ledger: learning rates, steps left out, bad images.
+        trainable: number of trained parameters.
+    """
+
+    model: nn.Module
+    method: Method
+    examples: int
+    steps: int
+    ledger: Ledger
+    trainable: int
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The trained parameters by their names in the model, on the CPU."""
+        return {n: p.detach().cpu().clone() for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """What the method holds besides."""
+        return self.method.state_dict()
+
+
+@dataclass
+class Silent:
+    """An observer that writes nothing; `reports` are kept."""
+
+    reports: list[StepReport] = field(default_factory=list)
+
+    def step(self, report: StepReport) -> None:
+        """Keep it."""
+        self.reports.append(report)
+
+    def skipped(self, step: int, record_ids: list[str]) -> None:
+        """The ledger has it."""
+
+    def save(self, step: int) -> None:
+        """Without checkpoints there is nothing to go on from."""
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What turns examples into batches of one base: its family's backbone and the processor of its
+    checkpoint.
+    """
+
+    backbone: Backbone
+    processor: Any
+
+    def collator(self, config: RunConfig) -> Collator:
+        """A fresh collator for training."""
+        return Collator(
+            self.backbone,
+            self.processor,
+            config.data.max_length,
+            config.missing.image,
+            skip_bad_images=config.data.on_bad_image == "skip",
+        )
+
+
+def fit(
+    model: nn.Module,
+    method: Method,
+    mixture: Mixture,
+    config: RunConfig,
+    ranks: Ranks,
+    kit: Kit,
+    *,
+    seed: int,
+    resumed: Resumed | None = None,
+    observe: Observe = lambda running: Silent(),
+) -> Fitted:
+    """Train one stage; every rank calls it.
+
+    Args:
+        model: as `method.begin` gave it, on this rank's device.
+        mixture: what is trained on; the first part are the stage's own examples, of which statistics are
+            made.
+        config: decides batches, rates and engine; nothing is written.
+        seed: of the stage; decides the order of examples and every random number.
+        resumed: where an earlier launch left the stage.
+        observe: who is told of every step (and saves checkpoints).
+
+    Raises:
+        DeloError: what the guards find, raised on every rank.
+        Preempted: a rank was asked to leave; the observer has saved the stage.
+    """
+    with watched(ranks, config.train.patience) as at:
+        return _fit(model, method, mixture, config, ranks, kit, seed, resumed, observe, at)
+
+
+def _fit(
+    model: nn.Module,
+    method: Method,
+    mixture: Mixture,
+    config: RunConfig,
+    ranks: Ranks,
+    kit: Kit,
+    seed: int,
+    resumed: Resumed | None,
+    observe: Observe,
+    at: Callable[[str], None],
+) -> Fitted:
+    own = mixture[0].examples
+    passes = StagePasses(own, config, ranks, lambda: kit.collator(config))
+    batches = StageBatches(config, mixture, seed)
+    at("preparing")
+    if resumed is not None:
+        resumed.load_weights(model)
+        method.load_state_dict(model, resumed.method)
+    else:
+        method.prepare(model, passes, ranks.sum)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    groups, ledger = method.groups(model, config.train), Ledger()
+    if groups:
+        dummy = DummyImage(model, kit.backbone) if zero_stage(config) == 3 else None
+        engine, module = _engine(model, method, groups, config, ranks)
+        try:
+            ledger = _train(engine, module, batches, config, ranks, kit, seed, resumed, observe, at)
+        except BaseException:
+            engine.close(whole=False)  # the other ranks may not be there to put parameters together
+            raise
+        engine.close()
+        if dummy is not None:
+            dummy.remove()
+    at("finishing")
+    method.finish(model, passes, ranks.sum)
+    return Fitted(model, method, len(own), len(batches.steps) if groups else 0, ledger, trainable)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed Python, numpy and torch on this rank."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def _engine(
+    model: nn.Module, method: Method, groups: list[dict[str, Any]], config: RunConfig, ranks: Ranks
+) -> tuple[Engine, MethodModule]:
+    module = MethodModule(model, method, touch_all=zero_stage(config) < 3)
+    accumulation = plan_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world)
+    return build_engine(module, groups, config, ranks, accumulation), module
+
+
+def _train(
+    engine: Engine,
+    module: MethodModule,
+    batches: StageBatches,
+    config: RunConfig,
+    ranks: Ranks,
+    kit: Kit,
+    seed: int,
+    resumed: Resumed | None,
+    observe: Observe,
+    at: Callable[[str], None],
+) -> Ledger:
+    """The steps of the stage; what was frozen before them is proven to be the same afterwards."""
+    start, ledger = _start(resumed, engine, seed, ranks)
+    collator = kit.collator(config)
+    observer = observe(Running(engine, collator, ledger, len(batches.steps), len(batches.examples), start))
+    before = fingerprint(frozen_parameters(module.model))
+    mine = batches.mine(ranks, collator, module.method, start)
+    run_steps(
+        engine, module, mine, batches.clock, config.train, ranks, observer, start=start, ledger=ledger, at=at
+    )
+    require_unchanged(before, fingerprint(frozen_parameters(module.model)))
+    return ledger
+
+
+def _start(resumed: Resumed | None, engine: Engine, seed: int, ranks: Ranks) -> tuple[int, Ledger]:
+    """The first step to train and what is known of the steps before it; sets the random states."""
+    start = 0 if resumed is None else resumed.step
+    seed_everything(seed + 1 + ranks.rank + RANK_SEEDS * start)
+    if resumed is None:
+        return 0, Ledger()
+    resumed.load_engine(engine)
+    resumed.load_random()
+    ledger = resumed.ledger()
+    ledger.resumed.append(start)
+    if not ranks.first:
+        ledger.bad_images = {}  # the first rank keeps those of all; this one's own come again
+    return start, ledger
