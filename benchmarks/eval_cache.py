@@ -32,10 +32,11 @@ TARGETS = {
 def train(folder: Path, steps: int) -> None:
     """A run of mini6 with `steps` optimiser steps a task, not evaluated."""
     from delo_llava.cli import resolve
+    from delo_llava.runs.job import make_job
     from delo_llava.runs.sequence import run_sequence
 
     words = ["--task_seq=mini6", "--zero=none", f"--output={folder}", f"--train.max_steps={steps}"]
-    run_sequence(resolve([*words, "--missing.ratio=0.7"]))
+    run_sequence(make_job(resolve([*words, "--missing.ratio=0.7"])))
 
 
 def process(*words: object) -> float:

@@ -129,8 +129,9 @@ def _train(words: Sequence[str]) -> int:
 
         _say(dump_config(config))
         return 0
-    stages = importlib.import_module("delo_llava.runs.sequence")
-    stages.run_sequence(config, _harness().evaluate_stage, _planned_bytes)
+    job = importlib.import_module("delo_llava.runs.job").make_job(config)
+    sequence = importlib.import_module("delo_llava.runs.sequence")
+    sequence.run_sequence(job, _harness().evaluate_stage, _planned_bytes)
     return 0
 
 

@@ -103,6 +103,13 @@ def merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as {"a.b": value}."""
+    if not isinstance(tree, dict):
+        return {prefix.removesuffix("."): tree}
+    return {key: value for name, sub in tree.items() for key, value in flat(sub, f"{prefix}{name}.").items()}
+
+
 def checked(
     model: type[Model], data: Mapping[str, Any], *, where: str, prefix: str = "", also: Sequence[str] = ()
 ) -> Model:

@@ -188,6 +188,7 @@ def run_job(job: dict[str, Any]) -> None:
     from delo_llava.errors import DeloError
     from delo_llava.runs import observer
     from delo_llava.runs import sequence as stages
+    from delo_llava.runs.job import make_job
     from delo_llava.training import logging
 
     step = observer.StageObserver.step
@@ -214,7 +215,7 @@ def run_job(job: dict[str, Any]) -> None:
     try:
         second = job.get("second") if os.environ.get("RANK") == "1" else None
         os.environ |= job.get("second_env", {}) if os.environ.get("RANK") == "1" else {}
-        stages.run_sequence(resolve(second or job["words"]), evaluate)
+        stages.run_sequence(make_job(resolve(second or job["words"])), evaluate)
     except Interrupted:
         return
     except signals.Preempted as asked:

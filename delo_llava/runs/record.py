@@ -1,7 +1,12 @@
 """What a run was made of (run.json), and the refusal to go on with anything else."""
 
+import hashlib
+import importlib.util
 import platform
 import subprocess
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,9 +17,10 @@ from delo_llava import __version__
 from delo_llava.config import RunConfig, dump_config, with_methods
 from delo_llava.errors import DeloError
 from delo_llava.files import HashCache, combined_hash
-from delo_llava.registry import plugin_names
+from delo_llava.registry import plugin_folders, plugin_names
+from delo_llava.runs.job import Job
 from delo_llava.runs.store import RunStore
-from delo_llava.schema import merged, read_yaml
+from delo_llava.schema import flat, merged, read_yaml
 from delo_llava.tasks import TaskSequence
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
@@ -28,37 +34,39 @@ FREE = (
     *(f"train.{key}" for key in ("on_nonfinite", "max_nonfinite", "on_oom", "patience")),
     *(f"data.{key}" for key in ("on_bad_image", "max_bad_images")),
 )
+#: Packages of this project whose source decides what is computed.
+SOURCES = ("delo_llava", "delo_eval")
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 
 
-def open_run(store: RunStore, config: RunConfig, sequence: TaskSequence, model_path: str) -> None:
+def open_run(store: RunStore, job: Job) -> None:
     """Start a run's record, or check that this launch continues the recorded run. First rank only.
 
     Raises:
         DeloError: the configuration, the data or the base differs from the run's; every difference is named.
     """
-    store.create()
-    facts = {"data_hashes": data_hashes(store, sequence), "base": base_facts(store, model_path)}
+    config, sequence = job.config, job.sequence
+    facts = {"data_hashes": data_hashes(store, sequence), "base": base_facts(store, job.base)}
     known = store.read_run()
     if known:
         refuse_differences(store, config, facts, known)
-    store.write_config(dump_config(config))
-    store.update_run(
-        **facts,
-        stopped=None,
-        schema="delo-llava/run/1",
-        method=config.method,
-        tasks=sequence.names,
-        template=sequence.template,
-        side_files={
+    entries = {
+        "stopped": None,
+        "schema": "delo-llava/run/1",
+        "method": config.method,
+        "tasks": sequence.names,
+        "plan": [asdict(plan) for plan in job.plans],
+        "template": sequence.template,
+        "side_files": {
             task.name: {"joined": list(task.beside), "absent": list(task.absent)}
             for task in sequence.tasks
             if task.beside or task.absent
         },
-        versions=versions(),
-        seeds={"run": config.seed, "missing": config.missing.seed},
-        stages=known.get("stages", {}),
-    )
+        "versions": versions(),
+        "seeds": {"run": config.seed, "missing": config.missing.seed},
+        "stages": known.get("stages", {}),
+    }
+    store.begin(dump_config(config), known | facts | entries)
 
 
 def refuse_differences(
@@ -146,11 +154,41 @@ def versions() -> dict[str, str | None]:
     return found
 
 
-def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """A nested mapping as {"a.b": value}."""
-    if not isinstance(tree, dict):
-        return {prefix.removesuffix("."): tree}
-    return {key: value for name, sub in tree.items() for key, value in flat(sub, f"{prefix}{name}.").items()}
+def program_facts(config: RunConfig) -> dict[str, Any]:
+    """Settings, versions and source of this rank; compared before anything is written."""
+    return {
+        **{f"config {key}": value for key, value in flat(yaml.safe_load(dump_config(config))).items()},
+        **{f"version {key}": value for key, value in versions().items()},
+        "source": source_hash(),
+    }
+
+
+def data_facts(store: RunStore, job: Job) -> dict[str, Any]:
+    """Data and base that this rank sees; compared once the run is open, as the first rank has then noted the
+    hashes of files that all of them share."""
+    return {
+        **{f"data {key}": value for key, value in flat(data_hashes(store, job.sequence, keep=False)).items()},
+        "base weights": base_facts(store, job.base, keep=False)["sha256"],
+    }
+
+
+@cache
+def source_hash() -> str:
+    """One sha256 over all Python files of this project's packages and of folders of plug-ins."""
+    digest = hashlib.sha256()
+    for package, folder in [*_sources(), *(("plug-ins", folder) for folder in plugin_folders())]:
+        for file in sorted(folder.rglob("*.py")):
+            digest.update(f"{package}/{file.relative_to(folder).as_posix()}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _sources() -> Iterator[tuple[str, Path]]:
+    """(package, folder) of this project's packages."""
+    for package in SOURCES:
+        spec = importlib.util.find_spec(package)
+        for folder in (spec.submodule_search_locations or []) if spec else []:
+            yield package, Path(folder)
 
 
 def _commit() -> str | None:

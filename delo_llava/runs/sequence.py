@@ -6,26 +6,21 @@ imports them late.
 
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delo_llava.config import RunConfig
-from delo_llava.data.recipe import load_sequence
-from delo_llava.data.sampler import plan_accumulation
 from delo_llava.engines.signals import Preempted
 from delo_llava.errors import DeloError
 from delo_llava.files import sha256_file, write_json_atomic
-from delo_llava.registry import load_plugin
+from delo_llava.runs.job import Job
 from delo_llava.runs.lock import locked
 from delo_llava.runs.manifest import MANIFEST
 from delo_llava.runs.steps import StepStore
 from delo_llava.runs.store import RunStore
 from delo_llava.strict import read_json
-from delo_llava.tasks import TaskSequence
 
 if TYPE_CHECKING:
     from delo_llava.engines.ranks import Ranks
@@ -42,13 +37,10 @@ ZERO_SHOT = "zero_shot"
 STOPPED = "stopped"
 
 
-def run_sequence(
-    config: RunConfig, evaluate: Evaluate | None = None, planner: "Planner | None" = None
-) -> Path:
+def run_sequence(job: Job, evaluate: Evaluate | None = None, planner: "Planner | None" = None) -> Path:
     """Train and evaluate all tasks of a sequence, going on after the last finished stage.
 
     Args:
-        config: validated; `output` may be None for the default folder.
         evaluate: the harness's `evaluate_stage`; None trains only.
         planner: what a rank needs at most, in bytes; asked when memory is full.
 
@@ -56,33 +48,26 @@ def run_sequence(
         The path of results.json. `complete.json` beside it marks a run that reached its end.
 
     Raises:
-        DeloError: whatever is wrong with configuration, data, base, an earlier adapter or a step.
+        DeloError: whatever is wrong with an earlier launch, an adapter or a step.
         Preempted: on every rank, if any of them was asked to leave by a signal; what was done is saved.
     """
-    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
-    for name in sequence.names:
-        world = check_plan(config.for_task(name))
-    from delo_llava.backbones.base import find_backbone
-    from delo_llava.runs.record import open_run
-
-    backbone, path = find_backbone(config.model)
-    check_engine(config, world)
     from transformers.utils.logging import disable_progress_bar
 
+    from delo_llava.engines.agree import require_agreement
     from delo_llava.engines.ranks import start_ranks, stop_ranks
-    from delo_llava.runs.agree import data_facts, program_facts, require_agreement
+    from delo_llava.runs.record import data_facts, open_run, program_facts
 
     disable_progress_bar()  # one bar for each load of weights would tear ours apart
-    store = RunStore(config.run_dir)
-    ranks = start_ranks(config)
+    store = RunStore(job.config.run_dir)
+    ranks = start_ranks(job.config)
     with ExitStack() as held:
         try:
             ranks.leave_if_asked("starting")
             ranks.run_first(lambda: _take(store, held))
-            require_agreement(ranks, partial(program_facts, config))
-            ranks.run_first(lambda: open_run(store, config, sequence, path))
-            require_agreement(ranks, partial(data_facts, store, sequence, path))
-            _Sequence(config, store, ranks, sequence, evaluate).run(backbone, path, planner)
+            require_agreement(ranks, partial(program_facts, job.config))
+            ranks.run_first(lambda: open_run(store, job))
+            require_agreement(ranks, partial(data_facts, store, job))
+            _Sequence(job, store, ranks, evaluate).run(planner)
         except Preempted as asked:
             if asked.together:
                 ranks.run_first(partial(_note_stop, store, asked))
@@ -107,92 +92,21 @@ def _note_stop(store: RunStore, asked: Preempted) -> None:
         store.update_run(**{STOPPED: {"reason": asked.reason, "where": asked.where, "time": time.time()}})
 
 
-def check_plan(config: RunConfig) -> int:
-    """The number of ranks, once batches can be shared out among them.
-
-    Raises:
-        DeloError: ranks × micro-batch does not divide the global batch, or several ranks without DeepSpeed.
-    """
-    import os
-
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if config.zero == "none" and world > 1:
-        raise DeloError(
-            "The one-process engine cannot run on several ranks",
-            given=f"--zero none on {world} ranks",
-            fix="start it with `python launch/train.py`, or choose --zero 1, 2 or 3",
-        )
-    plan_accumulation(config.train.global_batch, config.train.micro_batch, world)
-    return world
-
-
-def check_engine(config: RunConfig, world: int) -> None:
-    """Check the DeepSpeed file before the process group is joined.
-
-    Raises:
-        DeloError: it cannot be read, or decides what the run's configuration decides.
-    """
-    if config.zero != "none":
-        from delo_llava.engines.deepspeed import read_deepspeed_file
-
-        read_deepspeed_file(config)
-
-
-def check_stages(plans: "Sequence[StagePlan]", sequence: TaskSequence) -> None:
-    """Refuse stages that a run's folder cannot hold.
-
-    Raises:
-        DeloError: two stages of one name, or a stage without tasks or with unknown ones.
-    """
-    names = [plan.name for plan in plans]
-    if len(set(names)) < len(names):
-        raise DeloError("A method's stages must have names of their own", given=", ".join(names))
-    for plan in plans:
-        for task in plan.tasks or ("no task",):
-            if task not in sequence.names:
-                raise DeloError(
-                    f"Stage {plan.name} trains what the sequence does not have", given=task,
-                    allowed=sequence.names,
-                )  # fmt: skip
-
-
 class _Sequence:
     """The state of one launch."""
 
-    #: The stages to train, as the method has them.
-    plans: "tuple[StagePlan, ...]" = ()
+    def __init__(self, job: Job, store: RunStore, ranks: "Ranks", evaluate: Evaluate | None) -> None:
+        self.job, self.store, self.ranks, self.evaluate = job, store, ranks, evaluate
+        self.config, self.sequence, self.plans = job.config, job.sequence, job.plans
 
-    def __init__(
-        self,
-        config: RunConfig,
-        store: RunStore,
-        ranks: "Ranks",
-        sequence: TaskSequence,
-        evaluate: Evaluate | None,
-    ) -> None:
-        self.config, self.store, self.ranks, self.sequence, self.evaluate = (
-            config,
-            store,
-            ranks,
-            sequence,
-            evaluate,
-        )
-
-    def run(self, backbone: Any, path: str, planner: "Planner | None") -> None:
+    def run(self, planner: "Planner | None") -> None:
         """Do what is left, on every rank."""
         from delo_llava.runs.stage import StageTrainer
 
-        chosen: Any = load_plugin("method", self.config.method)
-        method = chosen(
-            chosen.Config(**self.config.methods.get(self.config.method, {})), self.config, backbone
-        )
-        self.plans = method.stages(self.sequence)
-        check_stages(self.plans, self.sequence)
-        self.ranks.run_first(lambda: self.store.update_run(plan=[asdict(plan) for plan in self.plans]))
         done = self._finished()
         if len(done) < len(self.plans):
             self.ranks.run_first(lambda: self.store.complete.unlink(missing_ok=True))
-        trainer = StageTrainer(self.config, self.store, self.ranks, backbone, path, method, planner)
+        trainer = StageTrainer(self.job, self.store, self.ranks, planner)
         with self._progress(len(done)) as progress:
             self._say_start(progress, done)
             self._zero_shot(progress)
@@ -231,23 +145,16 @@ class _Sequence:
     def _stage(self, index: int, trained: bool, trainer: "StageTrainer", progress: "RunProgress") -> None:
         from delo_llava.runs.stage import free_memory, make_stage
 
-        name, row = self.plans[index].name, self._row(index)
+        name, row = self.plans[index].name, self.job.row(index)
         self.ranks.leave_if_asked(f"before {name}")
         if not trained:
-            trainer.train(
-                make_stage(index, self.plans, self.sequence, self.store, self.config.seed), progress
-            )
+            trainer.train(make_stage(index, self.job, self.store), progress)
             free_memory()
         if self.evaluate is None or self._evaluated(name):
             return
         self._evaluate(row, f"{index + 1}. {name}: evaluating", row + 1, progress)
         self.ranks.run_first(lambda: self.store.update_stage(name, evaluated=True))
         self._say_results(progress, row)
-
-    def _row(self, index: int) -> int:
-        """The row of the accuracy matrix that a stage fills: that of the last task trained so far."""
-        trained = [name for plan in self.plans[: index + 1] for name in plan.tasks]
-        return max(map(self.sequence.names.index, trained))
 
     def _zero_shot(self, progress: "RunProgress") -> None:
         """The row before any training, which forward transfer needs."""
@@ -273,7 +180,7 @@ class _Sequence:
 
         counts = [self._step_count(plan) for plan in self.plans[done:]]
         rows = [
-            self._row(i)
+            self.job.row(i)
             for i, plan in enumerate(self.plans)
             if self.evaluate and not self._evaluated(plan.name)
         ]

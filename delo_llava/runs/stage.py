@@ -15,19 +15,18 @@ from torch import nn
 
 from delo_llava.adapters.own import TENSORS
 from delo_llava.adapters.store import require_same_tensors
-from delo_llava.backbones.base import Backbone
-from delo_llava.config import RunConfig
 from delo_llava.data.examples import Examples
 from delo_llava.data.missing import effective
 from delo_llava.data.readers import read_records
 from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.signals import Preempted
-from delo_llava.methods.base import Method, Past, Stage, StagePlan
+from delo_llava.methods.base import Method, Past, Stage
+from delo_llava.runs.job import Job
 from delo_llava.runs.observer import StageObserver
 from delo_llava.runs.step_state import Resumed, StepCheckpoints
 from delo_llava.runs.steps import StepStore
 from delo_llava.runs.store import RunStore
-from delo_llava.tasks import TaskSequence, TaskSpec
+from delo_llava.tasks import TaskSpec
 from delo_llava.training.fit import Fitted, Kit, Running, fit, seed_everything
 from delo_llava.training.guards import (
     OutOfMemory,
@@ -43,27 +42,16 @@ class StageTrainer:
     """Trains one stage and publishes its adapter.
 
     Args:
-        path: of the base, as `find_backbone` resolved it.
-        method: built for this run; it holds no state between stages that is not on disk.
         planner: asked when memory is full.
     """
 
-    def __init__(
-        self,
-        config: RunConfig,
-        store: RunStore,
-        ranks: Ranks,
-        backbone: Backbone,
-        path: str,
-        method: Method,
-        planner: Planner | None = None,
-    ) -> None:
-        self.run_config, self.store, self.ranks = config, store, ranks
-        #: The run's, with what differs for the tasks that are being trained: `per_task`, a halved
-        #: micro-batch.
-        self.config = config
-        self.backbone, self.path, self.method, self.planner = backbone, path, method, planner
-        self.kit = Kit(backbone, backbone.load_processor(path))
+    def __init__(self, job: Job, store: RunStore, ranks: Ranks, planner: Planner | None = None) -> None:
+        self.job, self.store, self.ranks, self.planner = job, store, ranks, planner
+        #: The run's, with what differs for the stage that is being trained: `per_task`, a halved micro-batch.
+        self.config = job.config
+        #: It holds no state between stages that is not on disk.
+        self.method = job.method
+        self.kit = Kit(job.backbone, job.backbone.load_processor(job.base))
 
     def train(self, stage: Stage, progress: RunProgress) -> None:
         """Train `stage`, from its last checkpoint if there is one, and publish `adapters/<its name>`.
@@ -74,7 +62,7 @@ class StageTrainer:
                 command goes on.
         """
         while True:
-            self.config = self.run_config.for_tasks([task.name for task in stage.tasks])
+            self.config = self.job.config.for_tasks([task.name for task in stage.tasks])
             smaller = self.ranks.same(self.store.stage(stage.name).get("micro_batch"))
             if smaller is not None:
                 train = self.config.train.model_copy(update={"micro_batch": smaller})
@@ -87,7 +75,7 @@ class StageTrainer:
             except OutOfMemory as error:
                 self._halve(stage, error, progress)
             free_memory()  # only here: the error's traceback holds the model
-        self.config = self.run_config
+        self.config = self.job.config
 
     def _halve(self, stage: Stage, error: OutOfMemory, progress: RunProgress) -> None:
         """Note a smaller micro-batch for the rest of the stage, if the run may use one.
@@ -195,8 +183,12 @@ class StageTrainer:
 
     def _build(self, stage: Stage) -> nn.Module:
         config = self.config
-        base = self.backbone.load(
-            self.path, quant=config.quant, dtype=config.dtype, attn=config.attn, device=str(self.ranks.device)
+        base = self.job.backbone.load(
+            self.job.base,
+            quant=config.quant,
+            dtype=config.dtype,
+            attn=config.attn,
+            device=str(self.ranks.device),
         )
         # A key/value cache is of no use in training and would be kept for the backward pass.
         base.config.get_text_config().use_cache = False
@@ -227,17 +219,16 @@ class PastExamples(Mapping[str, Examples]):
         return len(self._past)
 
 
-def make_stage(
-    index: int, plans: tuple[StagePlan, ...], sequence: TaskSequence, store: RunStore, seed: int
-) -> Stage:
+def make_stage(index: int, job: Job, store: RunStore) -> Stage:
     """Stage `index` of a run, with what earlier ones left."""
-    tasks = {task.name: task for task in sequence.tasks}
+    tasks = {task.name: task for task in job.sequence.tasks}
     past = {
         plan.name: Past(store.adapter(plan.name), tuple(tasks[name] for name in plan.tasks))
-        for plan in plans[:index]
+        for plan in job.plans[:index]
     }
-    own = tuple(tasks[name] for name in plans[index].tasks)
-    return Stage(index, plans[index].name, own, past, stage_seed(seed, index))
+    plan = job.plans[index]
+    own = tuple(tasks[name] for name in plan.tasks)
+    return Stage(index, plan.name, own, past, stage_seed(job.config.seed, index))
 
 
 def stage_seed(seed: int, index: int) -> int:

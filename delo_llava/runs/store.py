@@ -44,6 +44,12 @@ class RunStore:
         """Where the step checkpoints lie while `task` is being trained."""
         return self.root / "checkpoints" / task
 
+    def begin(self, config: str, run: dict[str, Any]) -> None:
+        """Write the resolved configuration and the run's record; nothing is left of an interrupted launch."""
+        self.create()
+        write_text_atomic(self.config, config)
+        write_json_atomic(self.run, run)
+
     def create(self) -> None:
         """Make the folders and clear what an interrupted publishing or writing left."""
         for folder in (self.adapters, self.logs):

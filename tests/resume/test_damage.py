@@ -17,6 +17,7 @@ import training_support as support
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
 from delo_llava.runs import step_state
+from delo_llava.runs.job import make_job
 from delo_llava.runs.manifest import manifest_faults, write_manifest
 from delo_llava.runs.observer import StageObserver
 from delo_llava.runs.sequence import run_sequence
@@ -32,7 +33,7 @@ def train(place: Path, name: str, *more: str) -> Path:
         place / "tiny.yaml", tiny_models.session("llava"), place / name, "--train.save_every=1",
         "--lora.dropout=0.1", *more,
     )  # fmt: skip
-    run_sequence(resolve(words), None)
+    run_sequence(make_job(resolve(words)), None)
     return place / name
 
 

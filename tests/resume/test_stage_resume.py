@@ -12,6 +12,7 @@ import training_support as support
 
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
+from delo_llava.runs.job import make_job
 from delo_llava.runs.sequence import run_sequence
 from delo_llava.runs.stage import StageTrainer
 
@@ -36,7 +37,7 @@ def train(place: Path, name: str, *more: str) -> Path:
         with (run / "evaluated.txt").open("a") as file:
             file.write(f"{stage}\n")
 
-    run_sequence(resolve(command(place, name, *more)), evaluate)
+    run_sequence(make_job(resolve(command(place, name, *more))), evaluate)
     return place / name
 
 

@@ -159,6 +159,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What training and the harness are called with, neither being run."""
     calls: list[Any] = []
     modules = {
+        "delo_llava.runs.job": SimpleNamespace(make_job=lambda config: config),
         "delo_llava.runs.sequence": SimpleNamespace(run_sequence=lambda *given: calls.append(given)),
         "delo_eval.run": SimpleNamespace(
             evaluate_stage="the callback", main=lambda words: calls.append(words)

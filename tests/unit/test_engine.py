@@ -18,7 +18,7 @@ from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.single import SingleEngine
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Clock, Method
-from delo_llava.runs.sequence import check_plan
+from delo_llava.runs.job import check_plan
 from delo_llava.training.loop import StepReport, run_steps
 from delo_llava.training.mixture import ahead, deal
 

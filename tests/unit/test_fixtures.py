@@ -175,6 +175,7 @@ def test_coin6_trains_evaluates_and_resumes(
 ) -> None:
     """All six tasks, stopped after the second stage; the same command goes on and keeps what is there."""
     from delo_llava.cli import main_train, resolve
+    from delo_llava.runs.job import make_job
     from delo_llava.runs.sequence import run_sequence
 
     evaluate_stage = importlib.import_module("delo_eval.run").evaluate_stage
@@ -187,7 +188,7 @@ def test_coin6_trains_evaluates_and_resumes(
         evaluate_stage(folder, stage)
 
     with pytest.raises(Stop):
-        run_sequence(resolve(run), stopping)
+        run_sequence(make_job(resolve(run)), stopping)
     before = {path: path.read_bytes() for path in (tmp_path / "run/adapters").rglob("*.safetensors")}
     assert {path.parent.name for path in before} == {"scienceqa", "textvqa", "imagenet"}
     assert main_train(run) == 0

@@ -24,6 +24,7 @@ from delo_llava.backbones.base import find_backbone
 from delo_llava.cli import main, main_train, resolve
 from delo_llava.errors import DeloError
 from delo_llava.methods.delo.config import DeloConfig
+from delo_llava.runs.job import make_job
 from delo_llava.runs.manifest import MANIFEST, manifest_faults, write_manifest
 from delo_llava.runs.sequence import run_sequence
 from delo_llava.runs.step_state import SCHEMA, StepCheckpoints
@@ -373,7 +374,7 @@ def test_names_of_folders_come_from_the_recipe_alone(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     support.write_sequence(folder, tasks=1, records=8)
     with pytest.raises(DeloError, match="made of something else"):
-        run_sequence(resolve([*command(folder)[:3], f"--output={tmp_path / 'run'}", "--zero=none"]))
+        run_sequence(make_job(resolve([*command(folder)[:3], f"--output={tmp_path / 'run'}", "--zero=none"])))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "run"]
 
 

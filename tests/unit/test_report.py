@@ -290,6 +290,7 @@ def test_ranks_add_up_and_fewer_samples_do_not_replace_more(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_training_leaves_a_report_after_each_stage(tmp_path: Path) -> None:
+    from delo_llava.runs.job import make_job
     from delo_llava.runs.sequence import run_sequence
 
     recipe = write_sequence(tmp_path / "data")
@@ -302,7 +303,7 @@ def test_training_leaves_a_report_after_each_stage(tmp_path: Path) -> None:
         evaluate_stage(run, stage)
         made.append((run / "report.html").read_text(encoding="utf-8"))
 
-    run_sequence(resolve([*given, *(f"--delo.{option}" for option in small)]), evaluate)
+    run_sequence(make_job(resolve([*given, *(f"--delo.{option}" for option in small)])), evaluate)
     assert [f"{k} of 2 stages evaluated" in text for k, text in enumerate(made)] == [True] * 3
     last = read_content(tmp_path / "run")
     for task in last.tasks:

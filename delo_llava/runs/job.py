@@ -1,0 +1,113 @@
+"""What a run is to do: its settings, and everything they name, found and checked before anything is
+written."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from delo_llava.config import RunConfig
+from delo_llava.data.recipe import load_sequence
+from delo_llava.data.sampler import plan_accumulation
+from delo_llava.errors import DeloError
+from delo_llava.registry import load_plugin
+from delo_llava.tasks import TaskSequence
+
+if TYPE_CHECKING:
+    from delo_llava.backbones.base import Backbone
+    from delo_llava.methods.base import Method, StagePlan
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that could begin.
+
+    Attributes:
+        base: where the base's weights are, as `find_backbone` resolved it.
+        plans: the stages to train, as the method has them.
+    """
+
+    config: RunConfig
+    sequence: TaskSequence
+    backbone: "Backbone"
+    base: str
+    method: "Method"
+    plans: "tuple[StagePlan, ...]"
+
+    def row(self, index: int) -> int:
+        """The row of the accuracy matrix that a stage fills: that of the last task trained so far."""
+        trained = [name for plan in self.plans[: index + 1] for name in plan.tasks]
+        return max(map(self.sequence.names.index, trained))
+
+
+def make_job(config: RunConfig) -> Job:
+    """Find what the settings name: tasks, base, method and its stages, DeepSpeed file.
+
+    What a user can get wrong is told here, the cheap checks before torch is imported; no model is loaded.
+
+    Args:
+        config: validated; `output` may be None for the default folder.
+
+    Raises:
+        DeloError: whatever is wrong with data, batches, base, method or engine.
+    """
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    for name in sequence.names:
+        check_plan(config.for_task(name))
+    from delo_llava.backbones.base import find_backbone
+
+    backbone, base = find_backbone(config.model)
+    check_engine(config)
+    kind: Any = load_plugin("method", config.method)
+    method = kind(kind.Config(**config.methods.get(config.method, {})), config, backbone)
+    plans = method.stages(sequence)
+    check_stages(plans, sequence)
+    return Job(config, sequence, backbone, base, method, plans)
+
+
+def check_plan(config: RunConfig) -> int:
+    """The number of ranks, once batches can be shared out among them.
+
+    Raises:
+        DeloError: ranks × micro-batch does not divide the global batch, or several ranks without DeepSpeed.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if config.zero == "none" and world > 1:
+        raise DeloError(
+            "The one-process engine cannot run on several ranks",
+            given=f"--zero none on {world} ranks",
+            fix="start it with `python launch/train.py`, or choose --zero 1, 2 or 3",
+        )
+    plan_accumulation(config.train.global_batch, config.train.micro_batch, world)
+    return world
+
+
+def check_engine(config: RunConfig) -> None:
+    """Check the DeepSpeed file before the process group is joined.
+
+    Raises:
+        DeloError: it cannot be read, or decides what the run's configuration decides.
+    """
+    if config.zero != "none":
+        from delo_llava.engines.deepspeed import read_deepspeed_file
+
+        read_deepspeed_file(config)
+
+
+def check_stages(plans: "Sequence[StagePlan]", sequence: TaskSequence) -> None:
+    """Refuse stages that a run's folder cannot hold.
+
+    Raises:
+        DeloError: two stages of one name, or a stage without tasks or with unknown ones.
+    """
+    names = [plan.name for plan in plans]
+    if len(set(names)) < len(names):
+        raise DeloError("A method's stages must have names of their own", given=", ".join(names))
+    for plan in plans:
+        for task in plan.tasks or ("no task",):
+            if task not in sequence.names:
+                raise DeloError(
+                    f"Stage {plan.name} trains what the sequence does not have",
+                    given=task,
+                    allowed=sequence.names,
+                )

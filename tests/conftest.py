@@ -1,0 +1,75 @@
+"""How the tests are run: long files first, and what is long by a flag.
+
+    pytest -n 2                    what a newcomer runs
+    pytest -n 2 --part 3/8         the same, and every eighth of the long tests (CI takes another part each
+    day) pytest -n 2 --long             everything pytest --note_durations        write tests/durations.json,
+    which the order is made from
+
+Two workers take whole files, so that what a file's fixtures made is made once; a long file that begins last
+leaves one worker idle, so files begin in the order of their seconds.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+
+DURATIONS = Path(__file__).parent / "durations.json"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="run the tests marked long, too")
+    parser.addoption(
+        "--part", metavar="K/N", help="run the K-th of N parts of the tests marked long, K from 1"
+    )
+    parser.addoption("--note_durations", action="store_true", help=f"write {DURATIONS.name}")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    chosen = [item for item in items if item.get_closest_marker("long") is None or _is_due(config, item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
+    known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
+    order = sorted(range(len(chosen)), key=lambda i: (-known.get(_file(chosen[i]), 0.0), _file(chosen[i]), i))
+    items[:] = [chosen[i] for i in order]
+
+
+def _is_due(config: pytest.Config, item: pytest.Item) -> bool:
+    """Whether a long test is run this time."""
+    part = config.getoption("--part")
+    if config.getoption("--long") or part is None:
+        return bool(config.getoption("--long"))
+    try:
+        number, parts = map(int, part.split("/"))
+    except ValueError as error:
+        raise pytest.UsageError("--part is written K/N, such as 3/8") from error
+    if not 1 <= number <= parts:
+        raise pytest.UsageError("--part K/N: K lies between 1 and N")
+    # By function, so that tests which share a fixture stay together.
+    name = item.nodeid.partition("[")[0]
+    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % parts == number - 1
+
+
+def _file(item: pytest.Item) -> str:
+    return item.nodeid.partition("::")[0]
+
+
+class Durations:
+    """Adds up what each file takes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.seconds[report.nodeid.partition("::")[0]] += report.duration
+
+    def pytest_sessionfinish(self) -> None:
+        known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
+        found = known | {name: round(seconds, 1) for name, seconds in self.seconds.items()}
+        DURATIONS.write_text(json.dumps(dict(sorted(found.items())), indent=0) + "\n")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--note_durations") and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Durations())
