@@ -111,9 +111,9 @@ def _check(options: argparse.Namespace) -> int:
     import os
 
     from delo_llava.data.recipe import load_sequence
-    from delo_llava.data_tools.check import Check
+    from delo_llava.data_tools.check import DataCheck
     from delo_llava.data_tools.faults import FAULTS
-    from delo_llava.data_tools.ledger import Ledger, default_state
+    from delo_llava.data_tools.memory import Memory, default_state
     from delo_llava.data_tools.report import show_report, write_report
     from delo_llava.errors import DeloError
 
@@ -125,10 +125,10 @@ def _check(options: argparse.Namespace) -> int:
     state = options.state or default_state(sequence)
     report = options.report or state.with_suffix(".jsonl")
     prompts = None if options.no_tokens else _prompts(options, config)
-    with Ledger(state) as ledger:
-        check = Check(sequence, ledger, prompts, options.workers or os.cpu_count() or 1)
+    with Memory(state) as memory:
+        check = DataCheck(sequence, memory, prompts, options.workers or os.cpu_count() or 1)
         parts = check.run()
-        ledger.accept(options.allow)
+        memory.accept(options.allow)
         faults = write_report(report, check, parts)
         show_report(_console(), check, parts, report, options.show)
     say(f"{faults} faults; report: {report}\n")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 
 import ijson
 
+from delo_llava.data.faults import BadEntry
 from delo_llava.data.guard import MAX_TEXT, GuardedJson
 from delo_llava.errors import DeloError
 from delo_llava.strict import parse_json
@@ -33,16 +34,31 @@ def read_entries(path: Path, at: str = "") -> Iterator[Any]:
     Raises:
         DeloError: no such file, not of that format, no entries; a JSON line is named.
     """
+    for entry in each_entry(path, at):
+        if isinstance(entry, BadEntry):
+            raise entry
+        yield entry
+
+
+def each_entry(path: Path, at: str = "") -> Iterator[Any]:
+    """As `read_entries`, but a line that is no JSON is yielded as a `BadEntry`, and those behind it follow.
+
+    Raises:
+        DeloError: as `read_entries`, for the file as a whole; what stands before a break has been yielded.
+    """
     reader = {".jsonl": _lines, ".parquet": _parquet}.get(path.suffix.lower())
     found = _array(path, at) if reader is None else reader(path)
+    empty = True
     try:
-        first = next(found)
-    except StopIteration:
-        raise DeloError("A file of records holds at least one entry.", given=_place(path, at)) from None
+        for entry in found:
+            empty = False
+            yield entry
     except FileNotFoundError:
         raise DeloError("There is no such file of records.", given=path) from None
-    yield first
-    yield from found
+    except OSError as error:
+        raise DeloError(f"This file cannot be read: {error.strerror}.", given=path) from error
+    if empty:
+        raise DeloError("A file of records holds at least one entry.", given=_place(path, at))
 
 
 def read_members(path: Path, at: str = "") -> Iterator[tuple[str, Any]]:
@@ -114,9 +130,11 @@ def _lines(path: Path) -> Iterator[Any]:
                 try:
                     if len(line) > MAX_TEXT:
                         raise ValueError(f"longer than {MAX_TEXT} bytes")
-                    yield _encodable(parse_json(line), line)
+                    value = _encodable(parse_json(line), line)
                 except ValueError as error:
-                    raise _not_json(path, ValueError(f"line {number}: {error}")) from error
+                    told = f"This file is not valid JSON: line {number}: {error}"
+                    value = BadEntry("entry_malformed", told, given=path, fix="fetch it again")
+                yield value
 
 
 def _encodable(value: Any, line: bytes) -> Any:

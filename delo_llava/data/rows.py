@@ -3,12 +3,14 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
 from delo_llava.data.embedded import EmbeddedImages
-from delo_llava.data.entries import plain, read_entries
+from delo_llava.data.entries import each_entry, plain
+from delo_llava.data.faults import BadEntry, Faults, Tell, short, stop
 from delo_llava.data.sides import Joined
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Split, TaskSpec
@@ -22,8 +24,29 @@ FIELDS = {"id", "question_id", "image", "context", "conversations", "text", "ans
 Row = dict[str, Any]
 
 
-def rows(task: TaskSpec, split: Split, images: EmbeddedImages) -> Iterator[Row]:
-    """Flat rows of a CoIN file, in its order.
+@dataclass
+class Entry:
+    """One entry of a file.
+
+    Attributes:
+        number: its place in the file, from 0.
+        id: what it is called there, or its number.
+        part: whose it is, where one file holds many tasks and splits; None where it does not say.
+        image: its path relative to the image folder; absolute where it was embedded in the file.
+        rows: its turns that are whole.
+        faults: what is wrong with it.
+    """
+
+    number: int
+    id: str
+    part: str | None = None
+    image: str | None = None
+    rows: list[Row] = field(default_factory=list)
+    faults: Faults = field(default_factory=Faults)
+
+
+class Reading:
+    """One pass over a file in CoIN's format, in bounded memory: every entry with its rows and its faults.
 
     Entries are conversations (`id`, `image`, `conversations`) or questions (`question_id`, `image`, `text`,
     `answer` or `answer_bbox`), both with an optional `context`. Every turn pair of a conversation is a row
@@ -32,76 +55,144 @@ def rows(task: TaskSpec, split: Split, images: EmbeddedImages) -> Iterator[Row]:
 
     Args:
         images: where pictures that are embedded in the file are written to.
+        tell: is told what is wrong with the file as a whole, or with a side file.
 
-    Raises:
-        DeloError: a fault of the file, of an entry (named), or of a side file.
+    Attributes:
+        path: the file.
+        joined: the side files, once iterating has begun.
     """
-    path, seen = task.files[split], set[str]()
-    joined = Joined(task.sides, split)
-    for number, entry in enumerate(read_entries(path)):
-        where = f"{path}, entry {number}"
-        if not isinstance(entry, dict):
-            raise DeloError(f"{where} is not an object.", given=repr(entry)[:80])
-        name = _unique(str(entry.get("id", entry.get("question_id", number))), seen)
-        where += f" (id {name})"
-        image = image_of(entry, task.image_root, images, where)
-        texts, known = joined.of(entry, number, image)
-        context = _context(entry, where)
-        extra = _as_json(_others(entry) | known, where)
-        turns = list(_turns(entry, where))
-        for turn, (instruction, answer) in enumerate(turns):
-            yield {
-                "id": name if len(turns) == 1 else f"{name}#{turn}",
-                "image": image,
-                "context": _with(context, texts, instruction) if texts else context,
-                "instruction": instruction,
-                "answer": answer,
-                "extra": extra,
-                "entry": number,
-                "part": None,
-            }
-    joined.require_matches()
+
+    def __init__(self, task: TaskSpec, split: Split, images: EmbeddedImages, tell: Tell = stop) -> None:
+        self.task, self.split, self.path, self.images, self.tell = (
+            task,
+            split,
+            task.files[split],
+            images,
+            tell,
+        )
+        self.joined = Joined((), split)
+        self._seen: set[str] = set()
+
+    def __iter__(self) -> Iterator[Entry]:
+        self._begin()
+        try:
+            for number, given in enumerate(each_entry(self.path)):
+                if isinstance(given, dict):
+                    yield self._entry(number, given)
+                else:
+                    yield Entry(number, str(number), faults=Faults([_no_object(given)]))
+        except DeloError as error:
+            self.tell(error)
+        else:
+            self.joined.finish()
+
+    def rows(self) -> Iterator[Row]:
+        """All rows.
+
+        Raises:
+            DeloError: the first fault of an entry, told with file, number and id.
+        """
+        for entry in self:
+            for fault in entry.faults:
+                raise fault.at(f"{self.path}, entry {entry.number} (id {entry.id})")
+            yield from entry.rows
+
+    def _begin(self) -> None:
+        """What has to be known before the first entry."""
+        self._seen.clear()
+        self.joined = Joined(self.task.sides, self.split, self.tell)
+
+    def _entry(self, number: int, given: dict[str, Any]) -> Entry:
+        """An entry with all that is wrong with it."""
+        entry = Entry(number, str(given.get("id", given.get("question_id", number))))
+        with entry.faults:
+            _require_name(given)
+        with entry.faults:
+            entry.image = image_of(given, self.task.image_root, self.images)
+        texts, known = self.joined.of(given, number, entry.image)
+        context, extra, turns = None, "{}", list[tuple[object, object]]()
+        with entry.faults:
+            context = _context(given)
+        with entry.faults:
+            extra = _as_json(_others(given) | known)
+        with entry.faults:
+            turns = _turns(given)
+        name = self._unique(entry.id)
+        several = len(turns) > 1
+        for turn, (asked, answered) in enumerate(turns):
+            where = f"turn {turn}: " if several else ""
+            faults = len(entry.faults)
+            instruction = answer = ""
+            with entry.faults:
+                instruction = _instruction(asked, given, where)
+            with entry.faults:
+                answer = _answer(answered, where)
+            if len(entry.faults) == faults:
+                row = {
+                    "id": f"{name}#{turn}" if several else name,
+                    "image": entry.image,
+                    "context": _with(context, texts, instruction) if texts else context,
+                    "instruction": instruction,
+                    "answer": answer,
+                    "extra": extra,
+                    "entry": number,
+                    "part": None,
+                }
+                entry.rows.append(row)
+        return entry
+
+    def _unique(self, name: str) -> str:
+        """`name`, or the first of `name~2`, `name~3` … that no earlier entry has."""
+        unique, count = name, 1
+        while unique in self._seen:
+            count += 1
+            unique = f"{name}~{count}"
+        self._seen.add(unique)
+        return unique
 
 
-def image_of(entry: Mapping[str, Any], root: Path, images: EmbeddedImages, where: str) -> str | None:
+def image_of(entry: Mapping[str, Any], root: Path, images: EmbeddedImages) -> str | None:
     """The image's path relative to the root; it is checked as written, so links to other disks are fine.
 
     A picture that the entry itself holds (`{"bytes": …, "path": …}`, as `datasets` stores images) is written
     out and named by its absolute path.
 
     Raises:
-        DeloError: not one path, or one that leads out of the root.
+        BadEntry: not one path, or one that leads out of the root.
     """
     given = entry.get("image")
     if isinstance(given, Mapping) and given.get("bytes"):
-        return str(images.write(given["bytes"], where))
+        return str(images.write(given["bytes"]))
     if isinstance(given, Mapping):
         given = given.get("path")
     if given is None or given == "":
         return None
     if not isinstance(given, str):
-        raise DeloError(f"{where}: `image` must be one path.", given=repr(given)[:80])
+        raise BadEntry("entry_malformed", "`image` must be one path.", given=short(given))
     relative = os.path.relpath(os.path.normpath(root / given), root)
     if Path(relative).parts[:1] in ((), ("..",)) or "\0" in given:
-        raise DeloError(f"{where}: the image lies outside the image folder {root}.", given=given)
+        raise BadEntry("image_outside", f"the image lies outside the image folder {root}.", given=given)
     return relative
 
 
-def _unique(name: str, seen: set[str]) -> str:
-    """`name`, or the first of `name~2`, `name~3` … that no earlier entry has."""
-    unique, count = name, 1
-    while unique in seen:
-        count += 1
-        unique = f"{name}~{count}"
-    seen.add(unique)
-    return unique
+def _no_object(given: object) -> BadEntry:
+    """The fault of an entry that is no object, or of a line that is not even JSON."""
+    if isinstance(given, BadEntry):
+        return given
+    return BadEntry("entry_malformed", "it is not an object.", given=short(given))
 
 
-def _context(entry: Mapping[str, Any], where: str) -> str | None:
+def _require_name(entry: Mapping[str, Any]) -> None:
+    name = entry.get("id", entry.get("question_id", 0))
+    if isinstance(name, bool) or not isinstance(name, str | int | float | Decimal | None):
+        raise BadEntry("entry_malformed", "its id must be text or a number.", given=short(name))
+
+
+def _context(entry: Mapping[str, Any]) -> str | None:
     """The entry's own auxiliary text; an empty one is none."""
     given = entry.get("context")
     if given is not None and not isinstance(given, str):
-        raise DeloError(f"{where}: `context` must be text.", given=repr(given)[:80])
+        raise BadEntry("entry_malformed", "`context` must be text.", given=short(given))
     return (given or "").strip() or None
 
 
@@ -119,39 +210,38 @@ def _others(entry: Mapping[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def _as_json(extra: Mapping[str, Any], where: str) -> str:
+def _as_json(extra: Mapping[str, Any]) -> str:
     """`extra` as it is stored; only finite numbers, as only they are JSON."""
     try:
         return json.dumps(extra, default=plain, allow_nan=False)
     except (ValueError, OverflowError) as error:
-        raise DeloError(f"{where}: a number is not finite or too large.") from error
+        raise BadEntry("entry_malformed", "a number is not finite or too large.") from error
 
 
-def _turns(entry: Mapping[str, Any], where: str) -> Iterator[tuple[str, str]]:
-    """(instruction, answer) of every turn pair."""
+def _turns(entry: Mapping[str, Any]) -> list[tuple[object, object]]:
+    """(question, answer) of every turn pair, as given."""
     turns = entry.get("conversations")
     if turns is None:
-        answer = entry.get("answer", entry.get("answer_bbox"))
-        yield _instruction(entry.get("text"), entry, where), _answer(answer, where)
-        return
+        return [(entry.get("text"), entry.get("answer", entry.get("answer_bbox")))]
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise DeloError(f"{where}: `conversations` must be a list of turns.", given=repr(turns)[:80])
+        raise BadEntry("entry_malformed", "`conversations` must be a list of turns.", given=short(turns))
     roles = [turn.get("from") for turn in turns]
     if roles != ["human", "gpt"] * (len(turns) // 2):
-        raise DeloError(f"{where}: turns must alternate between human and gpt.", given=roles)
-    for human, gpt in zip(turns[::2], turns[1::2], strict=True):
-        yield _instruction(human.get("value"), entry, where), _answer(gpt.get("value"), where)
+        raise BadEntry("entry_malformed", "turns must alternate between human and gpt.", given=short(roles))
+    return [(h.get("value"), g.get("value")) for h, g in zip(turns[::2], turns[1::2], strict=True)]
 
 
 def _instruction(given: object, entry: Mapping[str, Any], where: str) -> str:
     """What is asked, without the image's placeholder."""
     if not isinstance(given, str):
-        raise DeloError(f"{where}: the instruction must be text.", given=repr(given)[:80])
+        told = f"{where}the instruction must be text."
+        raise BadEntry("instruction_empty", told, given=short(given))
     if IMAGE_PLACEHOLDER in given and not entry.get("image"):
-        raise DeloError(f"{where}: the text has {IMAGE_PLACEHOLDER} but the entry names no image.")
+        told = f"{where}the text has {IMAGE_PLACEHOLDER} but the entry names no image."
+        raise BadEntry("placeholder_without_image", told)
     text = given.replace(IMAGE_PLACEHOLDER, "").strip()
     if not text:
-        raise DeloError(f"{where}: the instruction is empty.")
+        raise BadEntry("instruction_empty", f"{where}the instruction is empty.")
     return text
 
 
@@ -164,5 +254,5 @@ def _answer(given: object, where: str) -> str:
     if isinstance(given, int | float | Decimal) and not isinstance(given, bool):
         return str(given)
     if not isinstance(given, str) or not given.strip():
-        raise DeloError(f"{where}: there is no answer.", given=repr(given)[:80])
+        raise BadEntry("answer_empty", f"{where}there is no answer.", given=short(given))
     return given.strip()

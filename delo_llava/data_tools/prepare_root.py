@@ -4,9 +4,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from delo_llava.data.entries import read_entries
 from delo_llava.data.readers import read_records
+from delo_llava.data.rows import IMAGE_PLACEHOLDER
 from delo_llava.data_tools.prepared import Preparation
-from delo_llava.data_tools.walk import IMAGE_PLACEHOLDER, raw_entries
 from delo_llava.errors import DeloError
 from delo_llava.tasks import TaskSequence, TaskSpec
 
@@ -47,7 +48,7 @@ def _require_cuttable(task: TaskSpec, file: Path, root: Path) -> None:
 def _chosen(task: TaskSpec, file: Path, chosen: set[str]) -> Iterator[dict[str, Any]]:
     """The entries of the chosen records, every turn an entry of its own under its record's id."""
     ids = iter(read_records(task, "train").ids)
-    for entry in raw_entries(file):
+    for entry in read_entries(file):
         turns = entry.get("conversations")
         pairs = 1 if turns is None else len(turns) // 2
         for turn in range(pairs):

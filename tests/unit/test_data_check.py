@@ -4,9 +4,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -16,11 +14,15 @@ from data_support import Sequence, bomb, picture, talk
 from PIL import Image
 
 from delo_llava import cli
-from delo_llava.data_tools import decode, forms, walk
+from delo_llava.data.entries import each_entry
+from delo_llava.data.faults import BadEntry
+from delo_llava.data.readers import open_reading
+from delo_llava.data_tools import decode, forms
 from delo_llava.data_tools.faults import FAULTS, NOTES
 from delo_llava.data_tools.forms import reference_faults
-from delo_llava.data_tools.ledger import Ledger
-from delo_llava.tasks import Record, TaskSpec
+from delo_llava.data_tools.memory import Memory
+from delo_llava.errors import DeloError
+from delo_llava.tasks import ClassTask, Record, TaskSpec
 
 
 @pytest.fixture
@@ -166,8 +168,8 @@ def test_every_code_is_planted_or_tested_by_name() -> None:
     ("content", "told"),
     [
         ('[{"id": 1}', "not valid JSON"),
-        ('{"a": 1}', "no JSON array"),
-        ("[]", "no entries"),
+        ('{"a": 1}', "should hold a JSON array"),
+        ("[]", "at least one entry"),
         ("", "not valid JSON"),
         ('[{"question_id": "\udce9"}]', "cannot be read|not valid JSON"),
     ],
@@ -189,39 +191,64 @@ def test_entries_before_a_break_are_checked(data: Sequence) -> None:
     assert sorted(codes) == ["file_unreadable", "image_outside"]
 
 
-def test_items_of_the_cmml_layout(tmp_path: Path) -> None:
-    """One file for all tasks and splits; a label is what the layout allows, and each part sees its own."""
-
-    @dataclass(frozen=True)
-    class Spec(TaskSpec):
-        classes: Any = None
-
-    good = {"task_id": 0, "split": "train", "image": "a.jpg", "text": ["one", "two"], "label": 3}
+def test_items_of_the_cmml_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One file for all tasks and splits: every item is told whose it is, and what is wrong with it."""
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
+    good = {"task_id": 0, "split": "train", "image": "pie/a.jpg", "text": ["one", "two"], "label": 0}
     bad = [{**good, "label": label} for label in (None, [], -1, True, [0, -1], "", {"a": 1})]
-    fine = [{**good, "label": label} for label in ([1, 2], [0, 1, 0], "apple pie", ["a", "b"])]
     lost = [{**good, "task_id": "0"}, {**good, "split": "dev"}]
     other = [{**good, "task_id": 1}, {**good, "split": "test"}]
     file = tmp_path / "cmml.json"
-    file.write_text(json.dumps([good, *other, *lost, *fine, *bad]))
+    file.write_text(json.dumps([good, *other, *lost, *bad, {**good, "image": "../pie/x.jpg", "text": 5}]))
     files: dict[Any, Path] = dict.fromkeys(("train", "val", "test"), file)
-    first = Spec("task1", "naming", files, tmp_path, classes=SimpleNamespace(number=0))
-    found = list(walk.walk(first, "train"))
-    assert [entry.number for entry in found] == [0, 3, 4, *range(5, 16)]
-    assert [entry.number for entry in found if entry.records] == [0, 5, 6, 7, 8]
-    assert found[0].records[0].context == "one. two"
-    codes = [code for entry in found for code, _ in entry.faults]
-    assert codes == ["entry_malformed"] * 2 + ["label_form"] * 7
-    assert [entry.number for entry in walk.walk(first, "test")] == [2]
-    second = Spec("task2", "naming", files, tmp_path, classes=SimpleNamespace(number=1))
-    assert [entry.number for entry in walk.walk(second, "train")] == [1]
+    spec = TaskSpec("task1", "naming", files, tmp_path, classes=ClassTask(0, 1, "Which?"))
+    told: list[DeloError] = []
+    found = list(open_reading(spec, "train", told.append))
+    assert not told
+    assert [entry.part for entry in found] == ["0/train", "1/train", "0/test", None, None] + ["0/train"] * 8
+    assert [entry.number for entry in found if entry.rows] == [0, 1, 2]
+    assert (found[0].rows[0]["context"], found[0].rows[0]["answer"]) == ("one. two", "pie")
+    codes = [[fault.code for fault in entry.faults] for entry in found[3:]]
+    assert codes == [["entry_malformed"]] * 2 + [["label_form"]] * 7 + [["image_outside", "entry_malformed"]]
+
+
+def test_labels_of_several_forms_are_told_once_and_the_items_are_checked(data: Sequence) -> None:
+    """The check of a whole recipe in this layout: one reading serves all tasks and splits."""
+    item = {"split": "train", "image": "1.png", "text": "t"}
+    items = [{**item, "task_id": 0, "label": 1}, {**item, "task_id": 1, "label": [1], "image": "/x"}]
+    items += [{**item, "task_id": 0, "split": "test", "label": 0, "image": "2.png"}]
+    (data.folder / "all.json").write_text(json.dumps(items))
+    classes = {"per_task": 1, "instruction": "Which?"}
+    files = {"train": "all.json", "test": "all.json"}
+    tasks = [
+        {
+            "name": f"t{n}",
+            "kind": "k",
+            "files": files,
+            "image_root": "images",
+            "classes": classes | {"number": n},
+        }
+        for n in (0, 1)
+    ]
+    data.recipe.write_text(json.dumps({"name": "mine", "tasks": tasks}))
+    assert cli.main(data.words("--no-tokens")) == 1
+    summary, *faults = data.report()
+    assert [(fault["code"], fault["task"], fault["entry"]) for fault in faults] == [
+        ("file_unreadable", "t0", None),
+        ("image_outside", "t1", 1),
+    ]
+    assert "several forms" in faults[0]["message"]
+    assert [part["entries"] for part in summary["parts"]] == [1, 1, 1, 0]
+    assert summary["images_decoded"] == 2
 
 
 def test_bad_lines_of_jsonl_are_told_one_by_one(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text('{"id": 1}\n{"id": \n\n{"id": 3}\n')
-    one, two, three = walk.raw_entries(file)
+    one, two, three = each_entry(file)
     assert (one, three) == ({"id": 1}, {"id": 3})
-    assert isinstance(two, walk.BadLine)
+    assert isinstance(two, BadEntry)
+    assert "line 2" in two.message
 
 
 def test_accepted_faults_are_notes_that_still_name_their_record(data: Sequence) -> None:
@@ -382,7 +409,7 @@ def test_test_references_are_looked_at_by_their_scorer(
 
 
 def test_another_check_at_the_same_time_is_refused(data: Sequence) -> None:
-    with Ledger(data.folder / "state.sqlite"), pytest.raises(SystemExit, match="2"):
+    with Memory(data.folder / "state.sqlite"), pytest.raises(SystemExit, match="2"):
         cli.main(data.words())
     (data.folder / "state.sqlite").write_text("no database, but long enough to look like one" * 10)
     with pytest.raises(SystemExit, match="2"):
@@ -393,7 +420,7 @@ def test_a_full_disk_is_told_with_a_remedy(data: Sequence, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Ledger, "refer", full)
+    monkeypatch.setattr(Memory, "refer", full)
     with pytest.raises(SystemExit, match="2"):
         cli.main(data.words())
 

@@ -190,7 +190,7 @@ def test_texts_become_a_side_file_or_the_context(
 @pytest.mark.parametrize(
     ("kind", "content", "told"),
     [
-        ("coco", OCR, "holds no texts of the kind 'coco'"),
+        ("coco", OCR, "is not of the kind 'coco'"),
         ("coco", {"annotations": [{"image_id": "a", "caption": "b"}]}, "is not of the kind 'coco'"),
         ("ocr", {"data": [{"image_id": "nowhere", "ocr_tokens": ["A"]}]}, "No entry has a text"),
         ("hints", [1], "of the kind 'hints'"),

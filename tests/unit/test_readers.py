@@ -138,7 +138,7 @@ def test_sub_is_exact_nested_ordered_and_seeded(tmp_path: Path) -> None:
         (GOOD | {"image": "a/../../x.png"}, "outside the image folder"),
         (GOOD | {"image": ["x.png", "y.png"]}, "must be one path"),
         (GOOD | {"context": ["a", "b"]}, "`context` must be text"),
-        ("text", "is not an object"),
+        ("text", "it is not an object"),
     ],
 )
 def test_faults_name_file_and_entry(tmp_path: Path, entry: Any, told: str) -> None:
@@ -269,7 +269,7 @@ def test_a_stream_gives_the_same_records_and_stores_nothing(tmp_path: Path, cach
     spec.files["train"].write_text(json.dumps([GOOD, "broken"]))
     found = stream_records(spec, "train")
     assert next(found).id == "a"
-    with pytest.raises(DeloError, match="entry 1 is not an object"):
+    with pytest.raises(DeloError, match=r"entry 1 \(id 1\): it is not an object"):
         next(found)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from delo_llava.cache import cache_root
 from delo_llava.data_tools.decode import VERSION, Verdict
 from delo_llava.data_tools.faults import NOTES, Fault
 from delo_llava.errors import DeloError
-from delo_llava.mini.build import cache_root
 from delo_llava.tasks import TaskSequence
 
 #: Kept between runs.
@@ -73,7 +73,7 @@ def default_state(sequence: TaskSequence) -> Path:
     return folder / f"{sequence.name}-{hashlib.sha256(places.encode()).hexdigest()[:8]}.sqlite"
 
 
-class Ledger:
+class Memory:
     """The memory of one sequence's checks.
 
     Args:
