@@ -17,7 +17,8 @@ from typing import Any, Literal
 from delo_llava.data.embedded import EmbeddedImages
 from delo_llava.data.entries import each_entry, read_entries
 from delo_llava.data.faults import BadEntry, Tell, short, stop
-from delo_llava.data.rows import Entry, Reading, Row, image_of
+from delo_llava.data.layouts import picture_of
+from delo_llava.data.rows import Entry, Reading, Row, place_of
 from delo_llava.errors import DeloError
 from delo_llava.tasks import SPLITS, ClassTask, Split, TaskSpec
 
@@ -65,7 +66,7 @@ class CmmlReading(Reading):
         with entry.faults:
             _require_fields(given)
         with entry.faults:
-            entry.image = image_of(given, self.task.image_root, self.images)
+            entry.image = place_of(picture_of(given), self.task.image_root, self.images)
         with entry.faults:
             context = _text(given.get("text"))
         with entry.faults:

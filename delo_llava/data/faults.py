@@ -12,6 +12,9 @@ READING: dict[str, str] = {
     "instruction_empty": "an instruction is absent, empty or no text",
     "answer_empty": "a reference answer is absent or empty",
     "placeholder_without_image": "the text has the image placeholder, but the entry names no image",
+    "placeholder_surplus": "a text has more image placeholders than the entry has images",
+    "keys_compete": "two keys of an entry say different things of one field",
+    "image_key": "an entry has no image under a key that is read, but something like one under another",
     "image_outside": "an image path leaves the image folder",
     "label_form": "a label of the CMML layout is no class, list of classes or 0/1 vector",
 }

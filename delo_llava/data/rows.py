@@ -1,8 +1,9 @@
-"""Flat rows from entries in CoIN's and LLaVA's formats: conversations for training, questions for tests."""
+"""Flat rows from entries of conversations or questions; `layouts.py` says which keys they have."""
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -11,14 +12,25 @@ from typing import Any
 from delo_llava.data.embedded import EmbeddedImages
 from delo_llava.data.entries import each_entry, plain
 from delo_llava.data.faults import BadEntry, Faults, Tell, short, stop
+from delo_llava.data.layouts import (
+    ANSWERS,
+    BOX,
+    FIELDS,
+    IMAGE_PLACEHOLDER,
+    Turn,
+    answer_of,
+    picture_of,
+    turns_of,
+)
 from delo_llava.data.sides import Joined
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Split, TaskSpec
 
-IMAGE_PLACEHOLDER = "<image>"
+#: How an address begins, or a picture written out as text.
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
-#: Keys of an entry that become fields of a record; all others are its `extra`.
-FIELDS = {"id", "question_id", "image", "context", "conversations", "text", "answer"}
+#: Bytes of one name in a path, on the file systems that there are.
+MAX_NAME = 255
 
 #: A row: id, image, context, instruction, answer, extra (as JSON), entry, part (of a file with many tasks).
 Row = dict[str, Any]
@@ -33,6 +45,7 @@ class Entry:
         id: what it is called there, or its number.
         part: whose it is, where one file holds many tasks and splits; None where it does not say.
         image: its path relative to the image folder; absolute where it was embedded in the file.
+        extra: names of what is kept for scorers and never shown to a model.
         rows: its turns that are whole.
         faults: what is wrong with it.
     """
@@ -41,17 +54,17 @@ class Entry:
     id: str
     part: str | None = None
     image: str | None = None
+    extra: Set[str] = frozenset()
     rows: list[Row] = field(default_factory=list)
     faults: Faults = field(default_factory=Faults)
 
 
 class Reading:
-    """One pass over a file in CoIN's format, in bounded memory: every entry with its rows and its faults.
+    """One pass over a file, in bounded memory: every entry with its rows and its faults.
 
-    Entries are conversations (`id`, `image`, `conversations`) or questions (`question_id`, `image`, `text`,
-    `answer` or `answer_bbox`), both with an optional `context`. Every turn pair of a conversation is a row
-    with the id `<id>#<turn>`; ids that repeat get `~2`, `~3` … in the order of the file. An answer that is a
-    list gives its first as the answer and all of them as `extra["answers"]`. Other keys go into `extra`.
+    Entries are conversations or questions (`layouts.py`), both with an optional `context`. Every turn pair is
+    a row with the id `<id>#<turn>`; ids that repeat get `~2`, `~3` … in the order of the file. An answer that
+    is a list gives its first as the answer and all of them as `extra["answers"]`. Other keys go into `extra`.
 
     Args:
         images: where pictures that are embedded in the file are written to.
@@ -107,16 +120,21 @@ class Reading:
         entry = Entry(number, str(given.get("id", given.get("question_id", number))))
         with entry.faults:
             _require_name(given)
+        shows = True  # an entry with a fault in its picture has one
         with entry.faults:
-            entry.image = image_of(given, self.task.image_root, self.images)
+            picture = picture_of(given)
+            shows = picture is not None
+            entry.image = place_of(picture, self.task.image_root, self.images)
         texts, known = self.joined.of(given, number, entry.image)
-        context, extra, turns = None, "{}", list[tuple[object, object]]()
+        context, extra, turns = None, "{}", list[Turn]()
         with entry.faults:
             context = _context(given)
+        others = _others(given) | known
+        entry.extra = others.keys()
         with entry.faults:
-            extra = _as_json(_others(given) | known)
+            extra = _as_json(others)
         with entry.faults:
-            turns = _turns(given)
+            turns = turns_of(given)
         name = self._unique(entry.id)
         several = len(turns) > 1
         for turn, (asked, answered) in enumerate(turns):
@@ -124,9 +142,9 @@ class Reading:
             faults = len(entry.faults)
             instruction = answer = ""
             with entry.faults:
-                instruction = _instruction(asked, given, where)
+                instruction = _instruction(asked, shows, where)
             with entry.faults:
-                answer = _answer(answered, where)
+                answer = _answer(answered, given, where)
             if len(entry.faults) == faults:
                 row = {
                     "id": f"{name}#{turn}" if several else name,
@@ -151,24 +169,28 @@ class Reading:
         return unique
 
 
-def image_of(entry: Mapping[str, Any], root: Path, images: EmbeddedImages) -> str | None:
-    """The image's path relative to the root; it is checked as written, so links to other disks are fine.
+def place_of(given: object, root: Path, images: EmbeddedImages) -> str | None:
+    """The path of a picture, relative to the root; it is checked as written: links to other disks are fine.
 
-    A picture that the entry itself holds (`{"bytes": …, "path": …}`, as `datasets` stores images) is written
-    out and named by its absolute path.
+    A picture that the entry itself holds (bytes, or `{"bytes": …, "path": …}` as `datasets` stores images) is
+    written out and named by its absolute path.
 
     Raises:
         BadEntry: not one path, or one that leads out of the root.
     """
-    given = entry.get("image")
-    if isinstance(given, Mapping) and given.get("bytes"):
-        return str(images.write(given["bytes"]))
     if isinstance(given, Mapping):
-        given = given.get("path")
-    if given is None or given == "":
+        given = given.get("bytes") or given.get("path") or given
+    if isinstance(given, bytes):
+        return str(images.write(given))
+    if given is None:
         return None
     if not isinstance(given, str):
-        raise BadEntry("entry_malformed", "`image` must be one path.", given=short(given))
+        raise BadEntry("entry_malformed", "the image must be one path.", given=short(given))
+    if ADDRESS.match(given):
+        told = "the image is an address or holds its data; neither is fetched or unpacked."
+        raise BadEntry("entry_malformed", told, given=short(given), fix="write a file, and its path here")
+    if max(len(step.encode(errors="replace")) for step in given.split("/")) > MAX_NAME:
+        raise BadEntry("entry_malformed", "the image is no path: it is too long.", given=short(given))
     relative = os.path.relpath(os.path.normpath(root / given), root)
     if Path(relative).parts[:1] in ((), ("..",)) or "\0" in given:
         raise BadEntry("image_outside", f"the image lies outside the image folder {root}.", given=given)
@@ -204,9 +226,11 @@ def _with(context: str | None, joined: list[str], instruction: str) -> str | Non
 
 def _others(entry: Mapping[str, Any]) -> dict[str, Any]:
     """What goes into `extra` of the entry's own."""
-    extra = {key: value for key, value in entry.items() if key not in FIELDS and value is not None}
-    if isinstance(entry.get("answer"), list):
-        extra["answers"] = entry["answer"]
+    read = FIELDS if entry.get("instruction") is None else FIELDS | {"input"}
+    extra = {key: value for key, value in entry.items() if key not in read and value is not None}
+    answers = answer_of(entry)
+    if isinstance(answers, list) and answers is not entry.get(BOX):
+        extra["answers"] = answers
     return extra
 
 
@@ -218,35 +242,29 @@ def _as_json(extra: Mapping[str, Any]) -> str:
         raise BadEntry("entry_malformed", "a number is not finite or too large.") from error
 
 
-def _turns(entry: Mapping[str, Any]) -> list[tuple[object, object]]:
-    """(question, answer) of every turn pair, as given."""
-    turns = entry.get("conversations")
-    if turns is None:
-        return [(entry.get("text"), entry.get("answer", entry.get("answer_bbox")))]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
-        raise BadEntry("entry_malformed", "`conversations` must be a list of turns.", given=short(turns))
-    roles = [turn.get("from") for turn in turns]
-    if roles != ["human", "gpt"] * (len(turns) // 2):
-        raise BadEntry("entry_malformed", "turns must alternate between human and gpt.", given=short(roles))
-    return [(h.get("value"), g.get("value")) for h, g in zip(turns[::2], turns[1::2], strict=True)]
-
-
-def _instruction(given: object, entry: Mapping[str, Any], where: str) -> str:
-    """What is asked, without the image's placeholder."""
+def _instruction(given: object, shows: bool, where: str) -> str:
+    """What is asked, without the placeholder of the image, if the entry shows one."""
     if not isinstance(given, str):
         told = f"{where}the instruction must be text."
         raise BadEntry("instruction_empty", told, given=short(given))
-    if IMAGE_PLACEHOLDER in given and not entry.get("image"):
+    count = given.count(IMAGE_PLACEHOLDER)
+    if count and not shows:
         told = f"{where}the text has {IMAGE_PLACEHOLDER} but the entry names no image."
         raise BadEntry("placeholder_without_image", told)
+    if count > 1:
+        told = f"{where}the text has {IMAGE_PLACEHOLDER} {count} times, and there is one image."
+        raise BadEntry("placeholder_surplus", told, given=short(given))
     text = given.replace(IMAGE_PLACEHOLDER, "").strip()
     if not text:
         raise BadEntry("instruction_empty", f"{where}the instruction is empty.")
     return text
 
 
-def _answer(given: object, where: str) -> str:
+def _answer(given: object, entry: Mapping[str, Any], where: str) -> str:
     """The reference answer as text; numbers are written out, of several the first is taken."""
+    if given is None:
+        told = f"{where}there is no answer; beside a question it is one of {', '.join((*ANSWERS, BOX))}."
+        raise BadEntry("answer_empty", told, given=f"the keys {', '.join(map(str, entry))}")
     if isinstance(given, list) and given and all(isinstance(one, str) for one in given):
         given = given[0]
     if isinstance(given, list) and len(given) == 4:  # a box written as numbers
@@ -254,5 +272,6 @@ def _answer(given: object, where: str) -> str:
     if isinstance(given, int | float | Decimal) and not isinstance(given, bool):
         return str(given)
     if not isinstance(given, str) or not given.strip():
-        raise BadEntry("answer_empty", f"{where}there is no answer.", given=short(given))
+        told = f"{where}there is no answer that is text or a number."
+        raise BadEntry("answer_empty", told, given=short(given))
     return given.strip()

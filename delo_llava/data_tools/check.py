@@ -39,6 +39,7 @@ class Part:
         trained: tokens that would be trained, over all records.
         cut: records whose `context` or `instruction` does not fit `data.max_length`.
         sha256: of the annotation file.
+        extra: names of what is kept for scorers and never shown to a model.
         refused: the file has faults for which the reader refuses it.
         turns_repeated, first_repeated: turns that say the same as an earlier one of their conversation, and
             the (entry, record) of the first.
@@ -55,6 +56,7 @@ class Part:
     images: int = 0
     trained: int = 0
     cut: dict[str, int] = field(default_factory=dict)
+    extra: set[str] = field(default_factory=set)
     refused: bool = False
     turns_repeated: int = 0
     first_repeated: tuple[int, str] | None = None
@@ -164,6 +166,7 @@ class DataCheck:
         part.entries += 1
         part.records += len(entry.rows)
         part.turns = max(part.turns, len(entry.rows))
+        part.extra |= entry.extra
         part.refused = part.refused or bool(entry.faults)
         for fault in entry.faults:
             self._tell(part, fault.code, entry.number, entry.id, in_a_line(fault))

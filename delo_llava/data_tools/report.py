@@ -69,6 +69,7 @@ def _part(part: Part, counts: dict[tuple[str, str, str], int]) -> dict[str, Any]
         "split": part.split,
         "file": part.file,
         **{name: getattr(part, name) for name in (*names, "trained", "cut")},
+        "extra": sorted(part.extra),
         "found": _found(part, counts),
     }
 
@@ -84,6 +85,9 @@ def show_report(console: Console, check: DataCheck, parts: Sequence[Part], repor
     console.print(_table(check, parts))
     told = f"{check.decoded} images decoded now, {check.known} known from an earlier check"
     console.print(Text(told, style="dim"))
+    if extra := set[str]().union(*(part.extra for part in parts)):
+        told = f"kept for scorers, never shown to a model: {', '.join(sorted(extra))}"
+        console.print(Text(printable(told), style="dim"), soft_wrap=True)
     _list(console, check.memory, True, most, "note", report)
     _list(console, check.memory, False, most, "fault", report)
 

@@ -99,6 +99,9 @@ DEFECTS: dict[str, tuple[Plant, str, str, int, str]] = {
     "empty answer in the second turn": (said(3, "  "), "answer_empty", "train", 8, "m8"),
     "absent answer": (test(1, answer=None), "answer_empty", "test", 1, "q13"),
     "placeholder without an image": (train(3, image=""), "placeholder_without_image", "train", 3, "a3"),
+    "two placeholders": (said(0, "<image>\n<image>\nq"), "placeholder_surplus", "train", 8, "m8"),
+    "answer beside the turns that is another": (train(3, answer="no"), "keys_compete", "train", 3, "a3"),
+    "picture under another key": (train(11, img="1.png"), "image_key", "train", 11, "text"),
     "path that climbs out": (train(3, image="../x.png"), "image_outside", "train", 3, "a3"),
     "path of the image folder itself": (train(3, image="."), "image_outside", "train", 3, "a3"),
     "absolute path": (test(1, image="/etc/passwd"), "image_outside", "test", 1, "q13"),
@@ -137,6 +140,7 @@ def test_clean_data_yields_nothing(data: Sequence, capsys: pytest.CaptureFixture
     counts = [trained[key] for key in ("entries", "records", "turns", "images", "without_image")]
     assert counts == [12, 15, 2, 11, 1]
     assert (trained["without_context"], trained["found"], tested["records"]) == (7, {}, 6)
+    assert trained["extra"] == tested["extra"] == []
     assert trained["trained"] > 15
     assert "0 faults" in capsys.readouterr().out
 
