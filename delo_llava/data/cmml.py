@@ -66,7 +66,7 @@ class CmmlReading(Reading):
         with entry.faults:
             _require_fields(given)
         with entry.faults:
-            entry.image = place_of(picture_of(given), self.task.image_root, self.images)
+            entry.image = place_of(picture_of(given), self.root, self.images)
         with entry.faults:
             context = _text(given.get("text"))
         with entry.faults:

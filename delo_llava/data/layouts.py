@@ -24,6 +24,9 @@ IMAGE_PLACEHOLDER = "<image>"
 TALKS, QUESTIONS = ("conversations", "messages"), ("text", "question", "query", "instruction")
 ANSWERS, BOX = ("answer", "response", "output"), "answer_bbox"
 
+#: All that say what is asked or answered.
+SAYING = (*TALKS, *QUESTIONS, *ANSWERS, "history")
+
 #: Who speaks, by the names that the layouts give them.
 ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
 
@@ -49,6 +52,12 @@ LIKE_IMAGE = re.compile(
 
 #: (question, answer) as given.
 Turn = tuple[object, object]
+
+
+def name_of(entry: Mapping[str, Any], otherwise: object) -> object:
+    """The entry's id as given; null is none."""
+    given = (entry.get(key) for key in ("id", "question_id"))
+    return next((name for name in given if name is not None), otherwise)
 
 
 def turns_of(entry: Mapping[str, Any]) -> list[Turn]:
@@ -176,11 +185,12 @@ def _require_agreement(entry: Mapping[str, Any], read: str, turns: list[Turn]) -
     Raises:
         BadEntry: names both keys.
     """
-    said = [_bare(text) for turn in turns for text in turn]
-    for key in (*TALKS, *QUESTIONS, *ANSWERS, "history"):
-        value = entry.get(key)
-        if _is_absent(value) or key == read or (key == "history" and read in QUESTIONS):
-            continue
+    others = [key for key in SAYING if not _is_absent(entry.get(key)) and key != read]
+    if read in QUESTIONS and "history" in others:
+        others.remove("history")
+    said = [_bare(text) for turn in turns for text in turn] if others else []
+    for key in others:
+        value = entry[key]
         if key in TALKS:
             agrees = _talk(value, key) == turns
         else:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, field
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from delo_llava.data.embedded import EmbeddedImages
@@ -19,6 +18,7 @@ from delo_llava.data.layouts import (
     IMAGE_PLACEHOLDER,
     Turn,
     answer_of,
+    name_of,
     picture_of,
     turns_of,
 )
@@ -29,7 +29,7 @@ from delo_llava.tasks import Split, TaskSpec
 #: How an address begins, or a picture written out as text.
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
-#: Bytes of one name in a path, on the file systems that there are.
+#: Characters of one name in a path, on the file systems that there are.
 MAX_NAME = 255
 
 #: A row: id, image, context, instruction, answer, extra (as JSON), entry, part (of a file with many tasks).
@@ -72,19 +72,16 @@ class Reading:
 
     Attributes:
         path: the file.
+        root: the image folder, without dots.
         joined: the side files, once iterating has begun.
     """
 
     def __init__(self, task: TaskSpec, split: Split, images: EmbeddedImages, tell: Tell = stop) -> None:
-        self.task, self.split, self.path, self.images, self.tell = (
-            task,
-            split,
-            task.files[split],
-            images,
-            tell,
-        )
+        self.task, self.split, self.path = task, split, task.files[split]
+        self.images, self.tell, self.root = images, tell, os.path.normpath(task.image_root)
         self.joined = Joined((), split)
-        self._seen: set[str] = set()
+        #: Every id that is taken -> the last number that was put behind it.
+        self._taken: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Entry]:
         self._begin()
@@ -112,19 +109,20 @@ class Reading:
 
     def _begin(self) -> None:
         """What has to be known before the first entry."""
-        self._seen.clear()
+        self._taken.clear()
         self.joined = Joined(self.task.sides, self.split, self.tell)
 
     def _entry(self, number: int, given: dict[str, Any]) -> Entry:
         """An entry with all that is wrong with it."""
-        entry = Entry(number, str(given.get("id", given.get("question_id", number))))
+        own = name_of(given, number)
+        entry = Entry(number, str(own))
         with entry.faults:
-            _require_name(given)
+            _require_name(own)
         shows = True  # an entry with a fault in its picture has one
         with entry.faults:
             picture = picture_of(given)
             shows = picture is not None
-            entry.image = place_of(picture, self.task.image_root, self.images)
+            entry.image = place_of(picture, self.root, self.images)
         texts, known = self.joined.of(given, number, entry.image)
         context, extra, turns = None, "{}", list[Turn]()
         with entry.faults:
@@ -161,19 +159,22 @@ class Reading:
 
     def _unique(self, name: str) -> str:
         """`name`, or the first of `name~2`, `name~3` … that no earlier entry has."""
-        unique, count = name, 1
-        while unique in self._seen:
+        unique, count = name, self._taken.get(name, 1)
+        while unique in self._taken:
             count += 1
             unique = f"{name}~{count}"
-        self._seen.add(unique)
+        self._taken[name], self._taken[unique] = count, self._taken.get(unique, 1)
         return unique
 
 
-def place_of(given: object, root: Path, images: EmbeddedImages) -> str | None:
+def place_of(given: object, root: str, images: EmbeddedImages) -> str | None:
     """The path of a picture, relative to the root; it is checked as written: links to other disks are fine.
 
     A picture that the entry itself holds (bytes, or `{"bytes": …, "path": …}` as `datasets` stores images) is
     written out and named by its absolute path.
+
+    Args:
+        root: the image folder, without dots.
 
     Raises:
         BadEntry: not one path, or one that leads out of the root.
@@ -189,12 +190,12 @@ def place_of(given: object, root: Path, images: EmbeddedImages) -> str | None:
     if ADDRESS.match(given):
         told = "the image is an address or holds its data; neither is fetched or unpacked."
         raise BadEntry("entry_malformed", told, given=short(given), fix="write a file, and its path here")
-    if max(len(step.encode(errors="replace")) for step in given.split("/")) > MAX_NAME:
+    if len(given) > MAX_NAME and max(map(len, given.split("/"))) > MAX_NAME:
         raise BadEntry("entry_malformed", "the image is no path: it is too long.", given=short(given))
-    relative = os.path.relpath(os.path.normpath(root / given), root)
-    if Path(relative).parts[:1] in ((), ("..",)) or "\0" in given:
+    place, below = os.path.normpath(os.path.join(root, given)), root.rstrip("/") + "/"
+    if not place.startswith(below) or "\0" in given:
         raise BadEntry("image_outside", f"the image lies outside the image folder {root}.", given=given)
-    return relative
+    return place.removeprefix(below)
 
 
 def _no_object(given: object) -> BadEntry:
@@ -204,9 +205,8 @@ def _no_object(given: object) -> BadEntry:
     return BadEntry("entry_malformed", "it is not an object.", given=short(given))
 
 
-def _require_name(entry: Mapping[str, Any]) -> None:
-    name = entry.get("id", entry.get("question_id", 0))
-    if isinstance(name, bool) or not isinstance(name, str | int | float | Decimal | None):
+def _require_name(name: object) -> None:
+    if isinstance(name, bool) or not isinstance(name, str | int | float | Decimal):
         raise BadEntry("entry_malformed", "its id must be text or a number.", given=short(name))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from delo_llava.data.entries import read_entries, read_members
 from delo_llava.data.faults import Tell, stop
+from delo_llava.data.layouts import name_of
 from delo_llava.errors import DeloError
 from delo_llava.tasks import SideFile, Split
 
@@ -83,18 +84,18 @@ class Joined:
 def _read(side: SideFile) -> dict[str, tuple[str, list[Any]]]:
     """Key -> (context text, values of `side.extra` in order)."""
     rows: dict[str, tuple[str, list[Any]]] = {}
+    gathered: dict[str, tuple[list[str], list[Any]]] = {}
     for key, row in _keyed(side):
         text = _text(_pick(row, side.context)) if side.context else ""
         values = [_interned(_pick(row, place)) for place in side.extra.values()]
         if side.gather:
-            before = rows.get(key, ("", [[] for _ in values]))
-            rows[key] = (
-                f"{before[0]} {text}".strip(),
-                [[*old, new] for old, new in zip(before[1], values, strict=True)],
-            )
+            texts, columns = gathered.setdefault(key, ([], [[] for _ in values]))
+            texts += [text] if text else []
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
         else:
             rows[key] = (text, values)
-    return rows
+    return rows | {key: (" ".join(texts), columns) for key, (texts, columns) in gathered.items()}
 
 
 def _keyed(side: SideFile) -> Iterator[tuple[str, Any]]:
@@ -119,7 +120,7 @@ def _keyed(side: SideFile) -> Iterator[tuple[str, Any]]:
 def _key_of(by: str, entry: Mapping[str, Any], number: int, image: str | None) -> str | None:
     """The key of an entry; None where it has none."""
     if by == "id":
-        return str(entry.get("id", entry.get("question_id", number)))
+        return str(name_of(entry, number))
     if by == "number":
         return str(number + 1)
     if by not in DERIVED:

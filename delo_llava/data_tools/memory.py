@@ -48,11 +48,13 @@ CREATE INDEX shown_content ON shown (task, sha256);
 #: none), and the first one with the same bytes.
 OVERLAP = """
 SELECT held.path, held.task, held.split, held.file, held.entry, held.record, taught.path, taught.record,
-    (SELECT record FROM ref WHERE path = held.path AND task = held.task AND split = 'train'
-     ORDER BY entry LIMIT 1)
+    same.record
 FROM shown AS held JOIN (
     SELECT task, sha256, path, record, MIN(entry) FROM shown WHERE split = 'train' GROUP BY task, sha256
 ) AS taught ON held.task = taught.task AND held.sha256 = taught.sha256
+LEFT JOIN (
+    SELECT task, path, record, MIN(entry) FROM ref WHERE split = 'train' GROUP BY task, path
+) AS same ON held.task = same.task AND held.path = same.path
 WHERE held.split <> 'train'
 """
 

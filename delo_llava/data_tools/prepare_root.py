@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from delo_llava.data.entries import read_entries
-from delo_llava.data.layouts import ANSWERS, IMAGE_PLACEHOLDER, QUESTIONS, TALKS
+from delo_llava.data.layouts import IMAGE_PLACEHOLDER, SAYING
 from delo_llava.data.readers import open_reading, read_records
 from delo_llava.data.rows import Row
 from delo_llava.data_tools.prepared import Preparation
@@ -64,8 +64,7 @@ def _alone(given: dict[str, Any], row: Row) -> dict[str, Any]:
     """One turn of a conversation as an entry; it shows the image that the first one showed."""
     shown = f"{IMAGE_PLACEHOLDER}\n" if row["image"] else ""
     talk = (("human", f"{shown}{row['instruction']}"), ("gpt", row["answer"]))
-    said = {*TALKS, *QUESTIONS, *ANSWERS, "history"}
-    kept = {key: value for key, value in given.items() if key not in said}
+    kept = {key: value for key, value in given.items() if key not in SAYING}
     turns = [{"from": who, "value": text} for who, text in talk]
     return {**kept, "id": row["id"], "conversations": turns}
 

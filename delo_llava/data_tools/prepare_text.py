@@ -6,17 +6,17 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from delo_llava.data.entries import read_entries, read_members
+from delo_llava.data.layouts import name_of
 from delo_llava.data_tools.prepared import Preparation
 from delo_llava.errors import DeloError
 
 
 def coco_captions(path: Path) -> dict[str, str]:
     """Number of the image -> its captions, from COCO's `captions_*.json`."""
-    texts: dict[str, str] = {}
+    texts: dict[str, list[str]] = {}
     for row in read_entries(path, "annotations"):
-        key, text = str(int(row["image_id"])), str(row["caption"]).strip()
-        texts[key] = f"{texts[key]} {text}" if key in texts else text
-    return texts
+        texts.setdefault(str(int(row["image_id"])), []).append(str(row["caption"]).strip())
+    return {key: " ".join(captions) for key, captions in texts.items()}
 
 
 def ocr_tokens(path: Path) -> dict[str, str]:
@@ -121,7 +121,7 @@ def _found(entry: Any, names: tuple[str, ...], texts: dict[str, str]) -> str | N
 def _key(name: str, entry: dict[str, Any]) -> str:
     """What an entry is looked up under."""
     if name == "id":
-        return str(entry.get("id", entry.get("question_id", "")))
+        return str(name_of(entry, ""))
     path = PurePosixPath(str(entry.get("image") or ""))
     if name == "image_number":
         digits = re.search(r"\d+$", path.stem)
