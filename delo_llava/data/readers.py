@@ -21,7 +21,7 @@ from delo_llava.cache import cache_root
 from delo_llava.data.cmml import CmmlReading, part_of
 from delo_llava.data.embedded import EmbeddedImages
 from delo_llava.data.faults import Tell, stop
-from delo_llava.data.missing import Presence, hash_rank
+from delo_llava.data.missing import Presence, hash_rank, share_of
 from delo_llava.data.rows import Reading, Row
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record, Split, TaskSpec
@@ -185,7 +185,7 @@ def read_records(task: TaskSpec, split: Split, sub: float = 1.0, seed: int = 0) 
         return records
     ids = list(records.ids)
     ranked = sorted(range(len(ids)), key=lambda i: hash_rank(seed, task.name, split, ids[i]))
-    return records.select(sorted(ranked[: max(1, int(sub * len(ids)))]))
+    return records.select(sorted(ranked[: max(1, share_of(sub, len(ids)))]))
 
 
 def stream_records(task: TaskSpec, split: Split) -> Iterator[Record]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from delo_llava.data.missing import share_of
 from delo_llava.data_tools.prepared import Preparation
 from delo_llava.errors import DeloError
 from delo_llava.strict import parse_json, read_json
@@ -28,8 +29,8 @@ GENRES, GENRES_PER_TASK = 20, 4
 #: What counts as a picture.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
-#: Shares of MM-IMDb's splits where its split.json is not there (those of the original: 60, 10, 30 %).
-SHARES = {"train": 0.6, "val": 0.1, "test": 0.3}
+#: Where training and validation end of MM-IMDb without its split.json (the original has 60, 10, 30 %).
+ENDS = (0.6, 0.7)
 
 
 def food101(raw: Path, made: Preparation, seed: int, val: float) -> bool:
@@ -95,7 +96,7 @@ def _food_items(
         for split in ("train", "test"):
             images = _pictures(raw / "images" / split / name)
             ranked = sorted(images, key=lambda image: rank(seed, image)) if split == "train" else []
-            held = set(ranked[: int(val * len(images))])
+            held = set(ranked[: share_of(val, len(images))])
             for image in images:
                 text = texts[split].get(image, "")
                 without += not text
@@ -176,7 +177,7 @@ def _film_splits(raw: Path, films: dict[str, Any], seed: int, made: Preparation)
     if not file.is_file():
         made.notes.append(f"{file.name} is not there: training, validation and test films were drawn.")
         ranked = sorted(films, key=lambda name: rank(seed, name))
-        ends = [int(SHARES["train"] * len(films)), int((SHARES["train"] + SHARES["val"]) * len(films))]
+        ends = [share_of(end, len(films)) for end in ENDS]
         return {
             name: "train" if i < ends[0] else "val" if i < ends[1] else "test"
             for i, name in enumerate(ranked)

@@ -109,6 +109,7 @@ def test_sub_is_exact_nested_ordered_and_seeded(tmp_path: Path) -> None:
     assert small == sorted(small, key=int)
     assert read_records(spec, "train", sub=0.2, seed=2).ids != small
     assert len(read_records(spec, "train", sub=0.001)) == 1
+    assert len(read_records(spec, "train", sub=0.58)) == 29  # 0.58 * 50 is 28.999…
     again = read_records(spec, "train", sub=0.2, seed=1)
     assert [record.id for record in again] == [again[i].id for i in range(len(again))] == small
 
