@@ -45,7 +45,7 @@ def _suffix(content: bytes) -> str:
         raise BadEntry("image_too_large", "the embedded image is too large.", given=f"{len(content)} bytes")
     try:
         with Image.open(BytesIO(content), formats=list(FORMATS)) as picture:
-            return FORMATS[picture.format or ""]
+            return FORMATS["JPEG" if picture.format == "MPO" else picture.format or ""]
     except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
         told = f"the embedded image cannot be read: {error}"
         raise BadEntry("image_undecodable", told, allowed=FORMATS) from error

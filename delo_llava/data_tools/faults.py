@@ -8,7 +8,7 @@ from delo_llava.data.faults import READING
 FAULTS: dict[str, str] = {
     **READING,
     "image_missing": "an image file is not there",
-    "image_undecodable": "an image cannot be decoded to its last row",
+    "image_undecodable": "an image cannot be decoded to its last row, or not be shown faithfully",
     "image_too_large": "an image has more pixels or bytes than are accepted (decompression bomb)",
     "id_repeated": "an id was used before in the same file",
     "record_repeated": "a record of an earlier entry has the same image, context, instruction and answer",
@@ -25,6 +25,7 @@ FAULTS: dict[str, str] = {
 #: Code -> what it means. These are told, and the check passes.
 NOTES: dict[str, str] = {
     "link_outside": "an image is reached through a symbolic link that leaves the image folder",
+    "image_dark": "an image is nearly black, as one of 10 or 12 bits that are stored in 16",
     "turn_repeated": "turns of a conversation say what an earlier turn of the same one says",
     "annotations_changed": "an annotation file is not the one that was checked before",
     "shared_across_tasks": "images tested in one task are trained on in another",
