@@ -37,7 +37,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     _sequence_arguments(parser)
     parser.add_argument("--report", type=Path, help="JSONL file for every fault (default: beside --state)")
     parser.add_argument("--state", type=Path, help="memory of checked images (default: in the cache folder)")
-    parser.add_argument("--workers", type=int, help="processes that decode images (default: one per core)")
+    workers = "processes that decode images, from 1 (default: one per core)"
+    parser.add_argument("--workers", type=_processes, help=workers)
     parser.add_argument("--show", type=int, default=40, metavar="N", help="faults told on the terminal")
     parser.add_argument("--no-tokens", action="store_true", help="do not tokenise the prompts")
     parser.add_argument(
@@ -46,10 +47,22 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(data=_check)
 
 
+def _processes(word: str) -> int:
+    """A number of processes.
+
+    Raises:
+        argparse.ArgumentTypeError: another word.
+    """
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"it must be a number from 1, given {word}")
+    return int(word)
+
+
 def _sequence_arguments(parser: argparse.ArgumentParser) -> None:
     """Which data, and how a run would read it."""
     parser.add_argument("recipe", help="a recipe's name or file")
-    parser.add_argument("--root", type=Path, help="data root (default: $DELO_LLAVA_DATA, else data/<name>)")
+    root = "data root, as in training (default: $DELO_LLAVA_DATA, else data/<name>)"
+    parser.add_argument("--root", "--data.root", dest="root", type=Path, help=root)
     parser.add_argument("--model", help="whose tokenizer is used (default: the recipe's, if on this disk)")
     _settings(parser, "data.max_length", "data.template")
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Set
+from contextlib import suppress
 from dataclasses import dataclass, field
 from decimal import Decimal
 from typing import Any
@@ -239,7 +240,14 @@ def _as_json(extra: Mapping[str, Any]) -> str:
     try:
         return json.dumps(extra, default=plain, allow_nan=False)
     except (ValueError, OverflowError) as error:
-        raise BadEntry("entry_malformed", "a number is not finite or too large.") from error
+        keys = ", ".join(key for key, value in extra.items() if not _is_json(value))
+        raise BadEntry("entry_malformed", f"a number is not finite or too large, in {keys}.") from error
+
+
+def _is_json(value: object) -> bool:
+    with suppress(ValueError, OverflowError):
+        return bool(json.dumps(value, default=plain, allow_nan=False))
+    return False
 
 
 def _instruction(given: object, shows: bool, where: str) -> str:

@@ -40,7 +40,7 @@ def sub_sample(sequence: TaskSequence, root: Path, made: Preparation, sub: float
 def _require_cuttable(task: TaskSpec, file: Path, root: Path) -> None:
     if not file.is_relative_to(root):
         raise DeloError("This training file is not below --from.", given=file)
-    if file.suffix == ".parquet" or task.classes is not None:
+    if file.suffix.lower() == ".parquet" or task.classes is not None:
         raise DeloError(
             "Sub-samples are written of JSON conversations only.", given=file, fix="train with --data.sub"
         )
