@@ -7,7 +7,6 @@ by commas. As in RebQ's trainer, task k (from 0) knows the classes below `per_ta
 tasks are left out of its answers.
 """
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
@@ -18,11 +17,14 @@ from delo_llava.data.embedded import EmbeddedImages
 from delo_llava.data.entries import each_entry, read_entries
 from delo_llava.data.faults import BadEntry, Tell, short, stop
 from delo_llava.data.layouts import picture_of
-from delo_llava.data.rows import Entry, Reading, Row, place_of
+from delo_llava.data.rows import Entry, Reading, as_json, place_of
 from delo_llava.errors import DeloError
 from delo_llava.tasks import SPLITS, ClassTask, Split, TaskSpec
 
 LabelForm = Literal["index", "indices", "vector", "name", "names"]
+
+#: What every item has; further keys become a record's `extra`.
+FIELDS = ("task_id", "split", "image", "text", "label")
 
 
 def part_of(classes: ClassTask, split: Split) -> str:
@@ -71,8 +73,24 @@ class CmmlReading(Reading):
             context = _text(given.get("text"))
         with entry.faults:
             labels = self._labels(given)
+        extra = {key: value for key, value in given.items() if key not in FIELDS and value is not None}
+        extra |= self._known_of(given, labels) if labels else {}
+        entry.extra, text = extra.keys(), ""
+        with entry.faults:
+            text = as_json(extra)
         if not entry.faults and labels:
-            entry.rows.append(self._row(entry, given, context, labels))
+            entry.rows.append(
+                {
+                    "id": entry.id,
+                    "image": entry.image,
+                    "context": context,
+                    "instruction": self.classes.instruction,
+                    "answer": ", ".join(extra["labels"]),
+                    "extra": text,
+                    "entry": number,
+                    "part": entry.part,
+                }
+            )
         return entry
 
     def _labels(self, item: Mapping[str, Any]) -> list[int]:
@@ -97,21 +115,14 @@ class CmmlReading(Reading):
         task: int = item["task_id"]
         return min(self.classes.per_task * (task + 1), len(self._names))
 
-    def _row(self, entry: Entry, item: Mapping[str, Any], context: str | None, labels: list[int]) -> Row:
-        chosen = sorted(self._names[index] for index in labels)
-        extra = {"labels": chosen, "label_ids": labels, "label_form": self._form}
-        if item["split"] != "train":
-            extra["classes"] = self._names[: self._known(item)]
-        return {
-            "id": entry.id,
-            "image": entry.image,
-            "context": context,
-            "instruction": self.classes.instruction,
-            "answer": ", ".join(chosen),
-            "extra": json.dumps(extra),
-            "entry": entry.number,
-            "part": entry.part,
+    def _known_of(self, item: Mapping[str, Any], labels: list[int]) -> dict[str, Any]:
+        """What scorers are told of an item with these classes."""
+        told = {
+            "labels": sorted(self._names[index] for index in labels),
+            "label_ids": labels,
+            "label_form": self._form,
         }
+        return told if item["split"] == "train" else told | {"classes": self._names[: self._known(item)]}
 
 
 def label_form(path: Path) -> LabelForm | None:
@@ -237,7 +248,7 @@ def _part(item: Mapping[str, Any]) -> str:
 
 def _require_fields(item: Mapping[str, Any]) -> None:
     """An item has its five fields."""
-    lacks = [key for key in ("task_id", "split", "image", "text", "label") if key not in item]
+    lacks = [key for key in FIELDS if key not in item]
     if lacks:
         raise BadEntry("entry_malformed", f"it lacks {', '.join(lacks)}.", given=", ".join(item))
 

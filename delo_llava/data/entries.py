@@ -58,7 +58,7 @@ def each_entry(path: Path, at: str = "") -> Iterator[Any]:
     except FileNotFoundError:
         raise DeloError("There is no such file of records.", given=path) from None
     except OSError as error:
-        raise DeloError(f"This file cannot be read: {error.strerror}.", given=path) from error
+        raise DeloError(f"This file cannot be read: {error.strerror or error}.", given=path) from error
     if empty:
         raise DeloError("A file of records holds at least one entry.", given=_place(path, at))
 

@@ -76,5 +76,5 @@ def in_a_line(error: DeloError) -> str:
 
 def short(value: object) -> str:
     """A value for a message."""
-    text = repr(value)
+    text = repr(value[:80] if isinstance(value, str | bytes) else value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -31,18 +31,7 @@ SAYING = (*TALKS, *QUESTIONS, *ANSWERS, "history")
 ASKING, ANSWERING = ("human", "user"), ("gpt", "assistant")
 
 #: Keys that are read; all others become a record's `extra`, and so does `input` without `instruction`.
-FIELDS = {
-    "id",
-    "question_id",
-    "image",
-    "images",
-    "context",
-    "system",
-    "history",
-    *TALKS,
-    *QUESTIONS,
-    *ANSWERS,
-}
+FIELDS = {"id", "question_id", "image", "images", "context", "system", *SAYING}
 
 #: Names under which other tools have a picture, or what we cannot show at all.
 LIKE_IMAGE = re.compile(
@@ -56,8 +45,8 @@ Turn = tuple[object, object]
 
 def name_of(entry: Mapping[str, Any], otherwise: object) -> object:
     """The entry's id as given; null is none."""
-    given = (entry.get(key) for key in ("id", "question_id"))
-    return next((name for name in given if name is not None), otherwise)
+    name = _first(entry, "id", "question_id")
+    return otherwise if name is None else name
 
 
 def turns_of(entry: Mapping[str, Any]) -> list[Turn]:
@@ -101,7 +90,7 @@ def picture_of(entry: Mapping[str, Any]) -> object:
     for key, value in entry.items():
         if isinstance(value, str | bytes | list | dict) and value and LIKE_IMAGE.fullmatch(key):
             told = f"`{key}` is not read, and neither `image` nor `images` names a picture."
-            raise BadEntry("image_key", told, given=short(value), fix=f"call {key} image")
+            raise BadEntry("image_key", told, given=short(value), fix="name the picture's file under image")
     return None
 
 
@@ -120,7 +109,7 @@ def _talk(turns: object, key: str) -> list[Turn]:
     """The turn pairs of a list of turns."""
     if not isinstance(turns, list) or not turns or not all(isinstance(turn, dict) for turn in turns):
         raise BadEntry("entry_malformed", f"`{key}` must be a list of turns.", given=short(turns))
-    roles = [turn.get("from", turn.get("role")) for turn in turns]
+    roles = [_first(turn, "from", "role") for turn in turns]
     if roles[0] == "system":
         raise _unread("a system turn", turns[0])
     asking, answering = roles[::2], roles[1::2]
@@ -131,7 +120,7 @@ def _talk(turns: object, key: str) -> list[Turn]:
     ):
         told = "turns must alternate between human and gpt (or user and assistant)."
         raise BadEntry("entry_malformed", told, given=short(roles))
-    said = [_content(turn.get("value", turn.get("content"))) for turn in turns]
+    said = [_content(_first(turn, "value", "content")) for turn in turns]
     return list(zip(said[::2], said[1::2], strict=True))
 
 
@@ -145,9 +134,8 @@ def _content(given: object) -> object:
         return given
     texts = []
     for part in given:
-        filled = (
-            {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
-        )
+        known = part.items() if isinstance(part, dict) else ()
+        filled = {key: value for key, value in known if value is not None}
         match filled:
             case {"type": "text", "text": str(text)} if len(filled) == 2:
                 texts.append(text)
@@ -198,6 +186,11 @@ def _require_agreement(entry: Mapping[str, Any], read: str, turns: list[Turn]) -
         if not agrees:
             told = f"`{key}` says something else than {'the turns' if read in TALKS else f'`{read}`'} do."
             raise BadEntry("keys_compete", told, given=short(value), fix=f"remove {key}, or rename it")
+
+
+def _first(values: Mapping[str, Any], *keys: str) -> object:
+    """The value of the first of these keys that has one."""
+    return next((values[key] for key in keys if values.get(key) is not None), None)
 
 
 def _bare(text: object) -> object:

@@ -131,7 +131,7 @@ class Reading:
         others = _others(given) | known
         entry.extra = others.keys()
         with entry.faults:
-            extra = _as_json(others)
+            extra = as_json(others)
         with entry.faults:
             turns = turns_of(given)
         name = self._unique(entry.id)
@@ -195,7 +195,9 @@ def place_of(given: object, root: str, images: EmbeddedImages) -> str | None:
         raise BadEntry("entry_malformed", "the image is no path: it is too long.", given=short(given))
     place, below = os.path.normpath(os.path.join(root, given)), root.rstrip("/") + "/"
     if not place.startswith(below) or "\0" in given:
-        raise BadEntry("image_outside", f"the image lies outside the image folder {root}.", given=given)
+        raise BadEntry(
+            "image_outside", f"the image lies outside the image folder {root}.", given=short(given)
+        )
     return place.removeprefix(below)
 
 
@@ -235,7 +237,7 @@ def _others(entry: Mapping[str, Any]) -> dict[str, Any]:
     return extra
 
 
-def _as_json(extra: Mapping[str, Any]) -> str:
+def as_json(extra: Mapping[str, Any]) -> str:
     """`extra` as it is stored; only finite numbers, as only they are JSON."""
     try:
         return json.dumps(extra, default=plain, allow_nan=False)

@@ -96,7 +96,7 @@ class DataCheck:
         self.decoded = self.known = 0
 
     def run(self) -> list[Part]:
-        """Check everything; faults are in the ledger afterwards.
+        """Check everything; faults are in the memory afterwards.
 
         Raises:
             DeloError: only for what stops the check itself, not for faults of the data.

@@ -22,6 +22,9 @@ from delo_llava.errors import printable
 #: Version of the JSONL file's form.
 SCHEMA = 1
 
+#: Names of keys that are listed on the terminal; the report has all.
+MOST_KEYS = 40
+
 
 def write_report(path: Path, check: DataCheck, parts: Sequence[Part]) -> int:
     """Write the JSONL file in one step; returns how many faults there are, notes not counted.
@@ -86,7 +89,8 @@ def show_report(console: Console, check: DataCheck, parts: Sequence[Part], repor
     told = f"{check.decoded} images decoded now, {check.known} known from an earlier check"
     console.print(Text(told, style="dim"))
     if extra := set[str]().union(*(part.extra for part in parts)):
-        told = f"kept for scorers, never shown to a model: {', '.join(sorted(extra))}"
+        more = ", …" if len(extra) > MOST_KEYS else ""
+        told = f"kept for scorers, never shown to a model: {', '.join(sorted(extra)[:MOST_KEYS])}{more}"
         console.print(Text(printable(told), style="dim"), soft_wrap=True)
     _list(console, check.memory, True, most, "note", report)
     _list(console, check.memory, False, most, "fault", report)
