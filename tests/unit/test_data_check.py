@@ -127,6 +127,15 @@ def test_a_planted_defect_is_named_by_file_and_record(data: Sequence, name: str)
     assert fault["file"] == str(data.folder / f"{split}.json")
 
 
+def test_entries_that_lost_a_part_are_not_called_repeated(data: Sequence) -> None:
+    """Their pictures differ; without them all say the same."""
+    for place in (8, 9, 10):
+        data.train[place]["images"] = ["11.png"]
+    data.write()
+    assert cli.main(data.words("--no-tokens")) == 1
+    assert [line["code"] for line in data.report()[1:]] == ["keys_compete"] * 3
+
+
 def test_clean_data_yields_nothing(data: Sequence, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(data.words()) == 0
     [summary] = data.report()
