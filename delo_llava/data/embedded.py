@@ -6,6 +6,7 @@ import tempfile
 from io import BytesIO
 from pathlib import Path
 
+from delo_llava.cache import writable
 from delo_llava.data.faults import BadEntry
 
 #: The largest embedded picture that is accepted, in bytes as stored.
@@ -27,7 +28,7 @@ class EmbeddedImages:
         digest = hashlib.sha256(content).hexdigest()
         path = self.folder / digest[:2] / f"{digest}{_suffix(content)}"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            writable(path.parent)
             handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".image-")
             with os.fdopen(handle, "wb") as file:
                 file.write(content)

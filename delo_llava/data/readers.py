@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from delo_llava.cache import cache_root
+from delo_llava.cache import cache_root, writable
 from delo_llava.data.cmml import CmmlReading, part_of
 from delo_llava.data.embedded import EmbeddedImages
 from delo_llava.data.faults import Tell, stop
@@ -218,7 +218,7 @@ def open_reading(task: TaskSpec, split: Split, tell: Tell = stop) -> Reading:
 
 
 def records_cache() -> Path:
-    """Where rows and embedded pictures are stored: `records` in the cache folder."""
+    """Where rows and embedded pictures are stored."""
     return cache_root() / "records"
 
 
@@ -260,7 +260,7 @@ def _stored(task: TaskSpec, split: Split) -> Path:
     path = records_cache() / f"{_key(task, split)}.arrow"
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable(path.parent)
     with FileLock(f"{path}.lock"):
         if not path.is_file():
             handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".rows-")

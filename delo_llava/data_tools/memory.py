@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
-from delo_llava.cache import cache_root
+from delo_llava.cache import cache_root, writable
 from delo_llava.data_tools.decode import VERSION, Verdict
 from delo_llava.data_tools.faults import NOTES, Fault
 from delo_llava.errors import DeloError
@@ -71,7 +71,7 @@ GROUP BY held.task, taught.task
 def default_state(sequence: TaskSequence) -> Path:
     """Where a sequence's checks are remembered unless told otherwise: by its name and its files' place."""
     places = "\n".join(sorted(str(path) for task in sequence.tasks for path in task.files.values()))
-    folder = cache_root() / "data_check"
+    folder = writable(cache_root() / "data_check")
     return folder / f"{sequence.name}-{hashlib.sha256(places.encode()).hexdigest()[:8]}.sqlite"
 
 
