@@ -30,8 +30,8 @@ from delo_llava.tasks import Split, TaskSpec
 #: How an address begins, or a picture written out as text.
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
 
-#: Characters of one name in a path, on the file systems that there are.
-MAX_NAME = 255
+#: Characters of one name in a path, on the file systems that there are, and of a path that names a picture.
+MAX_NAME, MAX_PATH = 255, 1024
 
 #: A row: id, image, context, instruction, answer, extra (as JSON), entry, part (of a file with many tasks).
 Row = dict[str, Any]
@@ -191,7 +191,7 @@ def place_of(given: object, root: str, images: EmbeddedImages) -> str | None:
     if ADDRESS.match(given):
         told = "the image is an address or holds its data; neither is fetched or unpacked."
         raise BadEntry("entry_malformed", told, given=short(given), fix="write a file, and its path here")
-    if len(given) > MAX_NAME and max(map(len, given.split("/"))) > MAX_NAME:
+    if len(given) > MAX_PATH or (len(given) > MAX_NAME and max(map(len, given.split("/"))) > MAX_NAME):
         raise BadEntry("entry_malformed", "the image is no path: it is too long.", given=short(given))
     place, below = os.path.normpath(os.path.join(root, given)), root.rstrip("/") + "/"
     if not place.startswith(below) or "\0" in given:

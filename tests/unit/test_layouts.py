@@ -184,7 +184,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "holds its data",
     ),
     "the picture itself": (
-        {"text": "q", "answer": "a", "image": "iVBORw0" * 900},
+        {"text": "q", "answer": "a", "image": "iVBORw0/" * 900},
         "entry_malformed",
         "too long",
     ),
