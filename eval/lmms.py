@@ -20,7 +20,7 @@ from delo_eval.run import stages_named
 from delo_eval.stage import answerer, open_run
 from delo_llava.backbones.base import resolve_device
 from delo_llava.data.collate import IGNORE, Collator
-from delo_llava.data.rows import IMAGE_PLACEHOLDER
+from delo_llava.data.layouts import IMAGE_PLACEHOLDER
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 

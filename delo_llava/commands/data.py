@@ -37,7 +37,8 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     _sequence_arguments(parser)
     parser.add_argument("--report", type=Path, help="JSONL file for every fault (default: beside --state)")
     parser.add_argument("--state", type=Path, help="memory of checked images (default: in the cache folder)")
-    parser.add_argument("--workers", type=int, help="processes that decode images (default: one per core)")
+    workers = "processes that decode images, from 1 (default: one per core)"
+    parser.add_argument("--workers", type=_processes, help=workers)
     parser.add_argument("--show", type=int, default=40, metavar="N", help="faults told on the terminal")
     parser.add_argument("--no-tokens", action="store_true", help="do not tokenise the prompts")
     parser.add_argument(
@@ -46,10 +47,22 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(data=_check)
 
 
+def _processes(word: str) -> int:
+    """A number of processes.
+
+    Raises:
+        argparse.ArgumentTypeError: another word.
+    """
+    if not word.isdecimal() or int(word) < 1:
+        raise argparse.ArgumentTypeError(f"it must be a number from 1, given {word}")
+    return int(word)
+
+
 def _sequence_arguments(parser: argparse.ArgumentParser) -> None:
     """Which data, and how a run would read it."""
     parser.add_argument("recipe", help="a recipe's name or file")
-    parser.add_argument("--root", type=Path, help="data root (default: $DELO_LLAVA_DATA, else data/<name>)")
+    root = "data root, as in training (default: $DELO_LLAVA_DATA, else data/<name>)"
+    parser.add_argument("--root", "--data.root", dest="root", type=Path, help=root)
     parser.add_argument("--model", help="whose tokenizer is used (default: the recipe's, if on this disk)")
     _settings(parser, "data.max_length", "data.template")
 
@@ -111,9 +124,9 @@ def _check(options: argparse.Namespace) -> int:
     import os
 
     from delo_llava.data.recipe import load_sequence
-    from delo_llava.data_tools.check import Check
+    from delo_llava.data_tools.check import DataCheck
     from delo_llava.data_tools.faults import FAULTS
-    from delo_llava.data_tools.ledger import Ledger, default_state
+    from delo_llava.data_tools.memory import Memory, default_state
     from delo_llava.data_tools.report import show_report, write_report
     from delo_llava.errors import DeloError
 
@@ -125,10 +138,10 @@ def _check(options: argparse.Namespace) -> int:
     state = options.state or default_state(sequence)
     report = options.report or state.with_suffix(".jsonl")
     prompts = None if options.no_tokens else _prompts(options, config)
-    with Ledger(state) as ledger:
-        check = Check(sequence, ledger, prompts, options.workers or os.cpu_count() or 1)
+    with Memory(state) as memory:
+        check = DataCheck(sequence, memory, prompts, options.workers or os.cpu_count() or 1)
         parts = check.run()
-        ledger.accept(options.allow)
+        memory.accept(options.allow)
         faults = write_report(report, check, parts)
         show_report(_console(), check, parts, report, options.show)
     say(f"{faults} faults; report: {report}\n")

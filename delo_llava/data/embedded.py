@@ -6,7 +6,8 @@ import tempfile
 from io import BytesIO
 from pathlib import Path
 
-from delo_llava.errors import DeloError
+from delo_llava.cache import writable
+from delo_llava.data.faults import BadEntry
 
 #: The largest embedded picture that is accepted, in bytes as stored.
 MAX_BYTES = 64 * 1024 * 1024
@@ -18,16 +19,16 @@ class EmbeddedImages:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def write(self, content: bytes, where: str) -> Path:
+    def write(self, content: bytes) -> Path:
         """The file that holds `content`, written when it is not there yet.
 
         Raises:
-            DeloError: no picture in one of the known formats, or too large; `where` names the record.
+            BadEntry: no picture in one of the known formats, or too large.
         """
         digest = hashlib.sha256(content).hexdigest()
-        path = self.folder / digest[:2] / f"{digest}{_suffix(content, where)}"
+        path = self.folder / digest[:2] / f"{digest}{_suffix(content)}"
         if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
+            writable(path.parent)
             handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".image-")
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
@@ -35,16 +36,17 @@ class EmbeddedImages:
         return path
 
 
-def _suffix(content: bytes, where: str) -> str:
+def _suffix(content: bytes) -> str:
     """The suffix of the format that the bytes really have, by any name; only the header is read."""
     from PIL import Image
 
     from delo_llava.data.images import FORMATS
 
     if len(content) > MAX_BYTES:
-        raise DeloError(f"{where}: the embedded image is too large.", given=f"{len(content)} bytes")
+        raise BadEntry("image_too_large", "the embedded image is too large.", given=f"{len(content)} bytes")
     try:
         with Image.open(BytesIO(content), formats=list(FORMATS)) as picture:
-            return FORMATS[picture.format or ""]
+            return FORMATS["JPEG" if picture.format == "MPO" else picture.format or ""]
     except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError) as error:
-        raise DeloError(f"{where}: the embedded image cannot be read: {error}", allowed=FORMATS) from error
+        told = f"the embedded image cannot be read: {error}"
+        raise BadEntry("image_undecodable", told, allowed=FORMATS) from error

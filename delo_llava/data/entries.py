@@ -3,8 +3,10 @@
 No reader holds more than one entry (parquet: one batch) in memory, whatever the size of the file.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator
+from datetime import date, time, timedelta
 from decimal import Decimal
 from itertools import chain
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any, BinaryIO
 
 import ijson
 
+from delo_llava.data.faults import BadEntry
 from delo_llava.data.guard import MAX_TEXT, GuardedJson
 from delo_llava.errors import DeloError
 from delo_llava.strict import parse_json
@@ -25,7 +28,7 @@ BOM = b"\xef\xbb\xbf"
 def read_entries(path: Path, at: str = "") -> Iterator[Any]:
     """The entries of a file, by its suffix: `.jsonl`, `.parquet`, else a JSON array.
 
-    Numbers with a point in JSON arrays are `decimal.Decimal`, so that nothing of their writing is lost.
+    Numbers with a point or exponent in JSON are `decimal.Decimal`, so that nothing of their writing is lost.
 
     Args:
         at: dotted place of the array inside a JSON file; empty: the file is the array.
@@ -33,16 +36,31 @@ def read_entries(path: Path, at: str = "") -> Iterator[Any]:
     Raises:
         DeloError: no such file, not of that format, no entries; a JSON line is named.
     """
+    for entry in each_entry(path, at):
+        if isinstance(entry, BadEntry):
+            raise entry
+        yield entry
+
+
+def each_entry(path: Path, at: str = "") -> Iterator[Any]:
+    """As `read_entries`, but a line that is no JSON is yielded as a `BadEntry`, and those behind it follow.
+
+    Raises:
+        DeloError: as `read_entries`, for the file as a whole; what stands before a break has been yielded.
+    """
     reader = {".jsonl": _lines, ".parquet": _parquet}.get(path.suffix.lower())
     found = _array(path, at) if reader is None else reader(path)
+    empty = True
     try:
-        first = next(found)
-    except StopIteration:
-        raise DeloError("A file of records holds at least one entry.", given=_place(path, at)) from None
+        for entry in found:
+            empty = False
+            yield entry
     except FileNotFoundError:
         raise DeloError("There is no such file of records.", given=path) from None
-    yield first
-    yield from found
+    except OSError as error:
+        raise DeloError(f"This file cannot be read: {error.strerror or error}.", given=path) from error
+    if empty:
+        raise DeloError("A file of records holds at least one entry.", given=_place(path, at))
 
 
 def read_members(path: Path, at: str = "") -> Iterator[tuple[str, Any]]:
@@ -59,14 +77,23 @@ def read_members(path: Path, at: str = "") -> Iterator[tuple[str, Any]]:
             raise _not_json(path, error) from error
 
 
-def plain(value: object) -> float:
-    """`json.dumps(default=plain)`: decimals of `read_entries` as floats.
+def plain(value: object) -> float | str:
+    """`json.dumps(default=plain)`: what `read_entries` gives and JSON cannot hold.
+
+    Decimals become floats, dates and times (of parquet) ISO text; of bytes only length and hash are kept.
 
     Raises:
-        TypeError: anything else that JSON cannot hold.
+        TypeError: anything else.
     """
-    if isinstance(value, Decimal):
-        return float(value)
+    match value:
+        case Decimal():
+            return float(value)
+        case date() | time():
+            return value.isoformat()
+        case timedelta():
+            return value.total_seconds()
+        case bytes():
+            return f"{len(value)} bytes, sha256 {hashlib.sha256(value).hexdigest()}"
     raise TypeError(f"{type(value).__name__} is no JSON value")
 
 
@@ -114,15 +141,17 @@ def _lines(path: Path) -> Iterator[Any]:
                 try:
                     if len(line) > MAX_TEXT:
                         raise ValueError(f"longer than {MAX_TEXT} bytes")
-                    yield _encodable(parse_json(line), line)
-                except ValueError as error:
-                    raise _not_json(path, ValueError(f"line {number}: {error}")) from error
+                    value = _encodable(parse_json(line, Decimal), line)
+                except (ValueError, ArithmeticError) as error:  # the latter for exponents beyond Decimal's
+                    told = f"This file is not valid JSON: line {number}: {error}"
+                    value = BadEntry("entry_malformed", told, given=path, fix="fetch it again")
+                yield value
 
 
 def _encodable(value: Any, line: bytes) -> Any:
     """`value`, unless an escape in it is half of a pair, which no UTF-8 can hold."""
     if rb"\ud" in line.lower():
-        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value, ensure_ascii=False, default=plain).encode()
     return value
 
 

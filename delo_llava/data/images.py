@@ -1,13 +1,19 @@
 """Images from disk: opened safely, faults told with file and record, a bounded memory of what was encoded."""
 
+import struct
+import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
 from typing import IO, TYPE_CHECKING, NamedTuple
+from urllib.parse import unquote
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
+from delo_llava.data.pixels import as_seen
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -51,7 +57,7 @@ class ImageTooLarge(BadImage):
 
 
 def load_image(path: Path, record: Record) -> Image.Image:
-    """The picture in `path` as RGB.
+    """The picture in `path` as RGB, as a person sees it (`decode`).
 
     Raises:
         DeloError: no such file, no image, damaged, or more than `MAX_PIXELS`; names file and record.
@@ -63,14 +69,11 @@ def load_image(path: Path, record: Record) -> Image.Image:
 
 
 def decode(source: Path | IO[bytes]) -> Image.Image:
-    """The picture in a file as RGB, decoded to its last row; of several frames the first.
-
-    Pixels are taken as they are stored: an orientation noted in EXIF is not applied, as the models' own
-    training did not.
+    """The picture in a file as RGB, decoded to its last row, as a person sees it: see `pixels.py`.
 
     Raises:
-        BadImage: no such file, no image in one of `FORMATS`, damaged, or (`ImageTooLarge`) more than
-            `MAX_PIXELS` or `MAX_BYTES`.
+        BadImage: no such file, no image in one of `FORMATS`, damaged, one that cannot be shown faithfully, or
+            (`ImageTooLarge`) more than `MAX_PIXELS` or `MAX_BYTES`.
     """
     try:
         if isinstance(source, Path):
@@ -79,19 +82,48 @@ def decode(source: Path | IO[bytes]) -> Image.Image:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height}"
                 raise ImageTooLarge(f"{size} is more than {MAX_PIXELS} pixels")
-            return picture.convert("RGB")
-    except FileNotFoundError as error:
-        raise BadImage("there is no such file") from error
+            return as_seen(picture)
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(str(error)) from error
-    # Pillow reports damage by these three: unknown format or truncation, broken PNG chunks, bad values.
-    except (OSError, SyntaxError, ValueError) as error:
+    except UnidentifiedImageError as error:
+        raise BadImage(f"it is no image in one of the formats {', '.join(FORMATS)}") from error
+    # Pillow reports damage by these: truncation, broken PNG chunks, bad values, tags that do not fit.
+    except (OSError, SyntaxError, ValueError, struct.error, TypeError) as error:
         raise BadImage(str(error)) from error
+
+
+def absent(path: Path) -> str:
+    """That a file is not there, and what is there by nearly the same name."""
+    told = "there is no such file"
+    if "\\" in str(path):
+        other = Path(str(path).replace("\\", "/"))
+        return f"{told}, but {other} is there" if other.is_file() else f"{told}; folders are parted by /"
+    name = _names_in(path.parent).get(_plain(path.name))
+    if name is None:
+        return told
+    composed = unicodedata.normalize("NFC", name) == unicodedata.normalize("NFC", path.name)
+    return f"{told}, but {name} is there" + (", whose letters are composed otherwise" if composed else "")
+
+
+@lru_cache(maxsize=16)  # many files of one folder may be missing
+def _names_in(folder: Path) -> dict[str, str]:
+    """The names in a folder by what they have in common with others of their kind."""
+    with suppress(OSError):  # no such folder, or no right to list it
+        return {_plain(path.name): path.name for path in folder.iterdir()}
+    return {}
+
+
+def _plain(name: str) -> str:
+    """A name without capitals, signs for spaces, and what tells ways to compose letters apart."""
+    return unicodedata.normalize("NFC", unquote(name)).casefold()
 
 
 def _require_file(path: Path) -> None:
     """Refuse what is no regular file (a pipe would be waited for, for ever) or is too large to read."""
-    status = path.stat()
+    try:
+        status = path.stat()
+    except FileNotFoundError as error:
+        raise BadImage(absent(path)) from error
     if not S_ISREG(status.st_mode):
         raise BadImage("it is no file")
     if status.st_size > MAX_BYTES:

@@ -60,15 +60,14 @@ def presence(spec: MissingSpec, task: str, split: Split, record_ids: Sequence[st
     floor(η·N) records are drawn without replacement; with kind `both`, floor(n/2) of them lose the image and
     the others the text. Records are drawn in the order of sha256(seed|task|split|id), so the result depends
     neither on their order in the file nor on the platform. With `both` the kinds alternate along that order,
-    so what is missing at a small η is missing at every larger one. η is taken as the decimal number that was
-    written: 0.7 of 90 is 63, not floor(62.999…).
+    so what is missing at a small η is missing at every larger one.
 
     Raises:
         DeloError: an id occurs twice.
     """
     if len(set(record_ids)) != len(record_ids):
         raise DeloError(f"Record ids of {task}/{split} are not unique, so no reproducible draw is possible.")
-    drawn = int(Decimal(repr(spec.ratio)) * len(record_ids))
+    drawn = share_of(spec.ratio, len(record_ids))
     mask = np.ones((len(record_ids), 2), dtype=np.bool_)
     if drawn == 0:
         return mask
@@ -80,6 +79,11 @@ def presence(spec: MissingSpec, task: str, split: Split, record_ids: Sequence[st
     else:
         mask[order, 0 if spec.kind == "image" else 1] = False
     return mask
+
+
+def share_of(share: float, count: int) -> int:
+    """floor(share·count), the share taken as the decimal number that was written: 0.7 of 90 is 63, not 62."""
+    return int(Decimal(repr(share)) * count)
 
 
 def hash_rank(seed: int, task: str, split: str, record_id: str) -> bytes:

@@ -17,10 +17,12 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from delo_llava.data.cmml import cmml_rows, part_of
+from delo_llava.cache import cache_root, writable
+from delo_llava.data.cmml import CmmlReading, part_of
 from delo_llava.data.embedded import EmbeddedImages
-from delo_llava.data.missing import Presence, hash_rank
-from delo_llava.data.rows import Row, rows
+from delo_llava.data.faults import Tell, stop
+from delo_llava.data.missing import Presence, hash_rank, share_of
+from delo_llava.data.rows import Reading, Row
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record, Split, TaskSpec
 
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 #: Part of the cache key: a change of the rows must change it, or old caches would be read.
-ROWS_VERSION = 3
+ROWS_VERSION = 4
 
 #: Rows written at once; bounds the memory of the first read.
 CHUNK = 8192
@@ -114,9 +116,14 @@ class Records(Sequence[Record]):
         return self._kept(np.stack([instruction + answer, context], axis=1))
 
     @property
+    def entries(self) -> NDArray[np.int64]:
+        """Number, in its file, of the entry that each record is of; one with several turns has several."""
+        return self._kept(self._table.column("entry").to_numpy())
+
+    @property
     def conversations(self) -> int:
-        """Entries of the file; one with several turns gives several records."""
-        return len(np.unique(self._kept(self._table.column("entry").to_numpy())))
+        """How many entries the records are of."""
+        return len(np.unique(self.entries))
 
     @property
     def dataset(self) -> "Dataset":
@@ -178,7 +185,7 @@ def read_records(task: TaskSpec, split: Split, sub: float = 1.0, seed: int = 0) 
         return records
     ids = list(records.ids)
     ranked = sorted(range(len(ids)), key=lambda i: hash_rank(seed, task.name, split, ids[i]))
-    return records.select(sorted(ranked[: max(1, int(sub * len(ids)))]))
+    return records.select(sorted(ranked[: max(1, share_of(sub, len(ids)))]))
 
 
 def stream_records(task: TaskSpec, split: Split) -> Iterator[Record]:
@@ -190,15 +197,34 @@ def stream_records(task: TaskSpec, split: Split) -> Iterator[Record]:
         DeloError: as `read_records`.
     """
     part = None if task.classes is None else part_of(task.classes, split)
-    for row in _rows(task, split):
+    for row in open_reading(task, split).rows():
         if row["part"] == part:
-            yield _record(task, split, [row[name] for name in TEXTS[:6]])
+            yield record_of(task, split, row)
+
+
+def open_reading(task: TaskSpec, split: Split, tell: Tell = stop) -> Reading:
+    """One pass over a split's files, for readers that go on behind faults; a file of many tasks gives all.
+
+    Args:
+        tell: is told the faults of whole files.
+
+    Raises:
+        DeloError: a split that the task does not have.
+    """
+    if split not in task.files:
+        raise DeloError(f"Task {task.name!r} has no {split} file.", given=split, allowed=task.files)
+    images = EmbeddedImages(records_cache() / "images")
+    return (Reading if task.classes is None else CmmlReading)(task, split, images, tell)
 
 
 def records_cache() -> Path:
-    """Where rows and embedded pictures are stored: $DELO_LLAVA_CACHE/records, else below ~/.cache."""
-    root = os.environ.get("DELO_LLAVA_CACHE") or Path.home() / ".cache" / "delo_llava"
-    return Path(root) / "records"
+    """Where rows and embedded pictures are stored."""
+    return cache_root() / "records"
+
+
+def record_of(task: TaskSpec, split: Split, row: Row) -> Record:
+    """A row as a record."""
+    return _record(task, split, [row[name] for name in TEXTS[:6]])
 
 
 def _record(task: TaskSpec, split: Split, row: Sequence[Any]) -> Record:
@@ -206,13 +232,6 @@ def _record(task: TaskSpec, split: Split, row: Sequence[Any]) -> Record:
     name, image, context, instruction, answer, extra = row
     path = task.image_root / image if image else None
     return Record(name, task.name, split, path, context, instruction, answer, json.loads(extra))
-
-
-def _rows(task: TaskSpec, split: Split) -> Iterator[Row]:
-    if split not in task.files:
-        raise DeloError(f"Task {task.name!r} has no {split} file.", given=split, allowed=task.files)
-    images = EmbeddedImages(records_cache() / "images")
-    return (rows if task.classes is None else cmml_rows)(task, split, images)
 
 
 def _rows_of_part(records: Records, part: str) -> list[int]:
@@ -237,11 +256,11 @@ def _stored(task: TaskSpec, split: Split) -> Path:
     """
     from filelock import FileLock
 
-    found = iter(_rows(task, split))
+    found = open_reading(task, split).rows()
     path = records_cache() / f"{_key(task, split)}.arrow"
     if path.is_file():
         return path
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable(path.parent)
     with FileLock(f"{path}.lock"):
         if not path.is_file():
             handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".rows-")

@@ -7,6 +7,8 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from delo_llava.data.entries import read_entries, read_members
+from delo_llava.data.faults import Tell, stop
+from delo_llava.data.layouts import name_of
 from delo_llava.errors import DeloError
 from delo_llava.tasks import SideFile, Split
 
@@ -17,14 +19,24 @@ DERIVED = ("id", "number", "image", "image_name", "image_stem", "image_number")
 class Joined:
     """The side files of one (task, split), held in memory by key: only what the recipe takes of each row.
 
-    Raises:
-        DeloError: a file that cannot be read, a row without its key.
+    Args:
+        tell: is told of a file that cannot be read, or has a row without its key; it is left out then.
     """
 
-    def __init__(self, sides: Sequence[SideFile], split: Split) -> None:
-        self._sides = [side for side in sides if split in side.splits]
-        self._rows = [_read(side) for side in self._sides]
-        self.matched = [0] * len(self._sides)
+    def __init__(self, sides: Sequence[SideFile], split: Split, tell: Tell = stop) -> None:
+        self._sides: list[SideFile] = []
+        self._rows: list[dict[str, tuple[str, list[Any]]]] = []
+        self._tell, self._entries = tell, 0
+        for side in sides:
+            if split in side.splits:
+                try:
+                    rows = _read(side)
+                except DeloError as error:
+                    tell(error)
+                else:
+                    self._sides.append(side)
+                    self._rows.append(rows)
+        self._matched = [0] * len(self._sides)
 
     def of(
         self, entry: Mapping[str, Any], number: int, image: str | None
@@ -35,49 +47,55 @@ class Joined:
             number: of the entry in its file, from 0.
             image: path of its image, relative to the image folder.
         """
+        self._entries += 1
         texts: list[str] = []
         extra: dict[str, Any] = {}
         for place, (side, rows) in enumerate(zip(self._sides, self._rows, strict=True)):
             key = _key_of(side.by, entry, number, image)
             if key is None or (found := rows.get(key)) is None:
                 continue
-            self.matched[place] += 1
+            self._matched[place] += 1
             text, values = found
             if text:
                 texts.append(f"{side.prefix}{text}")
             extra |= dict(zip(side.extra, values, strict=True))
         return texts, extra
 
-    def require_matches(self) -> None:
-        """Refuse a side file of which no row belongs to any record: the key or the file is wrong.
-
-        Raises:
-            DeloError: names the file and what was compared.
-        """
-        for side, rows, count in zip(self._sides, self._rows, self.matched, strict=True):
+    def finish(self) -> None:
+        """Tell of a side file of which no row belongs to any record: the key or the file is wrong."""
+        for side, rows, count in zip(self._sides, self._rows, self._matched, strict=True):
             if count == 0:
-                raise DeloError(
-                    f"No record has a row in the side file {side.name!r} (compared: {side.by}).",
-                    given=f"{side.path}, keys such as {', '.join(list(rows)[:3]) or 'none'}",
-                    fix="fetch the file that belongs to these records, or remove it where it is optional",
+                self._tell(
+                    DeloError(
+                        f"No record has a row in the side file {side.name!r} (compared: {side.by}).",
+                        given=f"{side.path}, keys such as {', '.join(list(rows)[:3]) or 'none'}",
+                        fix="fetch the file that belongs to these records, or remove it where it is optional",
+                    )
                 )
+
+    def unmatched(self) -> Iterator[str]:
+        """One line for each side file in which some, not all, of the entries so far have no row."""
+        for side, count in zip(self._sides, self._matched, strict=True):
+            if 0 < count < self._entries:
+                lacking = f"{self._entries - count} of {self._entries} entries have no row"
+                yield f"{lacking} in {side.path} (compared: {side.by})"
 
 
 def _read(side: SideFile) -> dict[str, tuple[str, list[Any]]]:
     """Key -> (context text, values of `side.extra` in order)."""
     rows: dict[str, tuple[str, list[Any]]] = {}
+    gathered: dict[str, tuple[list[str], list[Any]]] = {}
     for key, row in _keyed(side):
         text = _text(_pick(row, side.context)) if side.context else ""
         values = [_interned(_pick(row, place)) for place in side.extra.values()]
         if side.gather:
-            before = rows.get(key, ("", [[] for _ in values]))
-            rows[key] = (
-                f"{before[0]} {text}".strip(),
-                [[*old, new] for old, new in zip(before[1], values, strict=True)],
-            )
+            texts, columns = gathered.setdefault(key, ([], [[] for _ in values]))
+            texts += [text] if text else []
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
         else:
             rows[key] = (text, values)
-    return rows
+    return rows | {key: (" ".join(texts), columns) for key, (texts, columns) in gathered.items()}
 
 
 def _keyed(side: SideFile) -> Iterator[tuple[str, Any]]:
@@ -102,7 +120,7 @@ def _keyed(side: SideFile) -> Iterator[tuple[str, Any]]:
 def _key_of(by: str, entry: Mapping[str, Any], number: int, image: str | None) -> str | None:
     """The key of an entry; None where it has none."""
     if by == "id":
-        return str(entry.get("id", entry.get("question_id", number)))
+        return str(name_of(entry, number))
     if by == "number":
         return str(number + 1)
     if by not in DERIVED:

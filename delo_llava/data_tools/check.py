@@ -7,17 +7,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from time import localtime, strftime
 
-from delo_llava.data.readers import read_records
-from delo_llava.data_tools.decode import judge, judge_all
-from delo_llava.data_tools.faults import REFUSED, Fault
+from delo_llava.data.cmml import part_of
+from delo_llava.data.faults import in_a_line
+from delo_llava.data.readers import open_reading, read_records, record_of
+from delo_llava.data.rows import Entry
+from delo_llava.data_tools.decode import judge_all
+from delo_llava.data_tools.faults import Fault
 from delo_llava.data_tools.forms import reference_faults
-from delo_llava.data_tools.ledger import Ledger
 from delo_llava.data_tools.links import Links
+from delo_llava.data_tools.memory import Memory
 from delo_llava.data_tools.progress import progress
 from delo_llava.data_tools.prompts import Prompts
-from delo_llava.data_tools.sides import absent, unmatched
 from delo_llava.data_tools.trial import Trial
-from delo_llava.data_tools.walk import BrokenFile, Entry, walk
 from delo_llava.errors import DeloError
 from delo_llava.files import sha256_file
 from delo_llava.tasks import Record, Split, TaskSequence, TaskSpec
@@ -38,6 +39,7 @@ class Part:
         trained: tokens that would be trained, over all records.
         cut: records whose `context` or `instruction` does not fit `data.max_length`.
         sha256: of the annotation file.
+        extra: names of what is kept for scorers and never shown to a model.
         refused: the file has faults for which the reader refuses it.
         turns_repeated, first_repeated: turns that say the same as an earlier one of their conversation, and
             the (entry, record) of the first.
@@ -45,7 +47,7 @@ class Part:
 
     task: TaskSpec
     split: Split
-    sha256: str
+    sha256: str = ""
     entries: int = 0
     records: int = 0
     turns: int = 0
@@ -54,6 +56,7 @@ class Part:
     images: int = 0
     trained: int = 0
     cut: dict[str, int] = field(default_factory=dict)
+    extra: set[str] = field(default_factory=set)
     refused: bool = False
     turns_repeated: int = 0
     first_repeated: tuple[int, str] | None = None
@@ -68,12 +71,17 @@ class Part:
         """How the part is called: `task/split`."""
         return f"{self.task.name}/{self.split}"
 
+    @property
+    def key(self) -> str | None:
+        """What `part` is in its entries, where the file has those of other parts too."""
+        return None if self.task.classes is None else part_of(self.task.classes, self.split)
 
-class Check:
+
+class DataCheck:
     """One check of one sequence.
 
     Args:
-        ledger: what was found before, and what is found now.
+        memory: what was found before, and what is found now.
         prompts: tokenizer and length to try prompts with; None leaves that out.
         workers: processes that decode images.
 
@@ -82,104 +90,129 @@ class Check:
     """
 
     def __init__(
-        self, sequence: TaskSequence, ledger: Ledger, prompts: Prompts | None, workers: int = 1
+        self, sequence: TaskSequence, memory: Memory, prompts: Prompts | None, workers: int = 1
     ) -> None:
-        self.sequence, self.ledger, self.prompts, self.workers = sequence, ledger, prompts, workers
+        self.sequence, self.memory, self.prompts, self.workers = sequence, memory, prompts, workers
         self.decoded = self.known = 0
 
     def run(self) -> list[Part]:
-        """Check everything; faults are in the ledger afterwards.
+        """Check everything; faults are in the memory afterwards.
 
         Raises:
             DeloError: only for what stops the check itself, not for faults of the data.
         """
-        parts = [self._read(task, split) for task in self.sequence.tasks for split in task.files]
+        parts = [Part(task, split) for task in self.sequence.tasks for split in task.files]
+        for group in _by_file(parts):
+            self._read(group)
         self._images()
-        self.ledger.add_bad_images()
-        self.ledger.index()
-        self.ledger.add_overlaps()
+        self.memory.add_bad_images()
+        self.memory.index()
+        self.memory.add_overlaps()
         self._shared()
-        distinct = self.ledger.image_counts()
+        distinct = self.memory.image_counts()
         for part in parts:
             part.images = distinct.get((part.task.name, part.split), 0)
             self._records(part)
         return parts
 
     def _tell(self, part: Part, code: str, entry: int | None, record: str | None, message: str) -> None:
-        self.ledger.add(Fault(code, part.task.name, part.split, part.file, entry, record, message))
-        part.refused = part.refused or code in REFUSED
+        self.memory.add(Fault(code, part.task.name, part.split, part.file, entry, record, message))
 
     # The files.
 
-    def _read(self, task: TaskSpec, split: Split) -> Part:
-        """Walk one file: schema, ids, repetitions; its images are noted for later."""
-        part = Part(task, split, sha256_file(task.files[split]))
-        before, links = self.ledger.annotation(part.file, part.sha256), Links(task.image_root)
-        with progress(f"reading {part.name}") as advance:
-            try:
-                for entry in walk(task, split):
-                    self._entry(part, entry)
-                    links.look(entry)
-                    advance()
-            except BrokenFile as error:
-                self._tell(part, "file_unreadable", None, None, str(error))
+    def _read(self, group: list[Part]) -> None:
+        """Read one file: schema, ids, repetitions; its images are noted for later."""
+        first, by_key = group[0], {part.key: part for part in group}
+        digest = sha256_file(first.task.files[first.split])
+        for part in group:
+            part.sha256 = digest
+        before, links = self.memory.annotation(first.file, digest), Links(first.task.image_root)
         if before is not None:
             told = strftime("has changed since the check of %Y-%m-%d %H:%M", localtime(before))
-            self._tell(part, "annotations_changed", None, None, told)
+            self._tell(first, "annotations_changed", None, None, told)
+
+        def tell(error: DeloError) -> None:
+            self._tell(first, "file_unreadable", None, None, in_a_line(error))
+            for part in group:
+                part.refused = True
+
+        reading = open_reading(first.task, first.split, tell)
+        with progress(f"reading {first.name}") as advance:
+            for entry in reading:
+                # An entry that does not say whose it is counts for the first; those of others are left out.
+                of = first if entry.part is None else by_key.get(entry.part)
+                if of is not None:
+                    self._entry(of, entry, links)
+                advance()
         for number, name, told in links.outside():
-            self._tell(part, "link_outside", number, name, told)
-        for told in unmatched(task, split):
-            self._tell(part, "side_unmatched", None, None, told)
-        for told in absent(task) if split == "train" else ():
+            self._tell(first, "link_outside", number, name, told)
+        for told in reading.joined.unmatched():
+            self._tell(first, "side_unmatched", None, None, told)
+        for part in group:
+            self._finish(part)
+        self.memory.forget_uses()
+        self.memory.save()
+
+    def _finish(self, part: Part) -> None:
+        """What is told of a part once its file has been read."""
+        for told in part.task.absent if part.split == "train" else ():
             self._tell(part, "side_absent", None, None, told)
         if part.first_repeated:
             told = f"{part.turns_repeated} turns ask and answer what an earlier turn of theirs does"
             self._tell(part, "turn_repeated", *part.first_repeated, told)
-        self.ledger.forget_uses()
-        self.ledger.save()
-        return part
 
-    def _entry(self, part: Part, entry: Entry) -> None:
+    def _entry(self, part: Part, entry: Entry, links: Links) -> None:
         """Count one entry and note what is wrong with it."""
         part.entries += 1
-        part.records += len(entry.records)
-        part.turns = max(part.turns, len(entry.records))
-        for code, message in entry.faults:
-            self._tell(part, code, entry.number, entry.id, message)
-        if first := self.ledger.first_use("id", _digest(entry.id), entry.number, entry.id):
-            told = f"entry {first[0]} has this id too"
+        part.records += len(entry.rows)
+        part.turns = max(part.turns, len(entry.rows))
+        part.extra |= entry.extra
+        part.refused = part.refused or bool(entry.faults)
+        for fault in entry.faults:
+            self._tell(part, fault.code, entry.number, entry.id, in_a_line(fault))
+        if earlier := self._first_use(part, "id", (entry.id,), entry.number, entry.id):
+            told = f"entry {earlier[0]} has this id too"
             self._tell(part, "id_repeated", entry.number, entry.id, told)
         if entry.image is not None:
             where = (part.task.name, part.split, part.file, entry.number, entry.id)
-            self.ledger.refer(str(entry.image), *where)
-        for record in entry.records:
-            content = _digest(record.image, record.context, record.instruction, record.answer)
-            first = self.ledger.first_use("record", content, entry.number, record.id)
-            if first and first[0] == entry.number:
+            image = part.task.image_root / entry.image
+            self.memory.refer(str(image), *where)
+            links.look(image, entry.number, entry.id)
+        for row in () if entry.faults else entry.rows:  # of one with faults, a part may be lost
+            content = tuple(row[name] for name in ("image", "context", "instruction", "answer"))
+            earlier = self._first_use(part, "record", content, entry.number, row["id"])
+            if earlier and earlier[0] == entry.number:
                 part.turns_repeated += 1
-                part.first_repeated = part.first_repeated or (entry.number, record.id)
-            elif first:
-                told = f"says the same as entry {first[0]} (id {first[1]})"
-                self._tell(part, "record_repeated", entry.number, record.id, told)
+                part.first_repeated = part.first_repeated or (entry.number, row["id"])
+            elif earlier:
+                told = f"says the same as entry {earlier[0]} (id {earlier[1]})"
+                self._tell(part, "record_repeated", entry.number, row["id"], told)
+
+    def _first_use(
+        self, part: Part, kind: str, values: tuple[object, ...], entry: int, record: str
+    ) -> tuple[int, str] | None:
+        """The (entry, record) of this part that had these values first, or None and they are remembered."""
+        digest = hashlib.blake2b(repr(values).encode(), digest_size=12).digest()
+        return self.memory.first_use(f"{kind} {part.key}", digest, entry, record)
 
     # The images.
 
     def _images(self) -> None:
         """Decode every image whose verdict is not known; a check that was killed goes on here."""
-        todo = [path for path in self.ledger.images() if not self._is_known(path)]
+        todo = [path for path in self.memory.images() if not self._is_known(path)]
         with progress("decoding images", len(todo)) as advance:
             for verdicts in judge_all(todo, self.workers):
-                self.ledger.judged(verdicts)
-                self.ledger.save(SAVE_EVERY)
+                self.memory.judged(verdicts)
+                self.memory.save(SAVE_EVERY)
                 self.decoded += len(verdicts)
                 advance(len(verdicts))
-        self.ledger.save()
+        self.memory.save()
 
     def _is_known(self, path: str) -> bool:
         """Whether the file was judged before in its present state; one that is not there never was."""
         with suppress(OSError, ValueError):
             status = os.stat(path)
-            if self.ledger.knows(path, status.st_size, status.st_mtime_ns):
+            if self.memory.knows(path, status.st_size, status.st_mtime_ns):
                 self.known += 1
                 return True
         return False
@@ -187,10 +220,10 @@ class Check:
     def _shared(self) -> None:
         """Say where the images of one task's test are another's training."""
         tests = {task.name: task.files.get("test") for task in self.sequence.tasks}
-        for tested, trained, number in self.ledger.shared():
+        for tested, trained, number in self.memory.shared():
             told = f"{number} images of this test are also trained on in {trained}"
             fault = Fault("shared_across_tasks", tested, "test", str(tests[tested]), None, None, told)
-            self.ledger.add(fault)
+            self.memory.add(fault)
 
     # The records.
 
@@ -215,40 +248,28 @@ class Check:
             part.trained, part.cut = trial.trained, trial.cut
 
     def _size(self, path: str) -> tuple[int, int] | None:
-        """Width and height of an image, None where it cannot be used.
-
-        Pictures embedded in a data file get their path from the reader: they are judged here.
-        """
-        size = self.ledger.size(path)
-        if size is None:
-            verdict = judge(path)
-            self.ledger.judged([verdict])
-            size = (verdict.width, verdict.height)
-        return size if size[0] else None
+        """Width and height of an image, None where it cannot be used."""
+        size = self.memory.size(path)
+        return size if size and size[0] else None
 
     def _as_read(self, part: Part) -> Iterator[tuple[int, Record]]:
-        """(entry, record) as the reader has them; where it refuses the file, those that are whole."""
-        whole = self._whole(part)
-        if part.refused:
-            return whole
-        try:
-            records = read_records(part.task, part.split)
-        except DeloError as error:
-            self._tell(part, "file_unreadable", None, None, f"the reader refuses it: {error.message}")
-            return whole
-        if len(records) != part.records:
-            told = f"the reader makes {len(records)} records of it, the check {part.records}"
-            self._tell(part, "file_unreadable", None, None, told)
-        return ((number, record) for (number, _), record in zip(whole, records, strict=False))
-
-    def _whole(self, part: Part) -> Iterator[tuple[int, Record]]:
-        """(entry, record) of the turns that are whole, up to where the file breaks."""
-        with suppress(BrokenFile):
-            for entry in walk(part.task, part.split):
-                for record in entry.records:
-                    yield entry.number, record
+        """(entry, record) as training has them; where it refuses the file, those that are whole."""
+        if not part.refused:
+            try:
+                records = read_records(part.task, part.split)
+            except DeloError as error:  # a file of many tasks that has no item of this one
+                self._tell(part, "file_unreadable", None, None, in_a_line(error))
+                return
+            yield from zip(records.entries.tolist(), records, strict=True)
+            return
+        for entry in open_reading(part.task, part.split, lambda _: None):
+            if entry.part == part.key:
+                yield from ((entry.number, record_of(part.task, part.split, row)) for row in entry.rows)
 
 
-def _digest(*values: object) -> bytes:
-    """A short hash of values."""
-    return hashlib.blake2b(repr(values).encode(), digest_size=12).digest()
+def _by_file(parts: list[Part]) -> list[list[Part]]:
+    """Parts that one reading serves: those of a file of many tasks together, others each by itself."""
+    groups: dict[object, list[Part]] = {}
+    for part in parts:
+        groups.setdefault(part.name if part.key is None else part.file, []).append(part)
+    return list(groups.values())

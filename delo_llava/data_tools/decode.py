@@ -12,7 +12,7 @@ from multiprocessing import get_context, parent_process
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from delo_llava.data.images import MAX_BYTES, BadImage, ImageTooLarge, decode
+from delo_llava.data.images import MAX_BYTES, BadImage, ImageTooLarge, absent, decode
 from delo_llava.errors import DeloError
 
 #: Images for one call of a worker; so many calls per worker wait at most.
@@ -22,7 +22,10 @@ CHUNK, AHEAD = 32, 3
 WORTH_WORKERS = 256
 
 #: Part of every remembered verdict: a change of what is checked here must change it.
-VERSION = 1
+VERSION = 2
+
+#: A picture whose brightest pixel is below this is told: some store 10 or 12 bits in 16.
+DARK = 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +37,8 @@ class Verdict:
         size, mtime_ns: of the file that was read; -1 where there is none.
         sha256: of its bytes; empty when it was not read.
         width, height: pixels; 0 where unknown.
-        code: of the fault, or "".
-        reason: of the fault, in words.
+        code: of the fault or note, or "".
+        reason: of it, in words.
     """
 
     path: str
@@ -59,7 +62,7 @@ def judge(path: str) -> Verdict:
             return Verdict(path, status.st_size, status.st_mtime_ns, code="image_too_large", reason=reason)
         content = Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
-        return Verdict(path, -1, -1, code="image_missing", reason=f"there is no file {path}")
+        return Verdict(path, -1, -1, code="image_missing", reason=f"{path}: {absent(Path(path))}")
     except (OSError, ValueError) as error:  # no rights, a loop of links, a name with a null byte
         return Verdict(path, -1, -1, code="image_undecodable", reason=f"{path} cannot be read: {error}")
     digest = hashlib.sha256(content).hexdigest()
@@ -67,9 +70,12 @@ def judge(path: str) -> Verdict:
         picture = decode(io.BytesIO(content))
     except BadImage as error:
         code = "image_too_large" if isinstance(error, ImageTooLarge) else "image_undecodable"
-        told = str(error).partition(" <_io.")[0]  # Pillow names the buffer, we the file
-        return Verdict(path, status.st_size, status.st_mtime_ns, digest, code=code, reason=f"{path}: {told}")
-    return Verdict(path, status.st_size, status.st_mtime_ns, digest, picture.width, picture.height)
+        reason = f"{path}: {error}"
+        return Verdict(path, status.st_size, status.st_mtime_ns, digest, code=code, reason=reason)
+    brightest = max(high for _, high in picture.getextrema())  # type: ignore[misc]
+    code = "image_dark" if brightest < DARK else ""
+    reason = f"{path}: its brightest pixel is {brightest} of 255" if code else ""
+    return Verdict(path, status.st_size, status.st_mtime_ns, digest, *picture.size, code, reason)
 
 
 def judge_all(paths: Sequence[str], workers: int) -> Iterator[list[Verdict]]:

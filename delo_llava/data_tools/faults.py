@@ -2,16 +2,13 @@
 
 from dataclasses import dataclass
 
+from delo_llava.data.faults import READING
+
 #: Code -> what it means. These make the check fail.
 FAULTS: dict[str, str] = {
-    "file_unreadable": "an annotation file cannot be read to its end, or the reader refuses it",
-    "entry_malformed": "an entry has not the form that its layout asks for",
-    "instruction_empty": "an instruction is absent, empty or no text",
-    "answer_empty": "a reference answer is absent or empty",
-    "placeholder_without_image": "the text has the image placeholder, but the entry names no image",
-    "image_outside": "an image path leaves the image folder",
+    **READING,
     "image_missing": "an image file is not there",
-    "image_undecodable": "an image cannot be decoded to its last row",
+    "image_undecodable": "an image cannot be decoded to its last row, or not be shown faithfully",
     "image_too_large": "an image has more pixels or bytes than are accepted (decompression bomb)",
     "id_repeated": "an id was used before in the same file",
     "record_repeated": "a record of an earlier entry has the same image, context, instruction and answer",
@@ -21,25 +18,14 @@ FAULTS: dict[str, str] = {
     "placeholder_in_text": "the text holds the model's image placeholder",
     "prompt_refused": "the collator cannot make a prompt of a record for another reason",
     "too_long": "image, answer and template alone exceed data.max_length",
-    "label_form": "a label of the CMML layout is no class, list of classes or 0/1 vector",
     "answer_form": "the reference has not the form that the task's scorer needs",
     "extra_missing": "a key that the task's scorer needs is absent",
 }
 
-#: Those that keep the reader from reading the file at all.
-REFUSED = (
-    "file_unreadable",
-    "entry_malformed",
-    "instruction_empty",
-    "answer_empty",
-    "placeholder_without_image",
-    "image_outside",
-    "label_form",
-)
-
 #: Code -> what it means. These are told, and the check passes.
 NOTES: dict[str, str] = {
     "link_outside": "an image is reached through a symbolic link that leaves the image folder",
+    "image_dark": "an image is nearly black, as one of 10 or 12 bits that are stored in 16",
     "turn_repeated": "turns of a conversation say what an earlier turn of the same one says",
     "annotations_changed": "an annotation file is not the one that was checked before",
     "shared_across_tasks": "images tested in one task are trained on in another",

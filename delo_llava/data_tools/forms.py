@@ -17,6 +17,10 @@ CHOICE = re.compile(r"(?:^|[\s(])\(?([A-Z])[.):]\s")
 #: Answers of people that the soft VQA metrics count.
 PEOPLE = 10
 
+#: What scorers need beside what they say of themselves; one of several keys is enough.
+CAPTIONS = "captions|answers"
+NEEDED = {"caption": (CAPTIONS,), "caption_plain": (CAPTIONS,)}
+
 
 class _Scorer(Protocol):
     """What the check needs to know of a scorer; scorers belong to the harness."""
@@ -31,12 +35,15 @@ def reference_faults(scorer: str) -> Callable[[Record], list[tuple[str, str]]]:
     Args:
         scorer: its key, as the recipe names it.
     """
-    needs = cast(_Scorer, load_plugin("scorer", scorer)).needs
+    needs = (*cast(_Scorer, load_plugin("scorer", scorer)).needs, *NEEDED.get(scorer, ()))
     form = FORMS.get(scorer)
 
     def faults(record: Record) -> list[tuple[str, str]]:
-        absent = [key for key in needs if record.extra.get(key) is None]
-        found = [("extra_missing", f"{scorer} needs `{key}`, which is absent") for key in absent]
+        absent = [keys for keys in needs if not any(record.extra.get(key) for key in keys.split("|"))]
+        found = [
+            ("extra_missing", f"{scorer} needs `{keys.replace('|', '` or `')}`, which is absent or empty")
+            for keys in absent
+        ]
         told = form(record) if form else None
         return [*found, ("answer_form", f"{scorer}: {told}")] if told else found
 

@@ -5,8 +5,6 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from delo_llava.data_tools.walk import Entry
-
 
 class Links:
     """Looks where the images of one file really lie.
@@ -21,17 +19,15 @@ class Links:
         self._first: dict[tuple[str, str], tuple[int, str]] = {}
         self._counts: Counter[tuple[str, str]] = Counter()
 
-    def look(self, entry: Entry) -> None:
-        """Follow the links of an entry's image."""
-        if entry.image is None:
-            return
-        folder = entry.image.parent
+    def look(self, image: Path, number: int, name: str) -> None:
+        """Follow the links of the image of an entry with this number and id."""
+        folder = image.parent
         link = self._leaves(folder)
-        if link is None and os.path.islink(entry.image):
-            target = os.path.dirname(os.path.realpath(entry.image))
+        if link is None and os.path.islink(image):
+            target = os.path.dirname(os.path.realpath(image))
             link = None if self._inside(target) else (str(folder), target)
         if link is not None:
-            self._first.setdefault(link, (entry.number, entry.id))
+            self._first.setdefault(link, (number, name))
             self._counts[link] += 1
 
     def _first_leaving(self, folder: Path) -> tuple[str, str] | None:

@@ -12,6 +12,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from delo_llava.data.faults import short
+from delo_llava.data.guard import MAX_TEXT
+from delo_llava.data.missing import share_of
 from delo_llava.data_tools.prepared import Preparation
 from delo_llava.errors import DeloError
 from delo_llava.strict import parse_json, read_json
@@ -28,8 +31,8 @@ GENRES, GENRES_PER_TASK = 20, 4
 #: What counts as a picture.
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
-#: Shares of MM-IMDb's splits where its split.json is not there (those of the original: 60, 10, 30 %).
-SHARES = {"train": 0.6, "val": 0.1, "test": 0.3}
+#: Where training and validation end of MM-IMDb without its split.json (the original has 60, 10, 30 %).
+ENDS = (0.6, 0.7)
 
 
 def food101(raw: Path, made: Preparation, seed: int, val: float) -> bool:
@@ -69,17 +72,56 @@ def _food_classes(raw: Path, seed: int) -> list[str]:
 
 
 def _titles(raw: Path, split: str, made: Preparation) -> dict[str, str]:
-    """Image file name -> text, from the CSV files of a split: (image, text, class) a row, no header."""
+    """Image file name -> text, from the CSV files of a split: (image, text, class) a row.
+
+    Raises:
+        DeloError: no such file, or one of which most rows are something else.
+    """
     files = sorted((raw / "texts").glob(f"{split}*.csv"))
     if not files:
         raise DeloError("The texts are missing.", given=raw / "texts" / f"{split}_titles.csv")
     texts: dict[str, str] = {}
     for file in files:
-        with made.source(file).open(encoding="utf-8", newline="") as rows:
-            for row in csv.reader(rows):
-                if len(row) > 1 and Path(row[0]).suffix.lower() in SUFFIXES:
-                    texts[row[0]] = row[1].strip()
+        others: list[tuple[int, list[str]]] = []
+        count = 0
+        for number, row in _csv_rows(made.source(file)):
+            count += 1
+            if len(row) > 1 and Path(row[0]).suffix.lower() in SUFFIXES:
+                texts[row[0]] = row[1].strip()
+            else:
+                others.append((number, row))
+        if 2 * len(others) > count:
+            raise DeloError(
+                "Most rows of this file are not: image, text, class, parted by commas.",
+                given=f"{file}, line {others[0][0]}: {short(others[0][1])}",
+            )
+        if others:
+            made.notes.append(
+                f"{file}: {len(others)} of {count} rows hold no image, first line {others[0][0]}"
+            )
     return texts
+
+
+def _csv_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, cells) of a CSV file, with fields of any length that data may have.
+
+    Raises:
+        DeloError: no UTF-8, a quote that does not end where its field does, or a field that is too long.
+    """
+    usual = csv.field_size_limit(MAX_TEXT)  # the module's own limit holds for the whole process
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            reader = csv.reader(lines, strict=True)
+            try:
+                for row in reader:
+                    if row:
+                        yield reader.line_num, row
+            except (csv.Error, UnicodeDecodeError) as error:
+                told = f"This CSV file cannot be read: {error}."
+                fix = "correct the line; the file must be UTF-8, with a quote in a quoted field doubled"
+                raise DeloError(told, given=f"{file}, after line {reader.line_num}", fix=fix) from error
+    finally:
+        csv.field_size_limit(usual)
 
 
 def _food_items(
@@ -90,20 +132,26 @@ def _food_items(
     val: float,
     made: Preparation,
 ) -> Iterator[dict[str, Any]]:
-    without = 0
+    without = count = 0
     for index, name in enumerate(classes):
         for split in ("train", "test"):
             images = _pictures(raw / "images" / split / name)
             ranked = sorted(images, key=lambda image: rank(seed, image)) if split == "train" else []
-            held = set(ranked[: int(val * len(images))])
+            held = set(ranked[: share_of(val, len(images))])
             for image in images:
                 text = texts[split].get(image, "")
-                without += not text
+                count, without = count + 1, without + (not text)
                 part = "val" if image in held else split
                 place = f"{split}/{name}/{image}"
                 task = index // FOOD_PER_TASK
                 yield {"task_id": task, "split": part, "image": place, "text": text, "label": index}
     made.counts["without_text"] = without
+    if 2 * without > count:
+        raise DeloError(
+            "Most images have no text.",
+            given=f"{without} of {count}",
+            fix="look whether the names of images in texts/*.csv are those of the files",
+        )
 
 
 def _pictures(folder: Path) -> list[str]:
@@ -176,7 +224,7 @@ def _film_splits(raw: Path, films: dict[str, Any], seed: int, made: Preparation)
     if not file.is_file():
         made.notes.append(f"{file.name} is not there: training, validation and test films were drawn.")
         ranked = sorted(films, key=lambda name: rank(seed, name))
-        ends = [int(SHARES["train"] * len(films)), int((SHARES["train"] + SHARES["val"]) * len(films))]
+        ends = [share_of(end, len(films)) for end in ENDS]
         return {
             name: "train" if i < ends[0] else "val" if i < ends[1] else "test"
             for i, name in enumerate(ranked)

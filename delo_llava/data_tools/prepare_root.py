@@ -4,9 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from delo_llava.data.readers import read_records
+from delo_llava.data.entries import read_entries
+from delo_llava.data.layouts import IMAGE_PLACEHOLDER, SAYING
+from delo_llava.data.readers import open_reading, read_records
+from delo_llava.data.rows import Row
 from delo_llava.data_tools.prepared import Preparation
-from delo_llava.data_tools.walk import IMAGE_PLACEHOLDER, raw_entries
 from delo_llava.errors import DeloError
 from delo_llava.tasks import TaskSequence, TaskSpec
 
@@ -38,35 +40,33 @@ def sub_sample(sequence: TaskSequence, root: Path, made: Preparation, sub: float
 def _require_cuttable(task: TaskSpec, file: Path, root: Path) -> None:
     if not file.is_relative_to(root):
         raise DeloError("This training file is not below --from.", given=file)
-    if file.suffix == ".parquet" or task.classes is not None:
+    if file.suffix.lower() == ".parquet" or task.classes is not None:
         raise DeloError(
             "Sub-samples are written of JSON conversations only.", given=file, fix="train with --data.sub"
         )
 
 
 def _chosen(task: TaskSpec, file: Path, chosen: set[str]) -> Iterator[dict[str, Any]]:
-    """The entries of the chosen records, every turn an entry of its own under its record's id."""
-    ids = iter(read_records(task, "train").ids)
-    for entry in raw_entries(file):
-        turns = entry.get("conversations")
-        pairs = 1 if turns is None else len(turns) // 2
-        for turn in range(pairs):
-            if (name := next(ids)) not in chosen:
-                continue
-            key = "question_id" if turns is None and "id" not in entry else "id"
-            kept = entry if str(entry.get(key)) == name else {**entry, key: name}
-            if pairs > 1:
-                kept = {**kept, "conversations": turns[2 * turn : 2 * turn + 2]}
-            yield _with_placeholder(kept) if turn else kept
+    """The entries of the chosen records; of one with several turns, every turn as an entry of its own."""
+    for given, entry in zip(read_entries(file), open_reading(task, "train"), strict=True):
+        for row in entry.rows:
+            if row["id"] in chosen:
+                yield _alone(given, row) if len(entry.rows) > 1 else _named(given, row["id"])
 
 
-def _with_placeholder(entry: dict[str, Any]) -> dict[str, Any]:
-    """A later turn of a conversation on its own: it shows the image that the first one showed."""
-    asked, answered = entry["conversations"]
-    if not entry.get("image") or IMAGE_PLACEHOLDER in asked["value"]:
-        return entry
-    shown = {**asked, "value": f"{IMAGE_PLACEHOLDER}\n{asked['value']}"}
-    return {**entry, "conversations": [shown, answered]}
+def _named(given: dict[str, Any], name: str) -> dict[str, Any]:
+    """An entry under the id of its record, which differs where ids repeat."""
+    key = "question_id" if "question_id" in given and "id" not in given else "id"
+    return given if str(given.get(key)) == name else {**given, key: name}
+
+
+def _alone(given: dict[str, Any], row: Row) -> dict[str, Any]:
+    """One turn of a conversation as an entry; it shows the image that the first one showed."""
+    shown = f"{IMAGE_PLACEHOLDER}\n" if row["image"] else ""
+    talk = (("human", f"{shown}{row['instruction']}"), ("gpt", row["answer"]))
+    kept = {key: value for key, value in given.items() if key not in SAYING}
+    turns = [{"from": who, "value": text} for who, text in talk]
+    return {**kept, "id": row["id"], "conversations": turns}
 
 
 def _mirror(source: Path, target: Path, written: set[Path], made: Preparation) -> None:

@@ -5,35 +5,33 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from delo_llava.data.entries import read_entries, read_members
+from delo_llava.data.layouts import name_of
 from delo_llava.data_tools.prepared import Preparation
-from delo_llava.data_tools.walk import raw_entries
 from delo_llava.errors import DeloError
 
 
 def coco_captions(path: Path) -> dict[str, str]:
     """Number of the image -> its captions, from COCO's `captions_*.json`."""
-    texts: dict[str, str] = {}
-    for row in _members(path, "annotations.item"):
-        key, text = str(int(row["image_id"])), str(row["caption"]).strip()
-        texts[key] = f"{texts[key]} {text}" if key in texts else text
-    return texts
+    texts: dict[str, list[str]] = {}
+    for row in read_entries(path, "annotations"):
+        texts.setdefault(str(int(row["image_id"])), []).append(str(row["caption"]).strip())
+    return {key: " ".join(captions) for key, captions in texts.items()}
 
 
 def ocr_tokens(path: Path) -> dict[str, str]:
     """Image id -> its OCR tokens, from TextVQA's Rosetta files."""
-    return {
-        str(row["image_id"]): " ".join(map(str, row["ocr_tokens"])) for row in _members(path, "data.item")
-    }
+    return {str(row["image_id"]): " ".join(map(str, row["ocr_tokens"])) for row in read_entries(path, "data")}
 
 
 def hints(path: Path) -> dict[str, str]:
     """Problem -> its hint, from ScienceQA's problems.json."""
-    return {key: str(row.get("hint") or "").strip() for key, row in _pairs(path)}
+    return {key: str(row.get("hint") or "").strip() for key, row in read_members(path)}
 
 
 def text_map(path: Path) -> dict[str, str]:
     """Image (path, file name or stem) or id -> text, from a side file `{key: text}`."""
-    return {key: str(text).strip() for key, text in _pairs(path)}
+    return {key: str(text).strip() for key, text in read_members(path)}
 
 
 #: Kind -> (how its texts are read, keys of an entry to look under, the first that is there counts).
@@ -51,11 +49,9 @@ def texts_of(kind: str, path: Path) -> dict[str, str]:
     Raises:
         DeloError: not of this kind.
     """
-    import ijson
-
     try:
         texts = {key: text for key, text in KINDS[kind][0](path).items() if text}
-    except (ijson.JSONError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (DeloError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise DeloError(f"This file is not of the kind {kind!r}: {error}.", given=path) from error
     if not texts:
         raise DeloError(f"This file holds no texts of the kind {kind!r}.", given=path, allowed=KINDS)
@@ -89,7 +85,7 @@ def join(records: Path, side: Path, kind: str, made: Preparation) -> bool:
         return False
     texts = texts_of(kind, side)
     names = KINDS[kind][1]
-    if all(_found(entry, names, texts) is None for entry in raw_entries(records)):
+    if all(_found(entry, names, texts) is None for entry in read_entries(records)):
         told = f"{side}, keys such as {', '.join(list(texts)[:3])}"
         raise DeloError("No entry has a text in the side file.", given=told)
     used: set[str] = set()
@@ -102,7 +98,7 @@ def _joined(
     records: Path, texts: dict[str, str], names: tuple[str, ...], used: set[str], made: Preparation
 ) -> Iterator[dict[str, Any]]:
     without = 0
-    for number, entry in enumerate(raw_entries(records)):
+    for number, entry in enumerate(read_entries(records)):
         if not isinstance(entry, dict):
             raise DeloError(f"{records}, entry {number} is no object.", fix="run `delo-llava data check`")
         if (key := _found(entry, names, texts)) is None:
@@ -125,23 +121,9 @@ def _found(entry: Any, names: tuple[str, ...], texts: dict[str, str]) -> str | N
 def _key(name: str, entry: dict[str, Any]) -> str:
     """What an entry is looked up under."""
     if name == "id":
-        return str(entry.get("id", entry.get("question_id", "")))
+        return str(name_of(entry, ""))
     path = PurePosixPath(str(entry.get("image") or ""))
     if name == "image_number":
         digits = re.search(r"\d+$", path.stem)
         return str(int(digits[0])) if digits else ""
     return {"image": str(path), "image_name": path.name, "image_stem": path.stem}[name]
-
-
-def _members(path: Path, at: str) -> Iterator[Any]:
-    import ijson
-
-    with path.open("rb") as file:
-        yield from ijson.items(file, at)
-
-
-def _pairs(path: Path) -> Iterator[tuple[str, Any]]:
-    import ijson
-
-    with path.open("rb") as file:
-        yield from ijson.kvitems(file, "")

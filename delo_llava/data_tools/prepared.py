@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from delo_llava import __version__
+from delo_llava.data.entries import plain
 from delo_llava.errors import DeloError
 from delo_llava.files import sha256_file, write_json_atomic
 from delo_llava.strict import read_json
@@ -89,12 +90,14 @@ class Preparation:
         self._claim(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        begin, between, end = ("", "\n", "\n") if path.suffix == ".jsonl" else ("[\n", ",\n", "\n]\n")
+        begin, between, end = ("", "\n", "\n") if path.suffix.lower() == ".jsonl" else ("[\n", ",\n", "\n]\n")
         count = 0
         try:
             with draft.open("w", encoding="utf-8") as file:
                 for entry in entries:
-                    file.write((between if count else begin) + json.dumps(entry, ensure_ascii=False))
+                    file.write(
+                        (between if count else begin) + json.dumps(entry, ensure_ascii=False, default=plain)
+                    )
                     count += 1
                 file.write(end if count else "[]\n")
                 file.flush()

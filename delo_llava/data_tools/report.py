@@ -14,21 +14,24 @@ from rich.table import Table
 from rich.text import Text
 
 from delo_llava import __version__
-from delo_llava.data_tools.check import Check, Part
+from delo_llava.data_tools.check import DataCheck, Part
 from delo_llava.data_tools.faults import FAULTS, NOTES, Fault
-from delo_llava.data_tools.ledger import Ledger
+from delo_llava.data_tools.memory import Memory
 from delo_llava.errors import printable
 
 #: Version of the JSONL file's form.
 SCHEMA = 1
 
+#: Names of keys that are listed on the terminal; the report has all.
+MOST_KEYS = 40
 
-def write_report(path: Path, check: Check, parts: Sequence[Part]) -> int:
+
+def write_report(path: Path, check: DataCheck, parts: Sequence[Part]) -> int:
     """Write the JSONL file in one step; returns how many faults there are, notes not counted.
 
     The first line is the summary (`kind: summary`); each other line is one fault or note.
     """
-    counts = check.ledger.counts()
+    counts = check.memory.counts()
     faults = sum(number for (*_, code), number in counts.items() if code in FAULTS)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -42,7 +45,7 @@ def write_report(path: Path, check: Check, parts: Sequence[Part]) -> int:
 
 
 def _lines(
-    check: Check, parts: Sequence[Part], counts: dict[tuple[str, str, str], int], faults: int
+    check: DataCheck, parts: Sequence[Part], counts: dict[tuple[str, str, str], int], faults: int
 ) -> Iterator[dict[str, Any]]:
     yield {
         "kind": "summary",
@@ -58,7 +61,7 @@ def _lines(
         "parts": [_part(part, counts) for part in parts],
     }
     for kind, notes in (("fault", False), ("note", True)):
-        for fault in check.ledger.faults(notes):
+        for fault in check.memory.faults(notes):
             yield {"kind": kind, **asdict(fault)}
 
 
@@ -69,6 +72,7 @@ def _part(part: Part, counts: dict[tuple[str, str, str], int]) -> dict[str, Any]
         "split": part.split,
         "file": part.file,
         **{name: getattr(part, name) for name in (*names, "trained", "cut")},
+        "extra": sorted(part.extra),
         "found": _found(part, counts),
     }
 
@@ -79,18 +83,22 @@ def _found(part: Part, counts: dict[tuple[str, str, str], int]) -> dict[str, int
     return {code: number for (*place, code), number in counts.items() if tuple(place) == mine}
 
 
-def show_report(console: Console, check: Check, parts: Sequence[Part], report: Path, most: int) -> None:
+def show_report(console: Console, check: DataCheck, parts: Sequence[Part], report: Path, most: int) -> None:
     """The table of counts, notes, then at most `most` faults and how many more the file has."""
     console.print(_table(check, parts))
     told = f"{check.decoded} images decoded now, {check.known} known from an earlier check"
     console.print(Text(told, style="dim"))
-    _list(console, check.ledger, True, most, "note", report)
-    _list(console, check.ledger, False, most, "fault", report)
+    if extra := set[str]().union(*(part.extra for part in parts)):
+        more = ", …" if len(extra) > MOST_KEYS else ""
+        told = f"kept for scorers, never shown to a model: {', '.join(sorted(extra)[:MOST_KEYS])}{more}"
+        console.print(Text(printable(told), style="dim"), soft_wrap=True)
+    _list(console, check.memory, True, most, "note", report)
+    _list(console, check.memory, False, most, "fault", report)
 
 
-def _table(check: Check, parts: Sequence[Part]) -> Table:
+def _table(check: DataCheck, parts: Sequence[Part]) -> Table:
     """One row for each (task, split)."""
-    counts = check.ledger.counts()
+    counts = check.memory.counts()
     table = Table(title=check.sequence.title or check.sequence.name)
     for name in ("task", "split"):
         table.add_column(name)
@@ -114,11 +122,11 @@ def _cut(part: Part) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in part.cut.items() if count) or "0"
 
 
-def _list(console: Console, ledger: Ledger, notes: bool, most: int, word: str, report: Path) -> None:
+def _list(console: Console, memory: Memory, notes: bool, most: int, word: str, report: Path) -> None:
     """The first faults or notes, one a line."""
     codes = NOTES if notes else FAULTS
-    total = sum(count for (*_, code), count in ledger.counts().items() if code in codes)
-    for fault in islice(ledger.faults(notes), most):
+    total = sum(count for (*_, code), count in memory.counts().items() if code in codes)
+    for fault in islice(memory.faults(notes), most):
         console.print(_line(fault, "yellow" if notes else "red"), soft_wrap=True)
     if total > most:
         console.print(f"… and {total - most:,} more {word}s: all of them are in {report}", soft_wrap=True)

@@ -15,7 +15,7 @@ from delo_llava.data.collate import (
     SEGMENT_OTHER,
     Row,
 )
-from delo_llava.data.images import DUMMY_SIZE, BadImage, decode
+from delo_llava.data.images import DUMMY_SIZE, FORMATS, BadImage, decode
 from delo_llava.data.missing import MissingSpec, record_presence
 from delo_llava.data.readers import Records
 from delo_llava.data_tools.prompts import Prompts
@@ -141,7 +141,7 @@ def _look(path: Path | None) -> tuple[str, Image.Image | None]:
     if path is None:
         return "none", None
     try:
-        with Image.open(path) as file:
+        with Image.open(path, formats=list(FORMATS)) as file:
             facts = f"{file.width}x{file.height}, {file.format} {file.mode}, {path.stat().st_size:,} bytes"
         return facts, decode(path)
     except (OSError, BadImage) as error:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from delo_llava.data.collate import Row
+from delo_llava.data.faults import in_a_line
 from delo_llava.data_tools.prompts import Prompts
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
@@ -69,8 +70,7 @@ class Trial:
         try:
             [row] = self._rows([(entry, record, size)])
         except DeloError as error:
-            told = error.message if error.given is None else f"{error.message} ({error.given})"
-            self._tell(self._code(record, error), entry, record.id, told)
+            self._tell(self._code(record, error), entry, record.id, in_a_line(error))
         else:
             self._judge(entry, record, row)
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from delo_llava.cache import cache_root
 from delo_llava.errors import DeloError
 from delo_llava.mini.entities import SPLITS, Split
 from delo_llava.mini.tasks.base import Example, Records
@@ -52,11 +53,6 @@ _NEW = ("unanswerable", "grounding")
 _SEEDS = {**MINI6.seeds, **{task: f"mini8-v1/{task}" for task in _NEW}}
 MINI8 = Collection("mini8", "mini8-v1", {t: _SEEDS[t] for t in (*_SIX[:4], *_NEW, *_SIX[4:])})
 COLLECTIONS = {c.name: c for c in (MINI6, MINI8)}
-
-
-def cache_root() -> Path:
-    """Where built data lives: DELO_LLAVA_CACHE, else ~/.cache/delo_llava."""
-    return Path(os.environ.get("DELO_LLAVA_CACHE") or Path.home() / ".cache" / "delo_llava")
 
 
 def ensure_mini6(root: Path | None = None, counts: Mapping[Split, int] = COUNTS) -> Path:

@@ -65,6 +65,11 @@ def test_single_labels_named_by_folders_and_by_file_names(tmp_path: Path) -> Non
     assert list(stream_records(spec(tmp_path, items, 1), "test")) == list(later)
 
 
+def test_further_keys_are_kept_for_scorers(tmp_path: Path) -> None:
+    [record] = read_records(spec(tmp_path, [item(0, 0) | {"calories": 300, "note": None}]), "train")
+    assert record.extra == {"calories": 300, "labels": ["pie"], "label_ids": [0], "label_form": "index"}
+
+
 @pytest.mark.parametrize(
     ("labels", "form"),
     [

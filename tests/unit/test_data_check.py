@@ -4,28 +4,25 @@ import json
 import os
 import sqlite3
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import datasets
 import pytest
 import tiny_models
 from data_support import Sequence, bomb, picture, talk
 from PIL import Image
 
 from delo_llava import cli
-from delo_llava.data_tools import decode, forms, walk
+from delo_llava.data_tools import decode, forms
 from delo_llava.data_tools.faults import FAULTS, NOTES
 from delo_llava.data_tools.forms import reference_faults
-from delo_llava.data_tools.ledger import Ledger
-from delo_llava.tasks import Record, TaskSpec
+from delo_llava.data_tools.memory import Memory
+from delo_llava.tasks import Record
 
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
     return Sequence(tmp_path)
 
 
@@ -97,6 +94,9 @@ DEFECTS: dict[str, tuple[Plant, str, str, int, str]] = {
     "empty answer in the second turn": (said(3, "  "), "answer_empty", "train", 8, "m8"),
     "absent answer": (test(1, answer=None), "answer_empty", "test", 1, "q13"),
     "placeholder without an image": (train(3, image=""), "placeholder_without_image", "train", 3, "a3"),
+    "two placeholders": (said(0, "<image>\n<image>\nq"), "placeholder_surplus", "train", 8, "m8"),
+    "answer beside the turns that is another": (train(3, answer="no"), "keys_compete", "train", 3, "a3"),
+    "picture under another key": (train(11, img="1.png"), "image_key", "train", 11, "text"),
     "path that climbs out": (train(3, image="../x.png"), "image_outside", "train", 3, "a3"),
     "path of the image folder itself": (train(3, image="."), "image_outside", "train", 3, "a3"),
     "absolute path": (test(1, image="/etc/passwd"), "image_outside", "test", 1, "q13"),
@@ -127,6 +127,15 @@ def test_a_planted_defect_is_named_by_file_and_record(data: Sequence, name: str)
     assert fault["file"] == str(data.folder / f"{split}.json")
 
 
+def test_entries_that_lost_a_part_are_not_called_repeated(data: Sequence) -> None:
+    """Their pictures differ; without them all say the same."""
+    for place in (8, 9, 10):
+        data.train[place]["images"] = ["11.png"]
+    data.write()
+    assert cli.main(data.words("--no-tokens")) == 1
+    assert [line["code"] for line in data.report()[1:]] == ["keys_compete"] * 3
+
+
 def test_clean_data_yields_nothing(data: Sequence, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(data.words()) == 0
     [summary] = data.report()
@@ -135,6 +144,7 @@ def test_clean_data_yields_nothing(data: Sequence, capsys: pytest.CaptureFixture
     counts = [trained[key] for key in ("entries", "records", "turns", "images", "without_image")]
     assert counts == [12, 15, 2, 11, 1]
     assert (trained["without_context"], trained["found"], tested["records"]) == (7, {}, 6)
+    assert trained["extra"] == tested["extra"] == []
     assert trained["trained"] > 15
     assert "0 faults" in capsys.readouterr().out
 
@@ -162,68 +172,6 @@ def test_every_code_is_planted_or_tested_by_name() -> None:
     assert not set(FAULTS) & set(NOTES)
 
 
-@pytest.mark.parametrize(
-    ("content", "told"),
-    [
-        ('[{"id": 1}', "not valid JSON"),
-        ('{"a": 1}', "no JSON array"),
-        ("[]", "no entries"),
-        ("", "not valid JSON"),
-        ('[{"question_id": "\udce9"}]', "cannot be read|not valid JSON"),
-    ],
-)
-def test_a_broken_file_is_told(data: Sequence, content: str, told: str) -> None:
-    (data.folder / "test.json").write_bytes(content.encode(errors="surrogateescape"))
-    assert cli.main(data.words("--no-tokens")) == 1
-    [fault] = [line for line in data.report() if line.get("code") == "file_unreadable"]
-    assert any(part in fault["message"] for part in told.split("|"))
-
-
-def test_entries_before_a_break_are_checked(data: Sequence) -> None:
-    data.train[1]["image"] = "../x"
-    data.write()
-    file = data.folder / "train.json"
-    file.write_text(file.read_text()[:-30])
-    assert cli.main(data.words()) == 1
-    codes = [line["code"] for line in data.report() if line["kind"] == "fault"]
-    assert sorted(codes) == ["file_unreadable", "image_outside"]
-
-
-def test_items_of_the_cmml_layout(tmp_path: Path) -> None:
-    """One file for all tasks and splits; a label is what the layout allows, and each part sees its own."""
-
-    @dataclass(frozen=True)
-    class Spec(TaskSpec):
-        classes: Any = None
-
-    good = {"task_id": 0, "split": "train", "image": "a.jpg", "text": ["one", "two"], "label": 3}
-    bad = [{**good, "label": label} for label in (None, [], -1, True, [0, -1], "", {"a": 1})]
-    fine = [{**good, "label": label} for label in ([1, 2], [0, 1, 0], "apple pie", ["a", "b"])]
-    lost = [{**good, "task_id": "0"}, {**good, "split": "dev"}]
-    other = [{**good, "task_id": 1}, {**good, "split": "test"}]
-    file = tmp_path / "cmml.json"
-    file.write_text(json.dumps([good, *other, *lost, *fine, *bad]))
-    files: dict[Any, Path] = dict.fromkeys(("train", "val", "test"), file)
-    first = Spec("task1", "naming", files, tmp_path, classes=SimpleNamespace(number=0))
-    found = list(walk.walk(first, "train"))
-    assert [entry.number for entry in found] == [0, 3, 4, *range(5, 16)]
-    assert [entry.number for entry in found if entry.records] == [0, 5, 6, 7, 8]
-    assert found[0].records[0].context == "one. two"
-    codes = [code for entry in found for code, _ in entry.faults]
-    assert codes == ["entry_malformed"] * 2 + ["label_form"] * 7
-    assert [entry.number for entry in walk.walk(first, "test")] == [2]
-    second = Spec("task2", "naming", files, tmp_path, classes=SimpleNamespace(number=1))
-    assert [entry.number for entry in walk.walk(second, "train")] == [1]
-
-
-def test_bad_lines_of_jsonl_are_told_one_by_one(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"id": 1}\n{"id": \n\n{"id": 3}\n')
-    one, two, three = walk.raw_entries(file)
-    assert (one, three) == ({"id": 1}, {"id": 3})
-    assert isinstance(two, walk.BadLine)
-
-
 def test_accepted_faults_are_notes_that_still_name_their_record(data: Sequence) -> None:
     copied(data)
     gone(data)
@@ -241,48 +189,6 @@ def test_a_conversation_that_repeats_itself_is_a_note(data: Sequence) -> None:
     assert cli.main(data.words("--no-tokens")) == 0
     [note] = [line for line in data.report() if line["kind"] == "note"]
     assert (note["code"], note["record"], note["message"][:2]) == ("turn_repeated", "m8#2", "2 ")
-
-
-def test_entries_without_a_row_in_a_side_file_are_counted(data: Sequence) -> None:
-    pytest.importorskip("delo_llava.data.sides")
-    recipe = json.loads(data.recipe.read_text())
-    side = {"name": "hints", "file": "hints.json", "shape": "map", "by": "id", "context": "."}
-    recipe["tasks"][0]["sides"] = [{**side, "splits": ["train"]}]
-    data.recipe.write_text(json.dumps(recipe))
-    (data.folder / "hints.json").write_text(json.dumps({"a1": "think", "m8": "look"}))
-    assert cli.main(data.words("--no-tokens")) == 0
-    [note] = [line for line in data.report() if line["kind"] == "note"]
-    assert (note["code"], note["message"][:26]) == ("side_unmatched", "10 of 12 entries have no r")
-
-
-def test_links_out_of_the_folder_pass_and_are_told_once(data: Sequence, tmp_path: Path) -> None:
-    away = tmp_path / "away"
-    for number in (0, 1, 2):
-        picture(away / f"{number}.png", 100 + number)
-        (data.images / f"{number}.png").unlink()
-        (data.images / f"{number}.png").symlink_to(away / f"{number}.png")
-    assert cli.main(data.words()) == 0
-    [note] = [line for line in data.report() if line["kind"] == "note"]
-    assert (note["code"], note["record"]) == ("link_outside", "a0")
-    assert note["message"].startswith(f"3 images in {data.images} lie in {away}")
-
-
-def test_a_linked_folder_is_one_note_however_many_folders_it_has(data: Sequence, tmp_path: Path) -> None:
-    for number in (0, 1):
-        picture(tmp_path / "away" / f"sub{number}" / "x.png", 200 + number)
-        data.train[number]["image"] = f"disk/sub{number}/x.png"
-    (data.images / "disk").symlink_to(tmp_path / "away")
-    data.write()
-    assert cli.main(data.words("--no-tokens")) == 0
-    [note] = [line for line in data.report() if line["kind"] == "note"]
-    assert note["message"].startswith(f"2 images in {data.images / 'disk'} lie in {tmp_path / 'away'}, ")
-
-
-def test_the_image_folder_itself_may_be_a_link(data: Sequence, tmp_path: Path) -> None:
-    data.images.rename(tmp_path / "disk")
-    data.images.symlink_to(tmp_path / "disk")
-    assert cli.main(data.words()) == 0
-    assert len(data.report()) == 1
 
 
 def test_a_second_check_decodes_only_what_changed(data: Sequence) -> None:
@@ -381,8 +287,20 @@ def test_test_references_are_looked_at_by_their_scorer(
     assert (fault["code"], fault["split"], fault["record"]) == ("answer_form", "test", "q16")
 
 
+def test_the_root_has_the_name_that_training_gives_it(data: Sequence) -> None:
+    words = ["--data.root" if word == "--root" else word for word in data.words("--no-tokens")]
+    assert cli.main(words) == 0
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "many"])
+def test_workers_are_a_number_from_one(data: Sequence, word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(data.words(f"--workers={word}"))
+    assert f"--workers: it must be a number from 1, given {word}" in capsys.readouterr().err
+
+
 def test_another_check_at_the_same_time_is_refused(data: Sequence) -> None:
-    with Ledger(data.folder / "state.sqlite"), pytest.raises(SystemExit, match="2"):
+    with Memory(data.folder / "state.sqlite"), pytest.raises(SystemExit, match="2"):
         cli.main(data.words())
     (data.folder / "state.sqlite").write_text("no database, but long enough to look like one" * 10)
     with pytest.raises(SystemExit, match="2"):
@@ -393,7 +311,7 @@ def test_a_full_disk_is_told_with_a_remedy(data: Sequence, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise sqlite3.OperationalError("database or disk is full")
 
-    monkeypatch.setattr(Ledger, "refer", full)
+    monkeypatch.setattr(Memory, "refer", full)
     with pytest.raises(SystemExit, match="2"):
         cli.main(data.words())
 
@@ -438,7 +356,7 @@ def test_references_have_the_form_of_their_scorer(
 ) -> None:
     monkeypatch.setattr(forms, "load_plugin", lambda kind, name: type("S", (), {"needs": ("answers",)}))
     found = reference_faults(scorer)(record)
-    absent = [("extra_missing", f"{scorer} needs `answers`, which is absent")]
+    absent = [("extra_missing", f"{scorer} needs `answers`, which is absent or empty")]
     assert [fault for fault in found if fault[0] == "extra_missing"] == (
         [] if "answers" in record.extra else absent
     )

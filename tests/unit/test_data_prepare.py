@@ -2,10 +2,10 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import datasets
 import pytest
 from data_support import Sequence, picture
 
@@ -69,6 +69,51 @@ def test_food101_is_drawn_reproducibly(
     picture(food / "images" / "train" / "ramen" / "ramen_99.jpg", 999)
     with pytest.raises(SystemExit, match="2"):
         prepare("food101_cmml", food, tmp_path / "a")
+
+
+def test_titles_of_any_length_and_with_a_byte_order_mark(food: Path, tmp_path: Path) -> None:
+    file = food / "texts" / "train_titles.csv"
+    rows = list(csv.reader(file.read_text().splitlines()))
+    rows[3][1] = "long " * 40_000
+    with file.open("w", newline="", encoding="utf-8-sig") as out:
+        csv.writer(out).writerows(rows)
+    limit = csv.field_size_limit()
+    assert prepare("food101_cmml", food, tmp_path / "a") == 0
+    assert csv.field_size_limit() == limit, "it holds for the whole process"
+    items = load(tmp_path / "a/UPMC-Food101-CMML/UPMC-Food101-CMML.json")
+    texts = {Path(item["image"]).name: item["text"] for item in items if item["split"] != "test"}
+    assert texts[rows[0][0]] == rows[0][1]
+    assert texts[rows[3][0]] == rows[3][1].strip()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (b'ramen"", 1', b'ramen" 1', "(?s)cannot be read: ',' expected after.*after line"),
+        (b"how to", b"cr\xe8me", "(?s)cannot be read: .*utf-8.*train_titles.csv"),
+        (b",", b";", "(?s)Most rows of this file are not: image, text, class.*line 1: "),
+        (b".jpg", b"_small.jpg", "(?s)Most images have no text.*of 52"),
+        (b'",ramen', b",ramen", "(?s)cannot be read: .*train_titles.csv, after line"),
+    ],
+    ids=["quote inside", "Latin-1", "semicolons", "other names", "open quote"],
+)
+def test_titles_that_cannot_be_understood_are_refused(
+    food: Path, tmp_path: Path, old: bytes, new: bytes, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "test"):
+        file = food / "texts" / f"{split}_titles.csv"
+        file.write_bytes(file.read_bytes().replace(old, new))
+    with pytest.raises(SystemExit, match="2"):
+        prepare("food101_cmml", food, tmp_path / "a")
+    assert re.search(told, capsys.readouterr().err)
+    assert not (tmp_path / "a" / "UPMC-Food101-CMML" / "UPMC-Food101-CMML.json").exists()
+
+
+def test_rows_that_hold_no_image_are_noted(food: Path, tmp_path: Path) -> None:
+    file = food / "texts" / "train_titles.csv"
+    file.write_text("image,title,class\n" + file.read_text())
+    assert prepare("food101_cmml", food, tmp_path / "a") == 0
+    assert "1 of 50 rows hold no image, first line 1" in load(tmp_path / "a" / "prepared.json")["notes"][0]
 
 
 @pytest.fixture
@@ -190,7 +235,7 @@ def test_texts_become_a_side_file_or_the_context(
 @pytest.mark.parametrize(
     ("kind", "content", "told"),
     [
-        ("coco", OCR, "holds no texts of the kind 'coco'"),
+        ("coco", OCR, "is not of the kind 'coco'"),
         ("coco", {"annotations": [{"image_id": "a", "caption": "b"}]}, "is not of the kind 'coco'"),
         ("ocr", {"data": [{"image_id": "nowhere", "ocr_tokens": ["A"]}]}, "No entry has a text"),
         ("hints", [1], "of the kind 'hints'"),
@@ -209,7 +254,7 @@ def test_texts_that_do_not_fit_are_refused(
 
 
 def test_a_sub_sample_is_what_a_run_would_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
     source = tmp_path / "source"
     source.mkdir()
     data = Sequence(source)

@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import datasets
 import pytest
 import tiny_models
 from data_support import Sequence
@@ -22,7 +21,7 @@ from delo_llava.data_tools.shown import MissingSpec, shown
 
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
     return Sequence(tmp_path)
 
 

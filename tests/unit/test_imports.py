@@ -14,8 +14,9 @@ ROOT = Path(delo_llava.__file__).parent
 
 #: The rooms of the library from the ground up; each may import only what stands before it.
 ORDER = (
-    "errors", "strict", "files", "tasks", "registry", "schema", "data", "config", "backbones", "features",
-    "adapters", "methods", "engines", "training", "runs", "cluster", "mini", "data_tools", "commands", "cli",
+    "errors", "cache", "strict", "files", "tasks", "registry", "schema", "data", "config", "backbones",
+    "features", "adapters", "methods", "engines", "training", "runs", "cluster", "mini", "data_tools",
+    "commands", "cli",
 )  # fmt: skip
 
 #: The application: these alone may know the harness.
@@ -24,7 +25,7 @@ APPLICATION = ("commands", "cli")
 #: Rooms that must stay usable without most of what is below them.
 ONLY = {
     "files": {"errors", "strict"},
-    "data": {"errors", "strict", "tasks", "registry", "schema"},
+    "data": {"errors", "cache", "strict", "tasks", "registry", "schema"},
     "features": {"errors", "strict", "data"},
     "adapters": {"errors", "strict", "data", "features"},
 }

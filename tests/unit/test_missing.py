@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from delo_llava.data.missing import MissingSpec, effective, pattern_spec, presence, record_presence
+from delo_llava.data.missing import MissingSpec, effective, pattern_spec, presence, record_presence, share_of
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -131,3 +131,10 @@ def test_effective_of_complete_records_is_the_protocol() -> None:
 def test_no_records() -> None:
     assert record_presence(MissingSpec(ratio=0.5), []).shape == (0, 2)
     assert effective(MissingSpec(ratio=0.5), [])["records"] == 0
+
+
+def test_a_share_is_the_decimal_number_that_was_written() -> None:
+    for percent in range(101):
+        for count in range(0, 300, 7):
+            assert share_of(percent / 100, count) == percent * count // 100
+    assert share_of(0.7, 90) == 63  # 0.7 * 90 is 62.999…

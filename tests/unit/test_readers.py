@@ -109,6 +109,7 @@ def test_sub_is_exact_nested_ordered_and_seeded(tmp_path: Path) -> None:
     assert small == sorted(small, key=int)
     assert read_records(spec, "train", sub=0.2, seed=2).ids != small
     assert len(read_records(spec, "train", sub=0.001)) == 1
+    assert len(read_records(spec, "train", sub=0.58)) == 29  # 0.58 * 50 is 28.999…
     again = read_records(spec, "train", sub=0.2, seed=1)
     assert [record.id for record in again] == [again[i].id for i in range(len(again))] == small
 
@@ -122,7 +123,10 @@ def test_sub_is_exact_nested_ordered_and_seeded(tmp_path: Path) -> None:
         ({"question_id": "z", "text": "Q", "answer": []}, "there is no answer"),
         ({"question_id": "z", "text": "Q", "answer": [1]}, "there is no answer"),
         ({"question_id": "z", "text": "Q", "answer": True}, "there is no answer"),
-        ({"question_id": "z", "answer": "A"}, "instruction must be text"),
+        (
+            {"question_id": "z", "answer": "A"},
+            "(?s)no question under one of the keys conversations, .*question_id, answer",
+        ),
         (talk("<image>\n", "A", id="z", image="x.png"), "instruction is empty"),
         (talk("<image>\nQ", "A", id="z"), "names no image"),
         (talk("Q", id="z"), "must alternate"),
@@ -138,7 +142,7 @@ def test_sub_is_exact_nested_ordered_and_seeded(tmp_path: Path) -> None:
         (GOOD | {"image": "a/../../x.png"}, "outside the image folder"),
         (GOOD | {"image": ["x.png", "y.png"]}, "must be one path"),
         (GOOD | {"context": ["a", "b"]}, "`context` must be text"),
-        ("text", "is not an object"),
+        ("text", "it is not an object"),
     ],
 )
 def test_faults_name_file_and_entry(tmp_path: Path, entry: Any, told: str) -> None:
@@ -269,7 +273,7 @@ def test_a_stream_gives_the_same_records_and_stores_nothing(tmp_path: Path, cach
     spec.files["train"].write_text(json.dumps([GOOD, "broken"]))
     found = stream_records(spec, "train")
     assert next(found).id == "a"
-    with pytest.raises(DeloError, match="entry 1 is not an object"):
+    with pytest.raises(DeloError, match=r"entry 1 \(id 1\): it is not an object"):
         next(found)
 
 

@@ -11,10 +11,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
+from delo_llava.cache import cache_root, writable
 from delo_llava.data_tools.decode import VERSION, Verdict
 from delo_llava.data_tools.faults import NOTES, Fault
 from delo_llava.errors import DeloError
-from delo_llava.mini.build import cache_root
 from delo_llava.tasks import TaskSequence
 
 #: Kept between runs.
@@ -48,11 +48,13 @@ CREATE INDEX shown_content ON shown (task, sha256);
 #: none), and the first one with the same bytes.
 OVERLAP = """
 SELECT held.path, held.task, held.split, held.file, held.entry, held.record, taught.path, taught.record,
-    (SELECT record FROM ref WHERE path = held.path AND task = held.task AND split = 'train'
-     ORDER BY entry LIMIT 1)
+    same.record
 FROM shown AS held JOIN (
     SELECT task, sha256, path, record, MIN(entry) FROM shown WHERE split = 'train' GROUP BY task, sha256
 ) AS taught ON held.task = taught.task AND held.sha256 = taught.sha256
+LEFT JOIN (
+    SELECT task, path, record, MIN(entry) FROM ref WHERE split = 'train' GROUP BY task, path
+) AS same ON held.task = same.task AND held.path = same.path
 WHERE held.split <> 'train'
 """
 
@@ -69,11 +71,11 @@ GROUP BY held.task, taught.task
 def default_state(sequence: TaskSequence) -> Path:
     """Where a sequence's checks are remembered unless told otherwise: by its name and its files' place."""
     places = "\n".join(sorted(str(path) for task in sequence.tasks for path in task.files.values()))
-    folder = cache_root() / "data_check"
+    folder = writable(cache_root() / "data_check")
     return folder / f"{sequence.name}-{hashlib.sha256(places.encode()).hexdigest()[:8]}.sqlite"
 
 
-class Ledger:
+class Memory:
     """The memory of one sequence's checks.
 
     Args:
