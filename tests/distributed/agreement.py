@@ -206,6 +206,8 @@ def images_worker(job: dict[str, Any]) -> None:
         kit = Kit(backbone, backbone.load_processor(path))
         fit(model, method, (Part(examples),), config, ranks, kit, seed=5, observe=lambda _, it=silent: it)
         assert torch.nn.functional.linear is linear, "an engine leaves the process as it was"
+        left = [n for p in model.parameters() for n in vars(p) if n.startswith(("ds_", "_hp", "_z3"))]
+        assert not left and all(p.numel() for p in model.parameters()), "and the module plain and whole"
         if ranks.first:
             told = [[report.loss, report.grad_norm] for report in silent.reports]
             (folder / f"images-{zero}.json").write_text(json.dumps(told))
