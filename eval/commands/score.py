@@ -10,8 +10,8 @@ from delo_llava.commands.base import Command, say
 from delo_llava.errors import DeloError
 
 if TYPE_CHECKING:
+    from delo_eval.answers.scoring import Scored
     from delo_eval.scorers.base import Reference, Scorer
-    from delo_eval.scoring import Scored
 
 SCHEMA = "delo-llava/scores/1"
 
@@ -51,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         DeloError: a mistake in the words, answers that do not fit the questions, or data that is missing.
     """
-    from delo_eval.answers import answer_files, read_answers
-    from delo_eval.scoring import score_all
+    from delo_eval.answers.files import answer_files, read_answers
+    from delo_eval.answers.scoring import score_all
     from delo_llava.files import write_json_atomic, write_text_atomic
 
     subject, scorer, references = _subject(options)
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _subject(options: argparse.Namespace) -> tuple[str, "Scorer", list["Reference"]]:
     """What is scored, by which scorer and against which references."""
-    from delo_eval.references import read_references
+    from delo_eval.answers.references import read_references
     from delo_llava.registry import load_plugin
 
     group, _, task = (options.task or "").rpartition("/")

@@ -11,9 +11,9 @@ from typing import Literal, cast
 import numpy as np
 from pydantic import model_validator
 
-from delo_eval.alike import Protocol, Results
-from delo_eval.comparison import Row, Value
-from delo_eval.derived import metrics
+from delo_eval.compare.comparison import Row, Value
+from delo_eval.compare.protocol import Protocol, Results
+from delo_eval.matrix.derived import metrics
 from delo_llava.registry import load_plugin
 from delo_llava.schema import Section, checked, read_yaml
 

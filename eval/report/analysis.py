@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from delo_eval import errors
-from delo_eval.matrix import RUN_PATTERN
-from delo_eval.predictions import prediction_file
+from delo_eval.answers import errors
+from delo_eval.answers.predictions import prediction_file
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.content import RunContent
 
 #: Confusions shown of a task.

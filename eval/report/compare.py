@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from delo_eval.matrix import RUN_PATTERN
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.content import RunContent, read_content
 from delo_eval.report.learning import loss_overlay
@@ -14,7 +14,7 @@ from delo_eval.report.render import render
 from delo_llava.files import write_text_atomic
 
 if TYPE_CHECKING:
-    from delo_eval.comparison import Comparison, Row
+    from delo_eval.compare.comparison import Comparison, Row
 
 FILE = "compare.html"
 
@@ -28,7 +28,7 @@ def render_comparison(comparison: "Comparison", output: Path) -> Path:
     """Write the page about a comparison.
 
     Args:
-        comparison: of `delo_eval.compare.compare`; its rows name the folders to read.
+        comparison: of `delo_eval.compare.assemble.compare`; its rows name the folders to read.
         output: folder for `compare.html`, made where it is missing.
 
     Returns:
@@ -45,7 +45,7 @@ def render_comparison(comparison: "Comparison", output: Path) -> Path:
 
 def comparison_parts(comparison: "Comparison") -> dict[str, Any]:
     """Everything the template shows."""
-    from delo_eval.leaderboard import legend, sheets
+    from delo_eval.compare.leaderboard import legend, sheets
 
     runs = [row for row in comparison.rows if row.folders]
     contents = {row.name: [read_content(folder) for folder in row.folders] for row in runs}

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delo_eval.matrix import RUN_PATTERN
-from delo_eval.results import read_results
+from delo_eval.matrix.accuracy import RUN_PATTERN
+from delo_eval.matrix.results import read_results
 from delo_llava.errors import DeloError
 from delo_llava.runs.store import RunStore
 from delo_llava.schema import read_yaml

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from delo_eval.matrix import RUN_PATTERN
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.colour import step_of
 from delo_eval.report.content import Json, RunContent, value_at

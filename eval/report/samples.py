@@ -5,8 +5,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from delo_eval.matrix import RUN_PATTERN
-from delo_eval.predictions import Row, prediction_file, read_rows
+from delo_eval.answers.predictions import Row, prediction_file, read_rows
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.content import RunContent
 from delo_llava.backbones.base import Backbone, find_backbone
 from delo_llava.data.images import load_image

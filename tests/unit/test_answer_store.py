@@ -15,12 +15,12 @@ import yaml
 from PIL import Image
 from test_stage import TASKS, Alone, make_run, predictions, recipe  # noqa: F401
 
-from delo_eval import stage as stage_module
-from delo_eval.answer_keys import AnswerKeys
-from delo_eval.answer_store import CellAnswers, Writer
-from delo_eval.generate import Answer, Answerer, Question
-from delo_eval.hashes import FileHashes
-from delo_eval.stage import Request, evaluate_stage
+from delo_eval.answers.hashes import FileHashes
+from delo_eval.answers.keys import AnswerKeys
+from delo_eval.answers.store import CellAnswers, Writer
+from delo_eval.harness import stage as stage_module
+from delo_eval.harness.generate import Answer, Answerer, Question
+from delo_eval.harness.stage import Request, evaluate_stage
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.methods.lora import Lora
@@ -127,7 +127,7 @@ def test_an_unchanged_stage_needs_no_model_and_stands(run: Path, no_model: None)
 
 def test_an_unchanged_stage_needs_no_torch(run: Path) -> None:
     code = (
-        "import sys; from delo_eval.run import main; "
+        "import sys; from delo_eval.harness.run import main; "
         f"code = main(['--run', {str(run)!r}, '--stage', '1']); "
         "sys.exit(code or 'torch' in sys.modules)"
     )
@@ -153,7 +153,7 @@ def test_the_batch_size_is_no_reason_to_ask_again(run: Path, no_model: None, bat
 def test_a_changed_scorer_only_scores_again(
     run: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from delo_eval import unchanged
+    from delo_eval.harness import unchanged
 
     monkeypatch.setattr(unchanged, "code_hash", lambda modules: "other code")
     monkeypatch.setattr("delo_eval.scorers.exact_match.SCORER.function.__code__", (lambda p, r: 1.0).__code__)

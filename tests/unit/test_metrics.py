@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from delo_eval.derived import metrics
+from delo_eval.matrix.derived import metrics
 from delo_eval.metrics.base import Grid
 from delo_llava.registry import load_plugin
 

@@ -15,7 +15,9 @@ import tiny_models
 import torch
 from training_support import words, write_sequence
 
+from delo_eval.answers.routing_use import merge_use_parts, read_use, use_file, write_use_part
 from delo_eval.cli import main
+from delo_eval.harness.stage import evaluate_stage
 from delo_eval.report import render as render_module
 from delo_eval.report.charts import Chart, Line, drawn, number, ticks
 from delo_eval.report.colour import STEPS, contrast, palette, step_of, text_on
@@ -25,8 +27,6 @@ from delo_eval.report.render import FAILED, SECTIONS, try_report, write_report
 from delo_eval.report.routing import entropy, pool_use
 from delo_eval.report.samples import choose, samples
 from delo_eval.report.summary import progress, warnings
-from delo_eval.routing_use import merge_use_parts, read_use, use_file, write_use_part
-from delo_eval.stage import evaluate_stage
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
 from delo_llava.methods.delo.router import Selection

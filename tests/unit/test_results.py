@@ -8,16 +8,24 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from delo_eval.derived import choice_statistics, summarise
-from delo_eval.generate import Answer, Question
-from delo_eval.matrix import ZERO_SHOT, AccuracyMatrix
-from delo_eval.plots import draw
-from delo_eval.predictions import prediction_row, read_rows, write_rows
-from delo_eval.results import FILE, SCHEMA, Results, read_results, results_json, resume_results, write_results
+from delo_eval.answers.predictions import prediction_row, read_rows, write_rows
+from delo_eval.harness.generate import Answer, Question
+from delo_eval.harness.stage import fill_cell
+from delo_eval.matrix.accuracy import ZERO_SHOT, AccuracyMatrix
+from delo_eval.matrix.derived import choice_statistics, summarise
+from delo_eval.matrix.plots import draw
+from delo_eval.matrix.results import (
+    FILE,
+    SCHEMA,
+    Results,
+    read_results,
+    results_json,
+    resume_results,
+    write_results,
+)
+from delo_eval.matrix.table import final_table, stage_table
 from delo_eval.scorers.base import Reference
 from delo_eval.scorers.exact_match import SCORER
-from delo_eval.stage import fill_cell
-from delo_eval.table import final_table, stage_table
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record

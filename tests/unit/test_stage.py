@@ -14,11 +14,11 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from delo_eval import stage as stage_module
 from delo_eval.cli import main
-from delo_eval.run import Request, evaluate_stage
+from delo_eval.harness import stage as stage_module
+from delo_eval.harness.run import Request, evaluate_stage
+from delo_eval.harness.stage import current_ranks, open_run
 from delo_eval.scorers.base import Reference, Scorer
-from delo_eval.stage import current_ranks, open_run
 from delo_llava.backbones.base import find_backbone
 from delo_llava.config import dump_config, load_config
 from delo_llava.data.collate import Batch

@@ -8,9 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from delo_eval.alike import Protocol, Results, differences, judged_mode, protocol, without_missing_seed
-from delo_eval.results import read_results
-from delo_eval.rows import spread
+from delo_eval.compare.protocol import (
+    Protocol,
+    Results,
+    differences,
+    judged_mode,
+    protocol,
+    without_missing_seed,
+)
+from delo_eval.compare.runs import spread
+from delo_eval.matrix.results import read_results
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 

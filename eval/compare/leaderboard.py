@@ -10,10 +10,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from delo_eval.comparison import Comparison, Paired, Row, Value
-from delo_eval.derived import metrics
-from delo_eval.table import HEADLINE
-from delo_eval.uncertainty import Contrast
+from delo_eval.compare.comparison import Comparison, Paired, Row, Value
+from delo_eval.matrix.derived import metrics
+from delo_eval.matrix.table import HEADLINE
+from delo_eval.matrix.uncertainty import Contrast
 from delo_llava.files import write_text_atomic
 
 #: Columns behind the metrics: key of `Row.extras` -> title.

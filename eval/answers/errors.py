@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from delo_eval.predictions import prediction_file, read_rows
+from delo_eval.answers.predictions import prediction_file, read_rows
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 

@@ -2,7 +2,7 @@
 
 from typing import Any, cast
 
-from delo_eval.folder import RunFolder
+from delo_eval.harness.folder import RunFolder
 from delo_eval.scorers.base import Scorer
 from delo_llava.config import RunConfig
 from delo_llava.registry import load_plugin

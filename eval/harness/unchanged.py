@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from delo_eval.facts import run_facts
-from delo_eval.folder import AS_STORED, Request, RunFolder, open_folder
-from delo_eval.hashes import FOLDER, code_hash, package_versions, told_writing
-from delo_eval.matrix import stage_name
-from delo_eval.results import Results, results_json, resume_results, write_results
+from delo_eval.answers.hashes import FOLDER, code_hash, package_versions, told_writing
+from delo_eval.harness.facts import run_facts
+from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
+from delo_eval.matrix.accuracy import stage_name
+from delo_eval.matrix.results import Results, results_json, resume_results, write_results
 from delo_llava.config import RunConfig
 from delo_llava.files import sha256_file, write_json_atomic
 from delo_llava.runs.manifest import MANIFEST

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from delo_eval.matrix import ZERO_SHOT
+from delo_eval.matrix.accuracy import ZERO_SHOT
 from delo_llava.config import RunConfig, config_layers, core_config
 from delo_llava.data.recipe import load_sequence
 from delo_llava.errors import DeloError

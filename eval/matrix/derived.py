@@ -5,10 +5,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-from delo_eval.matrix import MODES, AccuracyMatrix
+from delo_eval.matrix.accuracy import MODES, AccuracyMatrix
+from delo_eval.matrix.uncertainty import bootstrap_error, standard_error
 from delo_eval.metrics.base import Metric
 from delo_eval.scorers.base import Reference, Scorer
-from delo_eval.uncertainty import bootstrap_error, standard_error
 from delo_llava.registry import load_plugin, plugin_names
 
 

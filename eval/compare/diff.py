@@ -9,9 +9,9 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from delo_eval.alike import Difference, differences, flat
-from delo_eval.matrix import MODES, Mode
-from delo_eval.rows import Run, load_runs
+from delo_eval.compare.protocol import Difference, differences, flat
+from delo_eval.compare.runs import Run, load_runs
+from delo_eval.matrix.accuracy import MODES, Mode
 from delo_llava.runs.store import RunStore
 from delo_llava.schema import read_yaml
 

@@ -13,22 +13,22 @@ from typing import Any, cast
 import torch
 from torch import distributed
 
-from delo_eval.answer_keys import AnswerKeys, model_facts
-from delo_eval.answer_store import CellAnswers, Entry
-from delo_eval.derived import cell_score, choice_statistics, share
-from delo_eval.facts import run_facts, scorer_of
-from delo_eval.folder import AS_STORED, Request, RunFolder, open_folder
-from delo_eval.generate import Answerer, Question, batches
-from delo_eval.hashes import FileHashes, told_writing
-from delo_eval.matrix import ZERO_SHOT, Mode, stage_name
-from delo_eval.plots import PLOTS, draw_changed
-from delo_eval.predictions import Row, prediction_file, prediction_row, write_rows
-from delo_eval.questions import Cell, Questions, cells_of
+from delo_eval.answers.hashes import FileHashes, told_writing
+from delo_eval.answers.keys import AnswerKeys, model_facts
+from delo_eval.answers.predictions import Row, prediction_file, prediction_row, write_rows
+from delo_eval.answers.routing_use import merge_use_parts, use_file, write_use_part
+from delo_eval.answers.store import CellAnswers, Entry
+from delo_eval.harness.facts import run_facts, scorer_of
+from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
+from delo_eval.harness.generate import Answerer, Question, batches
+from delo_eval.harness.questions import Cell, Questions, cells_of
+from delo_eval.harness.unchanged import unchanged_stage, write_receipt
+from delo_eval.matrix.accuracy import ZERO_SHOT, Mode, stage_name
+from delo_eval.matrix.derived import cell_score, choice_statistics, share
+from delo_eval.matrix.plots import PLOTS, draw_changed
+from delo_eval.matrix.results import Results, read_results, results_json, resume_results, write_results
 from delo_eval.report.render import try_report
-from delo_eval.results import Results, read_results, results_json, resume_results, write_results
-from delo_eval.routing_use import merge_use_parts, use_file, write_use_part
 from delo_eval.scorers.base import Reference, Scorer
-from delo_eval.unchanged import unchanged_stage, write_receipt
 from delo_llava.backbones.base import Backbone, find_backbone, resolve_device
 from delo_llava.config import RunConfig, with_methods
 from delo_llava.data.collate import Collator

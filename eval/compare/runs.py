@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delo_eval.alike import (
+from delo_eval.compare.comparison import Row, Value
+from delo_eval.compare.protocol import (
     MISSING_SEED,
     Protocol,
     Results,
@@ -17,9 +18,8 @@ from delo_eval.alike import (
     protocol,
     without_missing_seed,
 )
-from delo_eval.comparison import Row, Value
-from delo_eval.matrix import RUN_PATTERN
-from delo_eval.results import FILE, read_results
+from delo_eval.matrix.accuracy import RUN_PATTERN
+from delo_eval.matrix.results import FILE, read_results
 from delo_llava.errors import DeloError
 from delo_llava.schema import read_yaml
 

@@ -5,8 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from delo_eval.generate import Question
-from delo_eval.hashes import FileHashes, code_hash, package_versions
+from delo_eval.answers.hashes import FileHashes, code_hash, package_versions
+from delo_eval.harness.generate import Question
 from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
 from delo_llava.files import sha256_file
@@ -15,7 +15,7 @@ from delo_llava.runs.manifest import MANIFEST
 
 #: Modules and packages whose code decides an answer.
 CODE = (
-    "delo_eval.generate",
+    "delo_eval.harness.generate",
     "delo_llava.adapters",
     "delo_llava.backbones",
     "delo_llava.data.collate",

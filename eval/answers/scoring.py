@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from delo_eval.answers import Answers, Matched, match
+from delo_eval.answers.files import Answers, Matched, match
 from delo_eval.scorers.base import Reference, Scorer, Scoring
 from delo_eval.scorers.mif import SCORER as MIF
 from delo_eval.scorers.mif import obeys

@@ -6,13 +6,13 @@ from typing import cast
 
 import numpy as np
 
-from delo_eval.comparison import Paired
-from delo_eval.derived import score_drawn
-from delo_eval.matrix import RUN_PATTERN
-from delo_eval.predictions import Row, prediction_file, read_rows
-from delo_eval.rows import Run
+from delo_eval.answers.predictions import Row, prediction_file, read_rows
+from delo_eval.compare.comparison import Paired
+from delo_eval.compare.runs import Run
+from delo_eval.matrix.accuracy import RUN_PATTERN
+from delo_eval.matrix.derived import score_drawn
+from delo_eval.matrix.uncertainty import Array, Contrast, Outcomes, paired_bootstrap
 from delo_eval.scorers.base import Reference, Scorer
-from delo_eval.uncertainty import Array, Contrast, Outcomes, paired_bootstrap
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
 

@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from delo_eval.alike import Difference
-from delo_eval.uncertainty import Contrast
+from delo_eval.compare.protocol import Difference
+from delo_eval.matrix.uncertainty import Contrast
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Answers on disk: what was said to each question, kept apart from scores, so no question is answered twice.
 
-`answers/<stage>/<pattern>/<task>.jsonl`, one answer a line with its key (`answer_keys.py`) and a checksum.
+`answers/<stage>/<pattern>/<task>.jsonl`, one answer a line with its key (`keys.py`) and a checksum.
 While an evaluation runs, every process appends to a part file of its own beside it; a killed one leaves its
 part, and the next launch, of any number of ranks, goes on from there. The first rank joins them at the end.
 """
@@ -16,9 +16,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from delo_eval.generate import Answer
-from delo_eval.hashes import FOLDER, told_writing
-from delo_eval.matrix import stage_name
+from delo_eval.answers.hashes import FOLDER, told_writing
+from delo_eval.harness.generate import Answer
+from delo_eval.matrix.accuracy import stage_name
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 

@@ -11,12 +11,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from delo_eval.folder import Request, RunFolder, open_folder
-from delo_eval.matrix import ZERO_SHOT, stage_name
-from delo_eval.plots import PLOTS, draw_changed
-from delo_eval.results import read_results
-from delo_eval.table import final_table, stage_table
-from delo_eval.unchanged import unchanged_stage
+from delo_eval.harness.folder import Request, RunFolder, open_folder
+from delo_eval.harness.unchanged import unchanged_stage
+from delo_eval.matrix.accuracy import ZERO_SHOT, stage_name
+from delo_eval.matrix.plots import PLOTS, draw_changed
+from delo_eval.matrix.results import read_results
+from delo_eval.matrix.table import final_table, stage_table
 from delo_llava.data.missing import PATTERNS
 from delo_llava.errors import DeloError
 
@@ -46,8 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_stage(run_dir: Path, stage: int, **options: Any) -> dict[str, Any] | None:
-    """`delo_eval.stage.evaluate_stage`, imported when it is called: it needs torch."""
-    stage_module = importlib.import_module("delo_eval.stage")
+    """`delo_eval.harness.stage.evaluate_stage`, imported when it is called: it needs torch."""
+    stage_module = importlib.import_module("delo_eval.harness.stage")
     content: dict[str, Any] | None = stage_module.evaluate_stage(run_dir, stage, **options)
     return content
 
@@ -89,7 +89,7 @@ def _evaluate(
     run: RunFolder, stages: Sequence[int], request: Request, console: Console
 ) -> dict[str, Any] | None:
     """Evaluate the stages; the first rank shows progress and gets the results."""
-    from delo_eval.stage import launched_ranks
+    from delo_eval.harness.stage import launched_ranks
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     content = None
