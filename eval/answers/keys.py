@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from delo_eval.answers.hashes import FileHashes, code_hash, package_versions
-from delo_eval.harness.generate import Question
+from delo_eval.answers.question import Question
 from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
 from delo_llava.files import sha256_file

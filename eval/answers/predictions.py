@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from delo_eval.harness.generate import Answer, Question
+from delo_eval.answers.question import Answer, Question
 from delo_eval.matrix.accuracy import stage_name
 from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.scorers.mif import obeys

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from delo_eval.answers.hashes import FOLDER, told_writing
-from delo_eval.harness.generate import Answer
+from delo_eval.answers.question import Answer
 from delo_eval.matrix.accuracy import stage_name
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic

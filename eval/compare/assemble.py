@@ -7,9 +7,10 @@ from pathlib import Path
 from delo_eval.compare.comparison import Comparison, Row
 from delo_eval.compare.paired import pair
 from delo_eval.compare.protocol import Difference, Protocol, differences
+from delo_eval.compare.published import published_rows
 from delo_eval.compare.runs import labels, load_runs, row_of, row_protocol, seed_groups
 from delo_eval.matrix.uncertainty import RESAMPLES
-from delo_eval.published.base import load_table, published_rows
+from delo_eval.published.base import load_table
 from delo_llava.errors import DeloError
 
 #: Fewest resamples whose 95 % interval says anything.

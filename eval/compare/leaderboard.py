@@ -11,9 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from delo_eval.compare.comparison import Comparison, Paired, Row, Value
-from delo_eval.matrix.derived import metrics
 from delo_eval.matrix.table import HEADLINE
 from delo_eval.matrix.uncertainty import Contrast
+from delo_eval.metrics.base import metrics
 from delo_llava.files import write_text_atomic
 
 #: Columns behind the metrics: key of `Row.extras` -> title.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from delo_eval.answers.question import Answer, Presence, Question
 from delo_llava.data.collate import Batch
 from delo_llava.data.images import UnusableImage
 from delo_llava.methods.base import Method, TaskChoice
@@ -20,16 +21,6 @@ from delo_llava.tasks import Record
 
 #: The evidence left when the instruction's words may not be used to choose the task.
 VIEWS_WITHOUT_INSTRUCTION = ("image", "text")
-
-Presence = tuple[bool, bool]
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """A record and which of its modalities (image, text) the model may see."""
-
-    record: Record
-    presence: Presence
 
 
 class Tokenizer(Protocol):
@@ -41,28 +32,6 @@ class Tokenizer(Protocol):
     def batch_decode(self, sequences: Tensor, *, skip_special_tokens: bool) -> list[str]:
         """Texts of a B×S batch of ids."""
         ...
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What the model said to one question.
-
-    Attributes:
-        prediction: with the task the method chose (or needs none of).
-        oracle: with the true task; equals `prediction` where the choice was right; None where no true task
-            can be given.
-        task_used: the chosen task, None for methods that do not choose.
-        task_without_instruction: the choice from image and context alone.
-        choice_scores: score per trained task, higher is likelier.
-        image_fault: why the record's image could not be used; the answer is empty then, and wrong.
-    """
-
-    prediction: str
-    oracle: str | None
-    task_used: str | None = None
-    task_without_instruction: str | None = None
-    choice_scores: dict[str, float | None] | None = None
-    image_fault: str | None = None
 
 
 @dataclass

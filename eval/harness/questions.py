@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from delo_eval.harness.generate import Question
+from delo_eval.answers.question import Question
 from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT
 from delo_llava.config import RunConfig
 from delo_llava.data.missing import effective, hash_rank, pattern_spec, record_presence

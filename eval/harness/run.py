@@ -1,7 +1,6 @@
 """`delo-eval`: evaluate a saved stage of a run, alone or under torchrun or deepspeed."""
 
 import argparse
-import importlib
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -47,9 +46,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_stage(run_dir: Path, stage: int, **options: Any) -> dict[str, Any] | None:
     """`delo_eval.harness.stage.evaluate_stage`, imported when it is called: it needs torch."""
-    stage_module = importlib.import_module("delo_eval.harness.stage")
-    content: dict[str, Any] | None = stage_module.evaluate_stage(run_dir, stage, **options)
-    return content
+    from delo_eval.harness.stage import evaluate_stage as evaluate
+
+    return evaluate(run_dir, stage, **options)
 
 
 def stages_named(word: str, run: RunFolder) -> list[int]:

@@ -16,11 +16,12 @@ from torch import distributed
 from delo_eval.answers.hashes import FileHashes, told_writing
 from delo_eval.answers.keys import AnswerKeys, model_facts
 from delo_eval.answers.predictions import Row, prediction_file, prediction_row, write_rows
+from delo_eval.answers.question import Question
 from delo_eval.answers.routing_use import merge_use_parts, use_file, write_use_part
 from delo_eval.answers.store import CellAnswers, Entry
 from delo_eval.harness.facts import run_facts, scorer_of
 from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
-from delo_eval.harness.generate import Answerer, Question, batches
+from delo_eval.harness.generate import Answerer, batches
 from delo_eval.harness.questions import Cell, Questions, cells_of
 from delo_eval.harness.unchanged import unchanged_stage, write_receipt
 from delo_eval.matrix.accuracy import ZERO_SHOT, Mode, stage_name

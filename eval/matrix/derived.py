@@ -3,18 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from delo_eval.matrix.accuracy import MODES, AccuracyMatrix
 from delo_eval.matrix.uncertainty import bootstrap_error, standard_error
-from delo_eval.metrics.base import Metric
+from delo_eval.metrics.base import metrics
 from delo_eval.scorers.base import Reference, Scorer
-from delo_llava.registry import load_plugin, plugin_names
-
-
-def metrics() -> dict[str, Metric]:
-    """Every metric by name, shipped or from a third party."""
-    return {name: cast(Metric, load_plugin("metric", name)) for name in plugin_names("metric")}
 
 
 def summarise(matrix: AccuracyMatrix) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from delo_eval.matrix.accuracy import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix, stage_name
-from delo_eval.matrix.derived import metrics, oracle_gap, summarise
+from delo_eval.matrix.derived import oracle_gap, summarise
+from delo_eval.metrics.base import metrics
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic

@@ -5,9 +5,12 @@ In every formula a[i][j] is the score (percent) on task j after training task i,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
+
+from delo_llava.registry import load_plugin, plugin_names
 
 #: T×T float64, `nan` where not run; row = stage, column = task.
 Grid = NDArray[np.float64]
@@ -35,6 +38,11 @@ class Metric:
         """The value in percent (or points), or None where it is undefined or cells are missing."""
         value = float(self.function(np.asarray(grid, dtype=np.float64), zero_shot))
         return value if np.isfinite(value) else None
+
+
+def metrics() -> dict[str, Metric]:
+    """Every metric by name, shipped or from a third party."""
+    return {name: cast(Metric, load_plugin("metric", name)) for name in plugin_names("metric")}
 
 
 def mean_or_nan(values: Grid) -> float:

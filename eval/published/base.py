@@ -1,4 +1,4 @@
-"""Published tables: read, recompute what their rows allow, and stand beside runs where the protocol matches.
+"""Published tables: read, and what their rows allow recomputed.
 
 Every number is a publication's; nothing here was measured by this project.
 """
@@ -11,9 +11,7 @@ from typing import Literal, cast
 import numpy as np
 from pydantic import model_validator
 
-from delo_eval.compare.comparison import Row, Value
-from delo_eval.compare.protocol import Protocol, Results
-from delo_eval.matrix.derived import metrics
+from delo_eval.metrics.base import metrics
 from delo_llava.registry import load_plugin
 from delo_llava.schema import Section, checked, read_yaml
 
@@ -162,47 +160,6 @@ def checks(table: PublishedTable) -> Iterator[Check]:
                 yield Check(
                     row.method, name, metric, printed, value, half + 2 * half * abs(scale[metric]), "means"
                 )
-
-
-def published_rows(
-    table: PublishedTable, reference: Results, protocol: Protocol
-) -> Iterator[tuple[Row, Protocol]]:
-    """The table's trained rows for a comparison, each with its protocol.
-
-    What a publication does not tell (hashes, versions of scorers) is taken to be as in the reference run: the
-    match is one of names. A metric is shown under this project's name of the same convention.
-    """
-    told = table.protocol
-    same_start = reference["start_weights"].get("name") in told.start_names
-    same_data = told.task_seq is not None and Path(str(reference["task_seq"])).stem == told.task_seq
-    declared = {
-        "tasks": list(table.tasks),
-        "stages": len(table.tasks),
-        "split": told.split,
-        "limit": None,
-        "scoring": told.scoring,
-        "missing.ratio": 0,
-        "start_weights": protocol["start_weights"] if same_start else told.start_weights,
-    }
-    kept = {key: value for key, value in protocol.items() if key != "missing.seed" and key != "missing.kind"}
-    found = {**kept, **declared} if same_data else {**kept, **declared, "published data": told.data}
-    for row in table.rows:
-        if row.kind == "trained":
-            yield _row(table, row), found
-
-
-def _row(table: PublishedTable, row: PublishedRow) -> Row:
-    cells = zip(table.tasks, row.final or [None] * len(table.tasks), strict=True)
-    tag = f"[{table.certainty}] {CERTAINTY[table.certainty]}"
-    return Row(
-        name=f"{row.method} ({table.source})",
-        method=row.method,
-        mode="published",
-        scores={task: Value(cell) for task, cell in cells if cell is not None},
-        metrics={table.aggregates[name]: Value(value) for name, value in row.aggregates.items()},
-        published=f"{table.title}; {table.source}; {tag}",
-        notes=tuple(filter(None, (row.note, *table.notes))),
-    )
 
 
 def _from_cells(row: PublishedRow, metric: str, count: int) -> float | None:

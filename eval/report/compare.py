@@ -3,8 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from delo_eval.compare.comparison import Comparison, Row
+from delo_eval.compare.leaderboard import legend, sheets
 from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.content import RunContent, read_content
@@ -12,9 +14,6 @@ from delo_eval.report.learning import loss_overlay
 from delo_eval.report.matrices import HeatTable, course, matrix
 from delo_eval.report.render import render
 from delo_llava.files import write_text_atomic
-
-if TYPE_CHECKING:
-    from delo_eval.compare.comparison import Comparison, Row
 
 FILE = "compare.html"
 
@@ -24,7 +23,7 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def render_comparison(comparison: "Comparison", output: Path) -> Path:
+def render_comparison(comparison: Comparison, output: Path) -> Path:
     """Write the page about a comparison.
 
     Args:
@@ -43,10 +42,8 @@ def render_comparison(comparison: "Comparison", output: Path) -> Path:
     return file
 
 
-def comparison_parts(comparison: "Comparison") -> dict[str, Any]:
+def comparison_parts(comparison: Comparison) -> dict[str, Any]:
     """Everything the template shows."""
-    from delo_eval.compare.leaderboard import legend, sheets
-
     runs = [row for row in comparison.rows if row.folders]
     contents = {row.name: [read_content(folder) for folder in row.folders] for row in runs}
     return {
@@ -66,7 +63,7 @@ def comparison_parts(comparison: "Comparison") -> dict[str, Any]:
 
 
 def curves(
-    tasks: Sequence[str], rows: "Sequence[Row]", contents: Mapping[str, Sequence[RunContent]]
+    tasks: Sequence[str], rows: Sequence[Row], contents: Mapping[str, Sequence[RunContent]]
 ) -> list[Drawn]:
     """The mean over trained tasks, then each task from its own stage on; a line per row, its seeds' mean."""
     charts = []
@@ -98,7 +95,7 @@ def mean_course(courses: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[
     return [(x, sum(found[x] for found in values) / len(values)) for x in shared]
 
 
-def side_by_side(rows: "Sequence[Row]", contents: Mapping[str, Sequence[RunContent]]) -> list[HeatTable]:
+def side_by_side(rows: Sequence[Row], contents: Mapping[str, Sequence[RunContent]]) -> list[HeatTable]:
     """The matrix of every run in the mode its row is judged by."""
     tables = []
     for row in rows:

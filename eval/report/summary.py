@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from delo_eval.matrix.derived import metrics
 from delo_eval.matrix.table import HEADLINE
+from delo_eval.metrics.base import metrics
 from delo_eval.report.content import Json, RunContent, value_at
 from delo_eval.report.matrices import missing_words
 

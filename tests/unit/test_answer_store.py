@@ -17,9 +17,10 @@ from test_stage import TASKS, Alone, make_run, predictions, recipe  # noqa: F401
 
 from delo_eval.answers.hashes import FileHashes
 from delo_eval.answers.keys import AnswerKeys
+from delo_eval.answers.question import Answer, Question
 from delo_eval.answers.store import CellAnswers, Writer
 from delo_eval.harness import stage as stage_module
-from delo_eval.harness.generate import Answer, Answerer, Question
+from delo_eval.harness.generate import Answerer
 from delo_eval.harness.stage import Request, evaluate_stage
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError

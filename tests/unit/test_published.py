@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from delo_eval.cli import main
-from delo_eval.matrix.derived import metrics
+from delo_eval.metrics.base import metrics
 from delo_eval.published.base import Check, PublishedTable, checks, load_table
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from delo_eval.answers.predictions import prediction_row, read_rows, write_rows
-from delo_eval.harness.generate import Answer, Question
+from delo_eval.answers.question import Answer, Question
 from delo_eval.harness.stage import fill_cell
 from delo_eval.matrix.accuracy import ZERO_SHOT, AccuracyMatrix
 from delo_eval.matrix.derived import choice_statistics, summarise
