@@ -16,7 +16,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from delo_eval.answers.predictions import prediction_file, read_rows
+from delo_eval.answers.predictions import prediction_file, read_predictions
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 
@@ -180,7 +180,7 @@ def run_errors(
     """
     found = []
     for task in tasks:
-        rows = read_rows(prediction_file(folder, stage, pattern, task))
+        rows = read_predictions(prediction_file(folder, stage, pattern, task))
         if oracle and any(row["oracle_score"] is None for row in rows):
             raise DeloError(f"{task} was not answered with the true task told.", given="oracle")
         found.append(task_errors(task, rows, oracle=oracle))

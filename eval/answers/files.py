@@ -27,7 +27,7 @@ LISTED = 10
 
 
 @dataclass(frozen=True)
-class Answers:
+class FileAnswers:
     """Answers in the order of their files.
 
     Attributes:
@@ -76,13 +76,13 @@ def answer_files(given: Sequence[str]) -> list[Path]:
     return _in_index_order({file: (int(found[1]), int(found[2])) for file, found in shards.items()})
 
 
-def read_answers(files: Sequence[Path]) -> Answers:
+def read_answers(files: Sequence[Path]) -> FileAnswers:
     """All answers of the files, one after another.
 
     Raises:
         DeloError: a file that cannot be read, or a row without id or text (named).
     """
-    answers = Answers(list(files), [], [])
+    answers = FileAnswers(list(files), [], [])
     for file in files:
         keys: tuple[str, str] | None = None
         for number, row in enumerate(_rows(file), start=1):
@@ -96,7 +96,7 @@ def read_answers(files: Sequence[Path]) -> Answers:
     return answers
 
 
-def match(answers: Answers, references: Sequence[Reference], *, allow_missing: bool) -> Matched:
+def match(answers: FileAnswers, references: Sequence[Reference], *, allow_missing: bool) -> Matched:
     """Lay the answers beside the questions by id.
 
     Questions whose ids repeat in their file are called `<id>`, `<id>~2` … and so are their answers.

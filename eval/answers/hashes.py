@@ -14,7 +14,7 @@ from delo_llava.errors import DeloError
 from delo_llava.files import HashCache, sha256_file
 
 #: Folder of the answers, their hashes and receipts below an evaluation's output.
-FOLDER = "answers"
+ANSWERS = "answers"
 #: Packages whose version may decide an answer.
 PACKAGES = (
     "torch", "transformers", "peft", "bitsandbytes", "tokenizers", "flash-attn", "numpy", "pillow",
@@ -29,7 +29,7 @@ class FileHashes:
     """
 
     def __init__(self, output: Path, rank: int = 0) -> None:
-        self._folder = output / FOLDER
+        self._folder = output / ANSWERS
         shared = _memory(self._folder / "hashes.json")
         self.cache = shared if rank == 0 else _memory(self._folder / f".hashes.part{rank}")
         self._saved = dict(self.cache.known)

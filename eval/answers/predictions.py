@@ -16,7 +16,7 @@ from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 from delo_llava.strict import parse_json
 
-Row = dict[str, Any]
+Prediction = dict[str, Any]
 
 
 def prediction_file(output: Path, stage: int, pattern: str, task: str) -> Path:
@@ -24,7 +24,7 @@ def prediction_file(output: Path, stage: int, pattern: str, task: str) -> Path:
     return output / "predictions" / stage_name(stage) / pattern / f"{task}.jsonl"
 
 
-def prediction_row(question: Question, answer: Answer, scorer: Scorer, stage: int, pattern: str) -> Row:
+def prediction_of(question: Question, answer: Answer, scorer: Scorer, stage: int, pattern: str) -> Prediction:
     """One line: the question, what was visible, what was said, its score, and how the task was chosen."""
     record, (image, text) = question.record, question.presence
     reference = Reference.of(record)
@@ -54,14 +54,14 @@ def prediction_row(question: Question, answer: Answer, scorer: Scorer, stage: in
     return row if answer.image_fault is None else {**row, "image_fault": answer.image_fault}
 
 
-def write_rows(file: Path, rows: Sequence[Row]) -> None:
+def write_predictions(file: Path, rows: Sequence[Prediction]) -> None:
     """Publish a cell's predictions in one step; a file that already says the same is left alone."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     if not file.is_file() or file.read_bytes() != text.encode():
         write_text_atomic(file, text)
 
 
-def read_rows(file: Path) -> list[Row]:
+def read_predictions(file: Path) -> list[Prediction]:
     """The rows of a predictions file.
 
     Raises:
@@ -78,7 +78,7 @@ def read_rows(file: Path) -> list[Row]:
         ) from error
 
 
-def _row(line: str) -> Row:
+def _row(line: str) -> Prediction:
     row = parse_json(line)
     if not isinstance(row, dict) or not {"record_id", "task", "prediction"} <= row.keys():
         raise ValueError("a line is no prediction")

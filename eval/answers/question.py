@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from delo_llava.tasks import Record
 
-Presence = tuple[bool, bool]
+#: Whether image and context text may be seen.
+Flags = tuple[bool, bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -12,7 +13,7 @@ class Question:
     """A record and which of its modalities (image, text) the model may see."""
 
     record: Record
-    presence: Presence
+    presence: Flags
 
 
 @dataclass(frozen=True)

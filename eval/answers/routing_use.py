@@ -14,7 +14,7 @@ from delo_llava.files import write_text_atomic
 from delo_llava.strict import read_json
 
 SCHEMA = "delo-llava/routing/1"
-FOLDER = "routing"
+ROUTING = "routing"
 
 #: What names a pool of a `routing_use`; its `rows` and `counts` add up.
 POOL = ("task", "modality", "present", "part")
@@ -22,7 +22,7 @@ POOL = ("task", "modality", "present", "part")
 
 def use_file(output: Path, stage: int, pattern: str, task: str) -> Path:
     """Where the counts of one cell lie."""
-    return output / FOLDER / str(stage) / pattern / f"{task}.json"
+    return output / ROUTING / str(stage) / pattern / f"{task}.json"
 
 
 def write_use_part(file: Path, rank: int, use: dict[str, Any] | None) -> None:
@@ -87,7 +87,7 @@ def read_use(file: Path) -> dict[str, Any]:
 
 def stage_uses(output: Path, stage: int, pattern: str) -> Iterator[dict[str, Any]]:
     """The counts of every cell of one stage under one pattern; none for a method that does not route."""
-    for file in sorted((output / FOLDER / str(stage) / pattern).glob("*.json")):
+    for file in sorted((output / ROUTING / str(stage) / pattern).glob("*.json")):
         yield read_use(file)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from delo_eval.answers.files import Answers, Matched, match
+from delo_eval.answers.files import FileAnswers, Matched, match
 from delo_eval.scorers.base import Reference, Scorer, Scoring
 from delo_eval.scorers.mif import SCORER as MIF
 from delo_eval.scorers.mif import obeys
@@ -14,7 +14,7 @@ from delo_llava.files import sha256_file
 
 
 @dataclass(frozen=True)
-class Outcome:
+class FileScore:
     """The score of an answer file by one rule.
 
     Attributes:
@@ -53,15 +53,15 @@ class Scored:
     """An answer file with its scores.
 
     Attributes:
-        outcomes: by each rule that was asked for.
+        scores: by each rule that was asked for.
         refused: why the official rule has no outcome; empty when it has one or none was asked for.
         following: share of answers in the format asked for, see `instruction_following`.
     """
 
-    answers: Answers
+    answers: FileAnswers
     matched: Matched
     references: list[Reference]
-    outcomes: list[Outcome]
+    scores: list[FileScore]
     refused: str
     following: dict[str, Any] | None
 
@@ -72,7 +72,7 @@ class Scored:
             "answers": {file.name: sha256_file(file) for file in self.answers.files},
             "questions": len(self.references),
             "missing": {"count": len(missing), "ids": missing},
-            "scores": {one.mode: one.to_json() for one in self.outcomes},
+            "scores": {one.mode: one.to_json() for one in self.scores},
             "not_scored": self.refused or None,
             "instruction_following": self.following,
         }
@@ -81,7 +81,7 @@ class Scored:
 def score_all(
     scorer: Scorer,
     only: Scoring | None,
-    answers: Answers,
+    answers: FileAnswers,
     references: list[Reference],
     *,
     allow_missing: bool = False,
@@ -96,18 +96,18 @@ def score_all(
         DeloError: answers that do not fit the questions, or data the rule cannot be applied to.
     """
     matched = match(answers, references, allow_missing=allow_missing)
-    outcomes = [score(scorer.in_mode(only or "native"), only or "native", matched, references)]
+    scores = [score(scorer.in_mode(only or "native"), only or "native", matched, references)]
     refused = ""
     if only is None and scorer.compat is not None:
         try:
-            outcomes.append(score(scorer.compat, "compat", matched, references))
+            scores.append(score(scorer.compat, "compat", matched, references))
         except DeloError as error:
             refused = f"{scorer.compat.id}: {error.message}"
     following = instruction_following(matched, references)
-    return Scored(answers, matched, references, outcomes, refused, following)
+    return Scored(answers, matched, references, scores, refused, following)
 
 
-def score(scorer: Scorer, mode: Scoring, matched: Matched, references: Sequence[Reference]) -> Outcome:
+def score(scorer: Scorer, mode: Scoring, matched: Matched, references: Sequence[Reference]) -> FileScore:
     """Score the answers by `scorer`, in the way its mode treats order and missing answers.
 
     A rule by position pairs answers and questions in the order of their files. Questions without answer count
@@ -133,11 +133,11 @@ def score(scorer: Scorer, mode: Scoring, matched: Matched, references: Sequence[
     counted = [value for value in records if value is not None]
     if scorer.corpus is None:
         mean = sum(counted) / len(counted)
-        return Outcome(mode, scorer, 100 * mean, len(counted), _standard_error(counted, mean), {}, records)
+        return FileScore(mode, scorer, 100 * mean, len(counted), _standard_error(counted, mean), {}, records)
     said = [text or "" for text in texts]
     details = scorer.details(said, references) if scorer.details else {}
     percent = {name: 100 * value for name, value in details.items()}
-    return Outcome(mode, scorer, 100 * scorer.total(said, references), len(records), None, percent, records)
+    return FileScore(mode, scorer, 100 * scorer.total(said, references), len(records), None, percent, records)
 
 
 def instruction_following(matched: Matched, references: Sequence[Reference]) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from delo_eval.answers.hashes import FOLDER, told_writing
+from delo_eval.answers.hashes import ANSWERS, told_writing
 from delo_eval.answers.question import Answer
 from delo_eval.matrix.accuracy import stage_name
 from delo_llava.errors import DeloError
@@ -25,7 +25,7 @@ from delo_llava.files import write_text_atomic
 logger = logging.getLogger(__name__)
 
 #: (key, record id, answer) of one question.
-Entry = tuple[str, str, Answer]
+StoredAnswer = tuple[str, str, Answer]
 
 
 class CellAnswers:
@@ -36,12 +36,12 @@ class CellAnswers:
     """
 
     def __init__(self, output: Path, stage: int, pattern: str, task: str) -> None:
-        self.file = output / FOLDER / stage_name(stage) / pattern / f"{task}.jsonl"
+        self.file = output / ANSWERS / stage_name(stage) / pattern / f"{task}.jsonl"
         self.damaged: list[str] = []
         self._joined: list[str] = []
         self._whole = False
 
-    def read(self) -> dict[str, Entry]:
+    def read(self) -> dict[str, StoredAnswer]:
         """Key -> entry of every whole line, of the joined file and of all parts.
 
         A line whose checksum does not fit is told (once) and left out, so that its question is asked again.
@@ -60,7 +60,7 @@ class CellAnswers:
         return found
 
     @contextmanager
-    def writer(self, rank: int) -> Iterator["Writer"]:
+    def writer(self, rank: int) -> Iterator["PartWriter"]:
         """A part file of this process's own, flushed to the disk at the end; none stays if nothing came.
 
         Raises:
@@ -70,13 +70,13 @@ class CellAnswers:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             handle = self._open_part(rank)
         try:
-            yield Writer(handle, self.file.parent)
+            yield PartWriter(handle, self.file.parent)
         finally:
             with told_writing(self.file.parent):
                 os.fsync(handle.fileno())
                 handle.close()
 
-    def join(self, context: str, keys: Sequence[str], known: dict[str, Entry]) -> None:
+    def join(self, context: str, keys: Sequence[str], known: dict[str, StoredAnswer]) -> None:
         """Put the answers of `keys`, in that order, into the joined file and drop the finished parts.
 
         Args:
@@ -121,7 +121,7 @@ class CellAnswers:
             handle.close()
         raise DeloError("No new file of answers could be made.", given=self.file.parent)
 
-    def _entries(self, file: Path) -> Iterator[Entry]:
+    def _entries(self, file: Path) -> Iterator[StoredAnswer]:
         """The whole lines of one file; what is wrong with others goes into `damaged`."""
         if not file.is_file():
             return
@@ -136,13 +136,13 @@ class CellAnswers:
                 yield entry
 
 
-class Writer:
+class PartWriter:
     """Appends answers, a batch at a time and whole lines only."""
 
     def __init__(self, handle: IO[bytes], folder: Path) -> None:
         self._handle, self._folder = handle, folder
 
-    def append(self, entries: Iterable[Entry]) -> None:
+    def append(self, entries: Iterable[StoredAnswer]) -> None:
         """Write the answers of one batch; they outlive this process from here on.
 
         Raises:
@@ -163,14 +163,14 @@ def _remove_if_left(part: Path) -> None:
         part.unlink(missing_ok=True)
 
 
-def _line(entry: Entry) -> str:
+def _line(entry: StoredAnswer) -> str:
     """One answer as a line that can prove itself."""
     key, record_id, answer = entry
     body = {"key": key, "record_id": record_id, "answer": asdict(answer)}
     return json.dumps({**body, "check": _check(body)}, ensure_ascii=False) + "\n"
 
 
-def _parsed(line: bytes) -> Entry | None:
+def _parsed(line: bytes) -> StoredAnswer | None:
     """The answer in a line, None where the line is not what was written."""
     try:
         body: dict[str, Any] = json.loads(line)

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from delo_eval.compare.comparison import Comparison, Row
+from delo_eval.compare.comparison import BoardRow, Comparison
 from delo_eval.compare.paired import pair
 from delo_eval.compare.protocol import Difference, Protocol, differences
 from delo_eval.compare.published import published_rows
@@ -79,19 +79,21 @@ def refusal(apart: Sequence[Difference]) -> DeloError:
     )
 
 
-def _marked(row: Row, apart: Sequence[Difference], protocols: Mapping[str, Protocol], reference: str) -> Row:
+def _marked(
+    row: BoardRow, apart: Sequence[Difference], protocols: Mapping[str, Protocol], reference: str
+) -> BoardRow:
     """The row with the numbers of the differences in which it stands apart from the reference."""
     own, first = protocols[row.name], protocols[reference]
     marks = (i for i, d in enumerate(apart, start=1) if own.get(d.field) != first.get(d.field))
     return replace(row, marks=tuple(marks))
 
 
-def _ranked(rows: Sequence[Row]) -> list[Row]:
+def _ranked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     """Best AP first; rows without one last."""
     return sorted(rows, key=lambda row: -row.metrics["ap"].mean if "ap" in row.metrics else float("inf"))
 
 
-def _notes(rows: Sequence[Row], stages: int, tasks: int) -> tuple[str, ...]:
+def _notes(rows: Sequence[BoardRow], stages: int, tasks: int) -> tuple[str, ...]:
     """What holds for the whole table."""
     notes = []
     if stages < tasks:

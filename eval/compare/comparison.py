@@ -31,7 +31,7 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Row:
+class BoardRow:
     """One line of the leaderboard: the runs of one method that differ only in their seed, or a published row.
 
     Attributes:
@@ -103,7 +103,7 @@ class Comparison:
     """
 
     tasks: tuple[str, ...]
-    rows: tuple[Row, ...]
+    rows: tuple[BoardRow, ...]
     reference: str
     paired: tuple[Paired, ...]
     differences: tuple[Difference, ...]
@@ -113,7 +113,7 @@ class Comparison:
     scorer_ids: Mapping[str, str]
     notes: tuple[str, ...] = ()
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> BoardRow:
         """The row of this name."""
         return next(row for row in self.rows if row.name == name)
 

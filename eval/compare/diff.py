@@ -10,12 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from delo_eval.compare.protocol import Difference, differences, flat
-from delo_eval.compare.runs import Run, load_runs
-from delo_eval.matrix.accuracy import MODES, Mode
+from delo_eval.compare.runs import RunResults, load_runs
+from delo_eval.matrix.accuracy import MODES, Cells, Mode
 from delo_llava.runs.store import RunStore
 from delo_llava.schema import read_yaml
-
-Grid = list[list[float | None]]
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class RunDiff:
     names: tuple[str, str]
     sections: Mapping[str, tuple[Difference, ...]]
     tasks: tuple[str, ...]
-    matrices: Mapping[Mode, Grid]
+    matrices: Mapping[Mode, list[Cells]]
 
     @property
     def same(self) -> bool:
@@ -84,7 +82,7 @@ def shown(diff: RunDiff) -> list[RenderableType]:
     return parts
 
 
-def _matrix(diff: RunDiff, mode: str, grid: Grid) -> Table:
+def _matrix(diff: RunDiff, mode: str, grid: list[Cells]) -> Table:
     title = f"{mode}: {diff.names[1]} − {diff.names[0]}, points on (column) after training (row)"
     table = Table(title=Text(title), title_justify="left")
     for i, head in enumerate(("", *diff.tasks)):
@@ -94,22 +92,24 @@ def _matrix(diff: RunDiff, mode: str, grid: Grid) -> Table:
     return table
 
 
-def _apart(a: Run, b: Run, of: Callable[[Run], dict[str, Any]]) -> tuple[Difference, ...]:
+def _apart(
+    a: RunResults, b: RunResults, of: Callable[[RunResults], dict[str, Any]]
+) -> tuple[Difference, ...]:
     return tuple(differences({a.name: of(a), b.name: of(b)}))
 
 
-def _config(run: Run) -> dict[str, Any]:
+def _config(run: RunResults) -> dict[str, Any]:
     file = RunStore(run.folder).config
     return flat("", read_yaml(file)) if file.is_file() else {}
 
 
-def _adapters(run: Run) -> dict[str, Any]:
+def _adapters(run: RunResults) -> dict[str, Any]:
     """Task -> sha256 of the manifest of its adapter."""
     stages = RunStore(run.folder).read_run().get("stages", {})
     return {task: entry.get("manifest") for task, entry in stages.items()}
 
 
-def _minus(first: Grid, second: Grid) -> Grid:
+def _minus(first: list[Cells], second: list[Cells]) -> list[Cells]:
     return [
         [None if x is None or y is None else y - x for x, y in zip(one, other, strict=True)]
         for one, other in zip(first, second, strict=True)

@@ -10,13 +10,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from delo_eval.compare.comparison import Comparison, Paired, Row, Value
+from delo_eval.compare.comparison import BoardRow, Comparison, Paired, Value
 from delo_eval.matrix.table import HEADLINE
 from delo_eval.matrix.uncertainty import Contrast
 from delo_eval.metrics.base import metrics
 from delo_llava.files import write_text_atomic
 
-#: Columns behind the metrics: key of `Row.extras` -> title.
+#: Columns behind the metrics: key of `BoardRow.extras` -> title.
 EXTRAS = {
     "mif": "instruction followed %",
     "task_choice_accuracy": "task chosen right %",
@@ -191,7 +191,7 @@ def _best(
     return found
 
 
-def _gaps(tasks: Sequence[str], rows: Sequence[Row]) -> Sheet:
+def _gaps(tasks: Sequence[str], rows: Sequence[BoardRow]) -> Sheet:
     cells = ((_name(row), *(value_text(row.oracle_gap.get(task)) for task in tasks)) for row in rows)
     return Sheet("Points lost by choosing the task (oracle − matched)", ("method", *tasks), tuple(cells))
 
@@ -213,7 +213,7 @@ def _contrast(contrast: Contrast | None) -> str:
     return f"{c.difference:+.2f} [{c.low:+.2f}, {c.high:+.2f}] {p_value}"
 
 
-def _name(row: Row) -> str:
+def _name(row: BoardRow) -> str:
     return row.name + "".join(f" [{mark}]" for mark in row.marks)
 
 

@@ -6,9 +6,9 @@ from typing import cast
 
 import numpy as np
 
-from delo_eval.answers.predictions import Row, prediction_file, read_rows
+from delo_eval.answers.predictions import Prediction, prediction_file, read_predictions
 from delo_eval.compare.comparison import Paired
-from delo_eval.compare.runs import Run
+from delo_eval.compare.runs import RunResults
 from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.matrix.derived import score_drawn
 from delo_eval.matrix.uncertainty import Array, Contrast, Outcomes, paired_bootstrap
@@ -23,7 +23,10 @@ CORPUS_RESAMPLES = 1000
 
 
 def pair(
-    first: tuple[str, Sequence[Run]], second: tuple[str, Sequence[Run]], tasks: Sequence[str], resamples: int
+    first: tuple[str, Sequence[RunResults]],
+    second: tuple[str, Sequence[RunResults]],
+    tasks: Sequence[str],
+    resamples: int,
 ) -> Paired:
     """Contrast two rows, given as name and runs, on each task and on the mean of all.
 
@@ -55,7 +58,7 @@ def pair(
     )
 
 
-def _outcomes(runs: Sequence[Run], task: str) -> tuple[Outcomes, bool]:
+def _outcomes(runs: Sequence[RunResults], task: str) -> tuple[Outcomes, bool]:
     """What the runs made of the task's records, and whether a resample scores the task as a whole.
 
     Raises:
@@ -79,7 +82,9 @@ def _outcomes(runs: Sequence[Run], task: str) -> tuple[Outcomes, bool]:
     return _whole(runs, task, rows, cells), True
 
 
-def _whole(runs: Sequence[Run], task: str, rows: Sequence[Sequence[Row]], cells: Sequence[float]) -> Outcomes:
+def _whole(
+    runs: Sequence[RunResults], task: str, rows: Sequence[Sequence[Prediction]], cells: Sequence[float]
+) -> Outcomes:
     """Outcomes under a rule that is no mean over records, applied to the stored answers and references.
 
     Raises:
@@ -118,9 +123,9 @@ def scorer_with_id(identifier: str) -> Scorer | None:
     return None
 
 
-def _rows(run: Run, task: str) -> list[Row]:
+def _rows(run: RunResults, task: str) -> list[Prediction]:
     """The run's rows after its last finished stage, by record id."""
-    rows = read_rows(prediction_file(run.folder, run.stages - 1, RUN_PATTERN, task))
+    rows = read_predictions(prediction_file(run.folder, run.stages - 1, RUN_PATTERN, task))
     if not rows:
         raise DeloError(f"{run.name} has no predictions")
     return sorted(rows, key=lambda row: str(row["record_id"]))

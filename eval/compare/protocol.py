@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Results = Mapping[str, Any]
+from delo_eval.matrix.results import ResultsJson
 
 #: Dotted name of a condition of a run -> its value, as JSON.
 Protocol = dict[str, Any]
@@ -36,7 +36,7 @@ class Difference:
         return f"{self.field}: {', '.join(told)}"
 
 
-def protocol(results: Results) -> Protocol:
+def protocol(results: ResultsJson) -> Protocol:
     """How the numbers of a run came about, beside method and training seed.
 
     A ratio of zero hides nobody's modality, whatever kind and seed say; weights count by their sha256 and,
@@ -79,7 +79,7 @@ def without_missing_seed(found: Protocol) -> Protocol:
     return {key: value for key, value in found.items() if key != MISSING_SEED}
 
 
-def judged_mode(results: Results) -> str:
+def judged_mode(results: ResultsJson) -> str:
     """How a method is judged: by its own task choice, or with the true task where it cannot choose."""
     return "matched" if "matched" in results["modes"] else "oracle"
 

@@ -3,14 +3,15 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from delo_eval.compare.comparison import Row, Value
-from delo_eval.compare.protocol import Protocol, Results
+from delo_eval.compare.comparison import BoardRow, Value
+from delo_eval.compare.protocol import Protocol
+from delo_eval.matrix.results import ResultsJson
 from delo_eval.published.base import CERTAINTY, PublishedRow, PublishedTable
 
 
 def published_rows(
-    table: PublishedTable, reference: Results, protocol: Protocol
-) -> Iterator[tuple[Row, Protocol]]:
+    table: PublishedTable, reference: ResultsJson, protocol: Protocol
+) -> Iterator[tuple[BoardRow, Protocol]]:
     """The table's trained rows for a comparison, each with its protocol.
 
     What a publication does not tell (hashes, versions of scorers) is taken to be as in the reference run: the
@@ -35,10 +36,10 @@ def published_rows(
             yield _row(table, row), found
 
 
-def _row(table: PublishedTable, row: PublishedRow) -> Row:
+def _row(table: PublishedTable, row: PublishedRow) -> BoardRow:
     cells = zip(table.tasks, row.final or [None] * len(table.tasks), strict=True)
     tag = f"[{table.certainty}] {CERTAINTY[table.certainty]}"
-    return Row(
+    return BoardRow(
         name=f"{row.method} ({table.source})",
         method=row.method,
         mode="published",

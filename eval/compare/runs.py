@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delo_eval.compare.comparison import Row, Value
+from delo_eval.compare.comparison import BoardRow, Value
 from delo_eval.compare.protocol import (
     MISSING_SEED,
     Protocol,
-    Results,
     differences,
     flat,
     judged_mode,
@@ -19,7 +18,7 @@ from delo_eval.compare.protocol import (
     without_missing_seed,
 )
 from delo_eval.matrix.accuracy import RUN_PATTERN
-from delo_eval.matrix.results import FILE, read_results
+from delo_eval.matrix.results import FILE, ResultsJson, read_results
 from delo_llava.errors import DeloError
 from delo_llava.schema import read_yaml
 
@@ -28,7 +27,7 @@ NOT_SETTINGS = ("seed", MISSING_SEED, "output", "device", "data.root", "train.lo
 
 
 @dataclass(frozen=True)
-class Run:
+class RunResults:
     """One run's results.
 
     Attributes:
@@ -40,7 +39,7 @@ class Run:
 
     name: str
     folder: Path
-    results: Results
+    results: ResultsJson
     settings: Mapping[str, Any]
 
     @property
@@ -66,7 +65,7 @@ class Run:
         return {task: cell for task, cell in cells if cell is not None}
 
 
-def load_runs(folders: Sequence[Path]) -> list[Run]:
+def load_runs(folders: Sequence[Path]) -> list[RunResults]:
     """Read the runs.
 
     Raises:
@@ -83,12 +82,12 @@ def load_runs(folders: Sequence[Path]) -> list[Run]:
     return runs
 
 
-def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
+def seed_groups(runs: Sequence[RunResults]) -> list[list[RunResults]]:
     """Runs that differ in nothing but their seeds, each group in the order of seeds.
 
     A second run with the same seed is no further seed and gets a group of its own.
     """
-    groups: dict[tuple[str, int], list[Run]] = {}
+    groups: dict[tuple[str, int], list[RunResults]] = {}
     repeated: dict[tuple[str, Any], int] = {}
     for run in runs:
         alike = (run.results["method"], without_missing_seed(run.protocol), dict(run.settings))
@@ -100,7 +99,7 @@ def seed_groups(runs: Sequence[Run]) -> list[list[Run]]:
     return [sorted(group, key=lambda run: run.results["seed"]) for group in groups.values()]
 
 
-def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
+def labels(groups: Sequence[Sequence[RunResults]]) -> list[str]:
     """A name for each row: the method, with the settings (or the run) in which rows of one method differ."""
     first = [group[0] for group in groups]
     found = [_label(run, [other for other in first if other.results["method"] == run.results["method"]])
@@ -111,7 +110,7 @@ def labels(groups: Sequence[Sequence[Run]]) -> list[str]:
     ]
 
 
-def _label(run: Run, rivals: Sequence[Run]) -> str:
+def _label(run: RunResults, rivals: Sequence[RunResults]) -> str:
     """The method, and what tells the run from others of the same method; at most two settings are told."""
     method = str(run.results["method"])
     if len(rivals) == 1:
@@ -121,7 +120,7 @@ def _label(run: Run, rivals: Sequence[Run]) -> str:
     return f"{method} ({', '.join(told) if 0 < len(told) <= 2 else run.name})"
 
 
-def row_protocol(group: Sequence[Run]) -> Protocol:
+def row_protocol(group: Sequence[RunResults]) -> Protocol:
     """The protocol of a row; several seeds have a list of missing seeds."""
     found = group[0].protocol
     if MISSING_SEED not in found or len(group) == 1:
@@ -129,10 +128,10 @@ def row_protocol(group: Sequence[Run]) -> Protocol:
     return {**found, MISSING_SEED: [run.protocol[MISSING_SEED] for run in group]}
 
 
-def row_of(group: Sequence[Run], name: str) -> Row:
+def row_of(group: Sequence[RunResults], name: str) -> BoardRow:
     """The row of runs that differ only in their seed."""
     first = group[0]
-    return Row(
+    return BoardRow(
         name=name,
         method=first.results["method"],
         mode=first.mode,
@@ -154,9 +153,9 @@ def spread(values: Sequence[float], errors: Sequence[float] = ()) -> Value:
 
 
 def _by_key(
-    group: Sequence[Run],
-    of: Callable[[Run], Mapping[str, float]],
-    errors: Callable[[Run], Mapping[str, float]] = lambda run: {},
+    group: Sequence[RunResults],
+    of: Callable[[RunResults], Mapping[str, float]],
+    errors: Callable[[RunResults], Mapping[str, float]] = lambda run: {},
 ) -> dict[str, Value]:
     """Key -> value over the runs, for the keys that all runs have."""
     found, uncertain = [of(run) for run in group], [errors(run) for run in group]
@@ -170,20 +169,20 @@ def _by_key(
     }
 
 
-def _scores(run: Run) -> dict[str, float]:
+def _scores(run: RunResults) -> dict[str, float]:
     return run.last(run.results["matrix"][run.mode])
 
 
-def _errors(run: Run) -> dict[str, float]:
+def _errors(run: RunResults) -> dict[str, float]:
     known = (run.results.get("standard_errors") or {}).get(RUN_PATTERN)
     return run.last(known[run.mode]) if known else {}
 
 
-def _metrics(run: Run) -> dict[str, float]:
+def _metrics(run: RunResults) -> dict[str, float]:
     return _known(run.results["metrics"][run.mode].items())
 
 
-def _metric_errors(run: Run) -> dict[str, float]:
+def _metric_errors(run: RunResults) -> dict[str, float]:
     """The error of the mean over tasks, whose records are independent: √(Σ e²)/T."""
     errors = list(_errors(run).values())
     if len(errors) != run.stages:
@@ -192,7 +191,7 @@ def _metric_errors(run: Run) -> dict[str, float]:
     return {"ap": error, "last": error}
 
 
-def _patterns(run: Run) -> dict[str, float]:
+def _patterns(run: RunResults) -> dict[str, float]:
     """Pattern -> mean of the last row, where all of it was run."""
     rows = {pattern: run.last(modes[run.mode]) for pattern, modes in run.results["patterns"].items()}
     return {
@@ -200,7 +199,7 @@ def _patterns(run: Run) -> dict[str, float]:
     }
 
 
-def _extras(run: Run) -> dict[str, float]:
+def _extras(run: RunResults) -> dict[str, float]:
     results = run.results
     counts = (results["trainable_parameters_per_task"] or {}).values()
     following = (results.get("instruction_following") or {}).get(RUN_PATTERN)
@@ -219,7 +218,7 @@ def _known(items: Iterable[tuple[str, float | None]]) -> dict[str, float]:
     return {key: value for key, value in items if value is not None}
 
 
-def _load(folder: Path, name: str) -> Run:
+def _load(folder: Path, name: str) -> RunResults:
     """One run; its settings where a config.yaml lies beside or above its results."""
     results = read_results(folder)
     if results is None:
@@ -232,7 +231,7 @@ def _load(folder: Path, name: str) -> Run:
         for key, value in settings.items()
         if key not in NOT_SETTINGS and (not key.startswith("eval.") or key == "eval.num_beams")
     }
-    return Run(name, folder, results, kept)
+    return RunResults(name, folder, results, kept)
 
 
 def _unique(paths: Sequence[tuple[str, ...]]) -> list[str]:

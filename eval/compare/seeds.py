@@ -10,32 +10,31 @@ from typing import Any
 
 from delo_eval.compare.protocol import (
     Protocol,
-    Results,
     differences,
     judged_mode,
     protocol,
     without_missing_seed,
 )
 from delo_eval.compare.runs import spread
-from delo_eval.matrix.results import read_results
+from delo_eval.matrix.results import ResultsJson, read_results
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 
 
-def _conditions(results: Results) -> Protocol:
+def _conditions(results: ResultsJson) -> Protocol:
     """What must agree between runs that share a row, beside method and missing setting."""
     same = {key: results[key] for key in ("task_seq", "quant")}
     return {**without_missing_seed(protocol(results)), **same}
 
 
-def _metric(name: str, mode: str | None = None) -> Callable[[Results], float | None]:
+def _metric(name: str, mode: str | None = None) -> Callable[[ResultsJson], float | None]:
     return lambda results: results["metrics"][mode or judged_mode(results)][name]
 
 
-def _pattern_ap(pattern: str) -> Callable[[Results], float | None]:
+def _pattern_ap(pattern: str) -> Callable[[ResultsJson], float | None]:
     """Mean of the last row when every test record has this missing pattern."""
 
-    def value(results: Results) -> float | None:
+    def value(results: ResultsJson) -> float | None:
         row = results["patterns"].get(pattern, {}).get(judged_mode(results), [[None]])[-1]
         return None if None in row else statistics.fmean(row)
 
@@ -43,7 +42,7 @@ def _pattern_ap(pattern: str) -> Callable[[Results], float | None]:
 
 
 #: Column title -> value of one run; None where a run has no such number.
-COLUMNS: dict[str, Callable[[Results], float | None]] = {
+COLUMNS: dict[str, Callable[[ResultsJson], float | None]] = {
     "AP": _metric("ap"),
     "forgetting": _metric("forgetting"),
     "AP, task told": _metric("ap", "oracle"),
@@ -91,7 +90,7 @@ def summarise_seeds(root: Path, settings: Sequence[str], methods: Sequence[str])
     return table
 
 
-def _columns(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
+def _columns(runs: Sequence[ResultsJson]) -> dict[str, dict[str, Any]]:
     """Column -> mean, std (of the sample; None for one run) and the values."""
     columns = {}
     for title, value in COLUMNS.items():
@@ -102,7 +101,7 @@ def _columns(runs: Sequence[Results]) -> dict[str, dict[str, Any]]:
     return columns
 
 
-def _check_alike(runs: Mapping[str, Results]) -> None:
+def _check_alike(runs: Mapping[str, ResultsJson]) -> None:
     apart = differences({name: _conditions(results) for name, results in runs.items()})
     if apart:
         raise DeloError(

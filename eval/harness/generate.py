@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from delo_eval.answers.question import Answer, Presence, Question
+from delo_eval.answers.question import Answer, Flags, Question
 from delo_llava.data.collate import Batch
 from delo_llava.data.images import UnusableImage
 from delo_llava.methods.base import Method, TaskChoice
@@ -47,7 +47,7 @@ class Answerer:
 
     model: nn.Module
     method: Method
-    collate: Callable[[Sequence[tuple[Record, Presence]]], Batch]
+    collate: Callable[[Sequence[tuple[Record, Flags]]], Batch]
     tokenizer: Tokenizer
     device: torch.device
     trained: tuple[str, ...]

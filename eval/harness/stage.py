@@ -15,10 +15,10 @@ from torch import distributed
 
 from delo_eval.answers.hashes import FileHashes, told_writing
 from delo_eval.answers.keys import AnswerKeys, model_facts
-from delo_eval.answers.predictions import Row, prediction_file, prediction_row, write_rows
+from delo_eval.answers.predictions import Prediction, prediction_file, prediction_of, write_predictions
 from delo_eval.answers.question import Question
 from delo_eval.answers.routing_use import merge_use_parts, use_file, write_use_part
-from delo_eval.answers.store import CellAnswers, Entry
+from delo_eval.answers.store import CellAnswers, StoredAnswer
 from delo_eval.harness.facts import run_facts, scorer_of
 from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.harness.generate import Answerer, batches
@@ -39,7 +39,7 @@ from delo_llava.methods.base import Method, Past
 from delo_llava.registry import load_plugin
 
 #: (cell being evaluated, questions done, questions in all), of this rank.
-Progress = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 
 
 @dataclass
@@ -73,7 +73,7 @@ def evaluate_stage(
     *,
     request: Request = AS_STORED,
     ranks: Ranks | None = None,
-    progress: Progress | None = None,
+    progress: OnProgress | None = None,
 ) -> dict[str, Any] | None:
     """Evaluate the run as it stands after `stage`, write predictions and update results.json.
 
@@ -158,7 +158,7 @@ class StoredAnswers:
         name = cell.pattern, cell.task.name
         return self._cells.setdefault(name, CellAnswers(self.output, self.stage, *name))
 
-    def known(self, file: CellAnswers) -> dict[str, Entry]:
+    def known(self, file: CellAnswers) -> dict[str, StoredAnswer]:
         """Key -> entry; an image that could not be used is looked at again where that is an error."""
         return {
             key: entry
@@ -241,7 +241,7 @@ def _answer_cell(
     questions: Questions,
     stored: StoredAnswers,
     ranks: Ranks,
-    progress: Progress | None,
+    progress: OnProgress | None,
 ) -> None:
     """Answer what is not answered yet of this rank's share of one cell; the model is loaded if there is any.
 
@@ -293,18 +293,18 @@ def _close_stage(
     patterns = list(dict.fromkeys(cell.pattern for cell in cells))
     results.forget(stage, patterns)
     trained = run.sequence.names[: stage + 1]
-    chosen: dict[str, list[Row]] = {pattern: [] for pattern in patterns}
+    chosen: dict[str, list[Prediction]] = {pattern: [] for pattern in patterns}
     count, written = 0, []
     for cell in cells:
         asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
         answers = _gather(stored, cell, asked)
         rows = [
-            prediction_row(q, answer, scorer, stage, cell.pattern)
+            prediction_of(q, answer, scorer, stage, cell.pattern)
             for q, (_, _, answer) in zip(asked, answers, strict=True)
         ]
         written.append(prediction_file(run.output, stage, cell.pattern, cell.task.name))
         with told_writing(run.output):
-            write_rows(written[-1], rows)
+            write_predictions(written[-1], rows)
         fill_cell(results, run.method, stage, cell, rows, scorer, [Reference.of(q.record) for q in asked])
         count += len(rows)
         unseen = [row["record_id"] for row in rows if "image_fault" in row]
@@ -334,7 +334,7 @@ def _close_stage(
     return content
 
 
-def _gather(stored: StoredAnswers, cell: Cell, asked: Sequence[Question]) -> list[Entry]:
+def _gather(stored: StoredAnswers, cell: Cell, asked: Sequence[Question]) -> list[StoredAnswer]:
     """The answers of all ranks to one cell's questions, in their order, joined into one file.
 
     Raises:
@@ -360,7 +360,7 @@ def fill_cell(
     method: Method,
     stage: int,
     cell: Cell,
-    rows: Sequence[Row],
+    rows: Sequence[Prediction],
     scorer: Scorer,
     references: Sequence[Reference],
 ) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from delo_eval.answers.hashes import FOLDER, code_hash, package_versions, told_writing
+from delo_eval.answers.hashes import ANSWERS, code_hash, package_versions, told_writing
 from delo_eval.harness.facts import run_facts
 from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.matrix.accuracy import stage_name
@@ -98,7 +98,7 @@ def write_receipt(
 
 
 def _file(output: Path, stage: int) -> Path:
-    return output / FOLDER / f"{stage_name(stage)}.json"
+    return output / ANSWERS / f"{stage_name(stage)}.json"
 
 
 def _read(file: Path) -> dict[str, Any] | None:

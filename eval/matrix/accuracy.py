@@ -23,7 +23,7 @@ BESIDE: tuple[Beside, Beside] = ("standard_errors", "instruction_following")
 
 Cells = list[float | None]
 #: (mode, stage, task, pattern)
-Key = tuple[Mode, int, str, str]
+CellKey = tuple[Mode, int, str, str]
 
 
 def stage_name(stage: int) -> str:
@@ -45,9 +45,9 @@ class AccuracyMatrix:
     """
 
     tasks: tuple[str, ...]
-    scores: dict[Key, float] = field(default_factory=dict)
+    scores: dict[CellKey, float] = field(default_factory=dict)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
-    beside: dict[Beside, dict[Key, float]] = field(default_factory=lambda: {name: {} for name in BESIDE})
+    beside: dict[Beside, dict[CellKey, float]] = field(default_factory=lambda: {name: {} for name in BESIDE})
 
     def set(
         self, mode: Mode, stage: int, task: str, score: float, *, count: int, pattern: str = RUN_PATTERN
@@ -97,14 +97,14 @@ class AccuracyMatrix:
         """Scores of all T tasks after `stage`; None = not run."""
         return self._row(self.scores, mode, stage, pattern)
 
-    def _row(self, cells: Mapping[Key, float], mode: Mode, stage: int, pattern: str) -> Cells:
+    def _row(self, cells: Mapping[CellKey, float], mode: Mode, stage: int, pattern: str) -> Cells:
         return [cells.get((mode, stage, task, pattern)) for task in self.tasks]
 
     def grid(self, mode: Mode, pattern: str = RUN_PATTERN) -> list[Cells]:
         """T×T scores, row = stage; None = not run."""
         return self._grid(self.scores, mode, pattern)
 
-    def _grid(self, cells: Mapping[Key, float], mode: Mode, pattern: str) -> list[Cells]:
+    def _grid(self, cells: Mapping[CellKey, float], mode: Mode, pattern: str) -> list[Cells]:
         return [self._row(cells, mode, stage, pattern) for stage in range(len(self.tasks))]
 
     def zero_shot(self, pattern: str = RUN_PATTERN) -> Cells | None:
@@ -149,7 +149,7 @@ class AccuracyMatrix:
             **{name: self._beside_json(cells) for name, cells in self.beside.items()},
         }
 
-    def _beside_json(self, cells: Mapping[Key, float]) -> dict[str, dict[str, Any]] | None:
+    def _beside_json(self, cells: Mapping[CellKey, float]) -> dict[str, dict[str, Any]] | None:
         """Pattern -> `matched`, `oracle` (T×T) and `zero_shot` (T); None where nothing is known."""
         known = {pattern for _, _, _, pattern in cells}
         return {
@@ -189,7 +189,7 @@ class AccuracyMatrix:
 
     def _fill(
         self,
-        cells: dict[Key, float],
+        cells: dict[CellKey, float],
         mode: Mode,
         first_stage: int,
         pattern: str,

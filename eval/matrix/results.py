@@ -1,6 +1,7 @@
 """`results.json`: everything a run reports, by the schema `delo-llava/results/1` (docs/results.md)."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 from delo_llava.strict import read_json
+
+#: The content of a results.json.
+ResultsJson = Mapping[str, Any]
 
 SCHEMA = "delo-llava/results/1"
 FILE = "results.json"

@@ -7,7 +7,7 @@ from rich.console import Console, Group, RenderableType
 from rich.measure import Measurement
 from rich.table import Table
 
-Cells = list[float | None]
+from delo_eval.matrix.accuracy import Cells
 
 #: Metrics shown below the matrix, in this order; the rest is in results.json.
 HEADLINE = (

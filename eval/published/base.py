@@ -24,7 +24,7 @@ CERTAINTY = {
     "unstated": "not recorded",
 }
 
-Cells = tuple[float | None, ...]
+PrintedCells = tuple[float | None, ...]
 
 
 class PublishedProtocol(Section):
@@ -64,8 +64,8 @@ class PublishedRow(Section):
 
     method: str
     kind: Literal["trained", "zero_shot"] = "trained"
-    immediate: Cells | None = None
-    final: Cells | None = None
+    immediate: PrintedCells | None = None
+    final: PrintedCells | None = None
     aggregates: dict[str, float] = {}
     decimals: int = 2
     unchecked: dict[str, str] = {}
@@ -107,7 +107,7 @@ class PublishedTable(Section):
 
 
 @dataclass(frozen=True)
-class Check:
+class Recomputed:
     """A printed aggregate against what its row gives.
 
     Attributes:
@@ -139,7 +139,7 @@ def load_table(name: str) -> PublishedTable:
     return checked(PublishedTable, read_yaml(path), where=f"the published table {path.name}")
 
 
-def checks(table: PublishedTable) -> Iterator[Check]:
+def recomputed(table: PublishedTable) -> Iterator[Recomputed]:
     """Recompute every printed aggregate that its row allows.
 
     From cells: rounding moves a mean by half a unit of the last place, a difference of two means by one.
@@ -154,10 +154,10 @@ def checks(table: PublishedTable) -> Iterator[Check]:
             value = _from_cells(row, metric, count)
             if value is not None:
                 spread = 0.005 * (1 if metric in ("ap", "mft") else 2 * count / (count - 1))
-                yield Check(row.method, name, metric, printed, value, half + spread, "cells")
+                yield Recomputed(row.method, name, metric, printed, value, half + spread, "cells")
             elif metric in (scale := _scales(count)) and {"ap", "mft"} <= set(by_metric):
                 value = scale[metric] * (by_metric["ap"] - by_metric["mft"])
-                yield Check(
+                yield Recomputed(
                     row.method, name, metric, printed, value, half + 2 * half * abs(scale[metric]), "means"
                 )
 

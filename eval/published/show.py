@@ -4,7 +4,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from delo_eval.published.base import CERTAINTY, PublishedRow, PublishedTable, checks
+from delo_eval.published.base import CERTAINTY, PublishedRow, PublishedTable, recomputed
 
 
 def shown(table: PublishedTable) -> list[RenderableType]:
@@ -44,7 +44,7 @@ def _final(table: PublishedTable, row: PublishedRow) -> list[str]:
 
 def _verdicts(table: PublishedTable) -> list[str]:
     """One line for all aggregates that follow, one for each that does not or cannot be recomputed."""
-    done = list(checks(table))
+    done = list(recomputed(table))
     follow = [check for check in done if check.follows]
     lines = [f"recomputed: {len(follow)} of {len(done)} aggregates follow from their rows within rounding"]
     lines += [

@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from delo_eval.compare.comparison import Comparison, Row
+from delo_eval.compare.comparison import BoardRow, Comparison
 from delo_eval.compare.leaderboard import legend, sheets
 from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.content import RunContent, read_content
 from delo_eval.report.learning import loss_overlay
-from delo_eval.report.matrices import HeatTable, course, matrix
+from delo_eval.report.matrices import HeatTable, course, heat_table
 from delo_eval.report.render import render
 from delo_llava.files import write_text_atomic
 
@@ -63,7 +63,7 @@ def comparison_parts(comparison: Comparison) -> dict[str, Any]:
 
 
 def curves(
-    tasks: Sequence[str], rows: Sequence[Row], contents: Mapping[str, Sequence[RunContent]]
+    tasks: Sequence[str], rows: Sequence[BoardRow], contents: Mapping[str, Sequence[RunContent]]
 ) -> list[Drawn]:
     """The mean over trained tasks, then each task from its own stage on; a line per row, its seeds' mean."""
     charts = []
@@ -95,12 +95,12 @@ def mean_course(courses: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[
     return [(x, sum(found[x] for found in values) / len(values)) for x in shared]
 
 
-def side_by_side(rows: Sequence[Row], contents: Mapping[str, Sequence[RunContent]]) -> list[HeatTable]:
+def side_by_side(rows: Sequence[BoardRow], contents: Mapping[str, Sequence[RunContent]]) -> list[HeatTable]:
     """The matrix of every run in the mode its row is judged by."""
     tables = []
     for row in rows:
         for folder, content in zip(row.folders, contents[row.name], strict=True):
-            table = matrix(content, RUN_PATTERN, row.mode)
+            table = heat_table(content, RUN_PATTERN, row.mode)
             if table is not None:
                 tables.append(replace(table, caption=f"{row.name} ({folder.name}, {row.mode})"))
     return tables

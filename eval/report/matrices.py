@@ -4,12 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from delo_eval.matrix.accuracy import RUN_PATTERN
+from delo_eval.matrix.accuracy import RUN_PATTERN, Cells
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.colour import step_of
 from delo_eval.report.content import Json, RunContent, value_at
-
-Cells = Sequence[float | None]
 
 MODE_WORDS = {"matched": "matched: the method's own task choice", "oracle": "oracle: the true task told"}
 
@@ -38,7 +36,7 @@ def matrices(content: RunContent) -> list[dict[str, Any]]:
     """Per missing pattern: its name, a description, and a table for each mode that was run."""
     found = []
     for pattern in content.patterns:
-        tables = [table for mode in content.results["modes"] if (table := matrix(content, pattern, mode))]
+        tables = [table for mode in content.results["modes"] if (table := heat_table(content, pattern, mode))]
         if len(tables) == 2 and content.patterns[pattern]["matched"] == content.patterns[pattern]["oracle"]:
             tables = [replace(tables[0], caption="matched and oracle: the same scores")]
         if tables:
@@ -46,7 +44,7 @@ def matrices(content: RunContent) -> list[dict[str, Any]]:
     return found
 
 
-def matrix(content: RunContent, pattern: str, mode: str) -> HeatTable | None:
+def heat_table(content: RunContent, pattern: str, mode: str) -> HeatTable | None:
     """Stage × task of one pattern and mode; stages that were not evaluated are left out."""
     results, tasks = content.results, content.tasks
     grid: list[Cells] = content.patterns[pattern][mode]

@@ -18,7 +18,7 @@ from test_stage import TASKS, Alone, make_run, predictions, recipe  # noqa: F401
 from delo_eval.answers.hashes import FileHashes
 from delo_eval.answers.keys import AnswerKeys
 from delo_eval.answers.question import Answer, Question
-from delo_eval.answers.store import CellAnswers, Writer
+from delo_eval.answers.store import CellAnswers, PartWriter
 from delo_eval.harness import stage as stage_module
 from delo_eval.harness.generate import Answerer
 from delo_eval.harness.stage import Request, evaluate_stage
@@ -280,7 +280,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as full:  # noqa: SIM117
         with pytest.raises(DeloError, match="No space left"):
-            Writer(full, tmp_path).append([("key", "id", Answer("x", None))])
+            PartWriter(full, tmp_path).append([("key", "id", Answer("x", None))])
 
 
 def test_what_another_process_is_writing_is_read_and_left_alone(tmp_path: Path) -> None:
