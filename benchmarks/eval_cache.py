@@ -85,7 +85,8 @@ def batched(run: Path, count: int) -> dict[str, float]:
     import torch
 
     from delo_eval.harness.generate import batches
-    from delo_eval.harness.stage import answerer, current_ranks, open_run
+    from delo_eval.harness.model import answerer, open_run
+    from delo_eval.harness.ranks import current_ranks
 
     torch.set_num_threads(1)
     opened = open_run(run, Request(limit=count))

@@ -16,8 +16,8 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from delo_eval.answers.question import Question
+from delo_eval.harness.model import answerer, open_run
 from delo_eval.harness.run import stages_named
-from delo_eval.harness.stage import answerer, open_run
 from delo_llava.backbones.base import resolve_device
 from delo_llava.data.collate import IGNORE, Collator
 from delo_llava.data.layouts import IMAGE_PLACEHOLDER

@@ -19,8 +19,6 @@ from delo_eval.matrix.table import final_table, stage_table
 from delo_llava.data.missing import PATTERNS
 from delo_llava.errors import DeloError
 
-__all__ = ["Request", "evaluate_stage", "main"]
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate the stages that the words name and return the exit code.
@@ -88,7 +86,7 @@ def _evaluate(
     run: RunFolder, stages: Sequence[int], request: Request, console: Console
 ) -> dict[str, Any] | None:
     """Evaluate the stages; the first rank shows progress and gets the results."""
-    from delo_eval.harness.stage import launched_ranks
+    from delo_eval.harness.ranks import launched_ranks
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     content = None

@@ -20,8 +20,9 @@ from delo_eval.answers.keys import AnswerKeys
 from delo_eval.answers.question import Answer, Question
 from delo_eval.answers.store import CellAnswers, PartWriter
 from delo_eval.harness import stage as stage_module
+from delo_eval.harness.folder import Request
 from delo_eval.harness.generate import Answerer
-from delo_eval.harness.stage import Request, evaluate_stage
+from delo_eval.harness.stage import evaluate_stage
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.methods.lora import Lora

@@ -32,7 +32,14 @@ GROUND = {"errors", "registry", "schema", "strict", "tasks"}
 
 #: Libraries that are slow, large or optional, and the only modules that may import them.
 ONE_PLACE = {
-    "torch": {"harness/generate.py", "harness/lmms.py", "harness/stage.py", "harness/unchanged.py"},
+    "torch": {
+        "harness/generate.py",
+        "harness/lmms.py",
+        "harness/model.py",
+        "harness/ranks.py",
+        "harness/stage.py",
+        "harness/unchanged.py",
+    },
     "transformers": {"harness/generate.py"},
     "matplotlib": {"matrix/plots.py"},
     "jinja2": {"report/render.py"},

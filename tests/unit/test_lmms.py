@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from test_stage import Chooser, make_run, predictions, recipe  # noqa: F401
 
-from delo_eval.harness import stage as stage_module
-from delo_eval.harness.stage import Request, evaluate_stage
+from delo_eval.harness import model as model_module
+from delo_eval.harness.folder import Request
+from delo_eval.harness.stage import evaluate_stage
 from delo_llava.errors import DeloError
 from delo_llava.methods.individual import Individual
 from delo_llava.methods.lora import Lora
@@ -188,7 +189,7 @@ def test_the_method_chooses_unless_told(
     with pytest.raises(DeloError, match=r"cannot choose(.|\n)*task="):
         made(lmms, documents, f"run={run},stage=1")
     monkeypatch.setattr(
-        stage_module, "load_plugin", lambda k, n: Chooser if k == "method" else load_plugin(k, n)
+        model_module, "load_plugin", lambda k, n: Chooser if k == "method" else load_plugin(k, n)
     )
     settings = {"max_new_tokens": 6}
     free = made(lmms, documents, f"run={run},stage=1")

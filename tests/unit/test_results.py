@@ -10,7 +10,7 @@ from rich.console import Console
 
 from delo_eval.answers.predictions import prediction_of, read_predictions, write_predictions
 from delo_eval.answers.question import Answer, Question
-from delo_eval.harness.stage import fill_cell
+from delo_eval.harness.closing import fill_cell
 from delo_eval.matrix.accuracy import ZERO_SHOT, AccuracyMatrix
 from delo_eval.matrix.derived import choice_statistics, summarise
 from delo_eval.matrix.plots import draw
