@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
     found = importlib.import_module("delo_eval.compare.assemble").compare(
         options.runs, force=options.force, published=options.published, resamples=options.resamples
     )
-    importlib.import_module("delo_eval.matrix.table").show(*board.terminal(found))
+    importlib.import_module("delo_eval.tables").show(*board.terminal(found))
     if options.output is not None:
         files = board.write(found, options.output, [name for name in formats if name != "html"])
         if "html" in formats:

@@ -24,7 +24,7 @@ def run(options: argparse.Namespace) -> int:
 
     harness = importlib.import_module("delo_eval.compare.diff")
     found = harness.diff_runs(options.first, options.second)
-    importlib.import_module("delo_eval.matrix.table").show(*harness.shown(found))
+    importlib.import_module("delo_eval.tables").show(*harness.shown(found))
     if options.output is not None:
         write_json_atomic(options.output, found.to_json())
     return 0 if found.same else 1

@@ -4,7 +4,6 @@ Made from prediction files alone. Kinds are tried in the order of `KINDS`; the f
 they add up to the wrong answers.
 """
 
-import json
 import re
 import string
 from collections import Counter
@@ -17,6 +16,8 @@ from rich.table import Table
 from rich.text import Text
 
 from delo_eval.answers.predictions import prediction_file, read_predictions
+from delo_eval.matrix.results import json_text
+from delo_eval.tables import rich_table
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 
@@ -54,6 +55,9 @@ class Confusion:
     answer: str
     prediction: str
     count: int
+
+    def __str__(self) -> str:
+        return f"{self.answer} → {self.prediction} ×{self.count}"
 
 
 @dataclass(frozen=True)
@@ -190,14 +194,12 @@ def run_errors(
 def write_errors(file: Path, errors: Sequence[TaskErrors], **facts: Any) -> None:
     """Write them as JSON, with what they are of (stage, pattern, mode)."""
     content = {"schema": "delo-llava/errors/1", **facts, "kinds": KINDS, "tasks": [asdict(e) for e in errors]}
-    write_text_atomic(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_text_atomic(file, json_text(content))
 
 
 def errors_table(errors: Sequence[TaskErrors], title: str) -> Table:
     """Kinds by task, as counts, and the most frequent confusions."""
-    table = Table(title=Text(title), title_justify="left")
-    for i, head in enumerate(("", *(found.task for found in errors))):
-        table.add_column(Text(head), justify="right" if i else "left")
+    table = rich_table(Text(title), [Text(head) for head in ("", *(found.task for found in errors))])
     table.add_row("records", *(str(found.records) for found in errors))
     table.add_row("wrong", *(str(found.wrong) for found in errors), end_section=True)
     for kind in KINDS:
@@ -208,10 +210,7 @@ def errors_table(errors: Sequence[TaskErrors], title: str) -> Table:
 def confusion_lines(errors: Sequence[TaskErrors], top: int = 3) -> list[Text]:
     """One line a task: the most frequent confusions, reference → answer × count."""
     return [
-        Text(
-            f"{found.task}: "
-            + ", ".join(f"{c.answer} → {c.prediction} ×{c.count}" for c in found.confusions[:top])
-        )
+        Text(f"{found.task}: " + ", ".join(map(str, found.confusions[:top])))
         for found in errors
         if found.confusions
     ]

@@ -1,6 +1,7 @@
 """What an evaluation depends on: files, code and versions by their hashes, remembered beside the answers."""
 
 import hashlib
+import json
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from delo_llava.errors import DeloError
 from delo_llava.files import HashCache, sha256_file
@@ -68,6 +70,11 @@ def _memory(path: Path) -> HashCache:
     except ValueError:
         path.unlink()
         return HashCache(path)
+
+
+def digest(value: Any) -> str:
+    """sha256 of a value's JSON, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 @cache

@@ -1,11 +1,9 @@
 """What an answer depends on, as a key: answers of equal keys are equal, so a stored one may be reused."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
-from delo_eval.answers.hashes import FileHashes, code_hash, package_versions
+from delo_eval.answers.hashes import FileHashes, code_hash, digest, package_versions
 from delo_eval.answers.question import Question
 from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
@@ -38,7 +36,7 @@ class AnswerKeys:
     """
 
     def __init__(self, facts: dict[str, Any], hashes: FileHashes) -> None:
-        self.context = _digest(facts)[:_SHORT] + "-"
+        self.context = digest(facts)[:_SHORT] + "-"
         self._hashes = hashes
 
     def of(self, question: Question, max_new_tokens: int) -> str:
@@ -48,7 +46,7 @@ class AnswerKeys:
             max_new_tokens, record.task, record.id, record.instruction, record.context if text else None,
             image, text, record.image is not None and image and (self._hashes.of(record.image) or "no file"),
         ]  # fmt: skip
-        return self.context + _digest(shown)[: 2 * _SHORT]
+        return self.context + digest(shown)[: 2 * _SHORT]
 
 
 def model_facts(
@@ -89,12 +87,8 @@ def base_identity(model_path: str, hashes: FileHashes) -> str:
     folder = Path(model_path)
     if folder.is_dir():
         files = sorted(file for file in folder.iterdir() if file.is_file() and file.suffix in BASE_FILES)
-        return _digest([[file.name, hashes.of(file)] for file in files])
+        return digest([[file.name, hashes.of(file)] for file in files])
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(model_path, "config.json")
     return f"{model_path}@{Path(config).parent.name if isinstance(config, str) else None}"
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -33,9 +33,7 @@ def write_use_part(file: Path, rank: int, use: dict[str, Any] | None) -> None:
     if part.is_file():  # of an interrupted evaluation, which this one goes on with
         use = {
             **use,
-            "pools": add_pools(
-                [read_json(part, "A part of routing counts", "remove it and evaluate again"), use]
-            ),
+            "pools": add_pools([_part(part), use]),
         }
     part.parent.mkdir(parents=True, exist_ok=True)
     _write(part, use)
@@ -46,7 +44,7 @@ def merge_use_parts(file: Path) -> None:
     parts = sorted(file.parent.glob(f".{file.stem}.part*"))
     if not parts:
         return
-    uses = [read_json(part, "A part of routing counts", "remove it and evaluate again") for part in parts]
+    uses = [_part(part) for part in parts]
     merged = {"schema": SCHEMA, "layers": uses[0]["layers"], "pools": add_pools(uses)}
     if not file.is_file() or _rows(read_use(file)) <= _rows(merged):
         _write(file, merged)
@@ -89,6 +87,10 @@ def stage_uses(output: Path, stage: int, pattern: str) -> Iterator[dict[str, Any
     """The counts of every cell of one stage under one pattern; none for a method that does not route."""
     for file in sorted((output / ROUTING / str(stage) / pattern).glob("*.json")):
         yield read_use(file)
+
+
+def _part(file: Path) -> dict[str, Any]:
+    return read_json(file, "A part of routing counts", "remove it and evaluate again")
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

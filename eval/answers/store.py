@@ -6,7 +6,6 @@ part, and the next launch, of any number of ranks, goes on from there. The first
 """
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -16,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from delo_eval.answers.hashes import ANSWERS, told_writing
+from delo_eval.answers.hashes import ANSWERS, digest, told_writing
 from delo_eval.answers.question import Answer
 from delo_eval.matrix.accuracy import stage_name
 from delo_llava.errors import DeloError
@@ -182,4 +181,4 @@ def _parsed(line: bytes) -> StoredAnswer | None:
 
 
 def _check(body: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:16]
+    return digest(body)[:16]

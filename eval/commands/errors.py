@@ -23,7 +23,7 @@ def run(options: argparse.Namespace) -> int:
     """
     from delo_eval.answers.errors import confusion_lines, errors_table, run_errors, write_errors
     from delo_eval.compare.runs import load_runs
-    from delo_eval.matrix.table import show
+    from delo_eval.tables import show
     from delo_llava.errors import DeloError
 
     (found,) = load_runs([options.run])

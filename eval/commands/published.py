@@ -16,9 +16,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Print."""
     if options.what == "show":
-        from delo_eval.matrix.table import show
         from delo_eval.published.base import load_table
         from delo_eval.published.show import shown
+        from delo_eval.tables import show
 
         show(*shown(load_table(options.name)))
         return 0

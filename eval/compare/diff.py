@@ -12,6 +12,7 @@ from rich.text import Text
 from delo_eval.compare.protocol import Difference, differences, flat
 from delo_eval.compare.runs import RunResults, load_runs
 from delo_eval.matrix.accuracy import MODES, Cells, Mode
+from delo_eval.tables import rich_table
 from delo_llava.runs.store import RunStore
 from delo_llava.schema import read_yaml
 
@@ -84,9 +85,7 @@ def shown(diff: RunDiff) -> list[RenderableType]:
 
 def _matrix(diff: RunDiff, mode: str, grid: list[Cells]) -> Table:
     title = f"{mode}: {diff.names[1]} − {diff.names[0]}, points on (column) after training (row)"
-    table = Table(title=Text(title), title_justify="left")
-    for i, head in enumerate(("", *diff.tasks)):
-        table.add_column(Text(head), justify="right" if i else "left")
+    table = rich_table(Text(title), [Text(head) for head in ("", *diff.tasks)])
     for task, row in zip(diff.tasks, grid, strict=True):
         table.add_row(task, *("-" if cell is None else f"{cell:+.2f}" for cell in row))
     return table

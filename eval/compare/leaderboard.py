@@ -1,9 +1,8 @@
 """A comparison as a leaderboard: in the terminal, in Markdown and in LaTeX, with its differences marked."""
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import RenderableType
@@ -11,9 +10,11 @@ from rich.table import Table
 from rich.text import Text
 
 from delo_eval.compare.comparison import BoardRow, Comparison, Paired, Value
+from delo_eval.matrix.results import json_text
 from delo_eval.matrix.table import HEADLINE
 from delo_eval.matrix.uncertainty import Contrast
 from delo_eval.metrics.base import metrics
+from delo_eval.tables import Sheet, rich_table
 from delo_llava.files import write_text_atomic
 
 #: Columns behind the metrics: key of `BoardRow.extras` -> title.
@@ -29,22 +30,6 @@ WIDE = 120
 
 #: Format -> file that `write` makes.
 FILES = {"md": "leaderboard.md", "latex": "leaderboard.tex", "json": "compare.json"}
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A table before it has a format.
-
-    Attributes:
-        rows: cells by row; the first `words` columns are text, the others numbers.
-        best: (row, column) of the best numbers.
-    """
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int = 1
-    best: frozenset[tuple[int, int]] = frozenset()
 
 
 def sheets(comparison: Comparison) -> list[Sheet]:
@@ -112,9 +97,7 @@ def write(comparison: Comparison, folder: Path, formats: Sequence[str]) -> list[
     texts: dict[str, Callable[[], str]] = {
         "md": lambda: markdown(comparison),
         "latex": lambda: latex(comparison),
-        "json": lambda: (
-            json.dumps(comparison.to_json(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        ),
+        "json": lambda: json_text(comparison.to_json()),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name in formats:
@@ -227,10 +210,7 @@ def _rich(sheet: Sheet) -> Table:
         lines.append(list(cells))
     if turned:
         lines = [list(column) for column in zip(*lines, strict=True)]
-    table = Table(title=Text(sheet.title), title_justify="left")
-    for i, head in enumerate(lines[0]):
-        words = 1 if turned else sheet.words
-        table.add_column(head, justify="left" if i < words else "right")
+    table = rich_table(Text(sheet.title), lines[0], 1 if turned else sheet.words)
     for line in lines[1:]:
         table.add_row(*line)
     return table

@@ -79,11 +79,6 @@ def without_missing_seed(found: Protocol) -> Protocol:
     return {key: value for key, value in found.items() if key != MISSING_SEED}
 
 
-def judged_mode(results: ResultsJson) -> str:
-    """How a method is judged: by its own task choice, or with the true task where it cannot choose."""
-    return "matched" if "matched" in results["modes"] else "oracle"
-
-
 def flat(prefix: str, tree: Mapping[str, Any]) -> Protocol:
     """A nested mapping with dotted names."""
     found: Protocol = {}

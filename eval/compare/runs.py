@@ -13,12 +13,11 @@ from delo_eval.compare.protocol import (
     Protocol,
     differences,
     flat,
-    judged_mode,
     protocol,
     without_missing_seed,
 )
 from delo_eval.matrix.accuracy import RUN_PATTERN
-from delo_eval.matrix.results import FILE, ResultsJson, read_results
+from delo_eval.matrix.results import FILE, ResultsJson, judged_mode, read_results
 from delo_llava.errors import DeloError
 from delo_llava.schema import read_yaml
 

@@ -2,21 +2,14 @@
 never merged.
 """
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from delo_eval.compare.protocol import (
-    Protocol,
-    differences,
-    judged_mode,
-    protocol,
-    without_missing_seed,
-)
+from delo_eval.compare.protocol import Protocol, differences, protocol, without_missing_seed
 from delo_eval.compare.runs import spread
-from delo_eval.matrix.results import ResultsJson, read_results
+from delo_eval.matrix.results import ResultsJson, json_text, judged_mode, read_results
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 
@@ -85,7 +78,7 @@ def summarise_seeds(root: Path, settings: Sequence[str], methods: Sequence[str])
                 )
     table = _markdown(rows)
     root.mkdir(parents=True, exist_ok=True)
-    write_text_atomic(root / "table.json", json.dumps(rows, indent=1) + "\n")
+    write_text_atomic(root / "table.json", json_text(rows))
     write_text_atomic(root / "table.md", table + "\n")
     return table
 

@@ -24,8 +24,7 @@ def cells_of(sequence: TaskSequence, stage: int, patterns: Sequence[str], *, nee
     """The cells of one stage: every trained task under every pattern, and the next for forward transfer.
 
     The zero-shot row has all tasks. The next task is asked under the run's own pattern only, and not at all
-    of a method that
-    needs the true task: it has nothing to answer an untrained task with.
+    of a method that needs the true task: it has nothing to answer an untrained task with.
     """
     if stage == ZERO_SHOT:
         return [Cell(task, pattern) for pattern in patterns for task in sequence.tasks]

@@ -5,7 +5,6 @@ every file that was read) and what it wrote. If anything differs, the evaluation
 and decides nothing.
 """
 
-import hashlib
 import importlib
 import json
 import logging
@@ -15,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from delo_eval.answers.hashes import ANSWERS, code_hash, package_versions, told_writing
+from delo_eval.answers.hashes import ANSWERS, code_hash, digest, package_versions, told_writing
 from delo_eval.harness.facts import run_facts
 from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.matrix.accuracy import stage_name
@@ -152,5 +151,4 @@ def _part_of(results: Results, stage: int, patterns: Sequence[str]) -> str:
         for (mode, of, task, pattern), score in results.matrix.scores.items()
         if of == stage and pattern in patterns
     )
-    part = [scores, results.choices.get(str(stage)), results.bad_images.get(stage_name(stage))]
-    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
+    return digest([scores, results.choices.get(str(stage)), results.bad_images.get(stage_name(stage))])

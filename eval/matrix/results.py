@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from delo_eval.matrix.accuracy import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix, stage_name
+from delo_eval.matrix.accuracy import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix, Cells, stage_name
 from delo_eval.matrix.derived import oracle_gap, summarise
 from delo_eval.metrics.base import metrics
 from delo_llava.config import RunConfig
@@ -123,8 +123,32 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
 
 def write_results(folder: Path, content: dict[str, Any]) -> None:
     """Replace `folder`/results.json in one step; refuses NaN, which is not JSON."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    write_text_atomic(folder / FILE, text + "\n")
+    write_text_atomic(folder / FILE, json_text(content))
+
+
+def json_text(content: Any) -> str:
+    """JSON for readers: indented, letters as they are; refuses NaN, which is not JSON."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def judged_mode(results: ResultsJson) -> str:
+    """How a method is judged: by its own task choice, or with the true task where it cannot choose."""
+    return "matched" if "matched" in results["modes"] else "oracle"
+
+
+def grids(results: ResultsJson) -> dict[str, dict[str, list[Cells]]]:
+    """Missing pattern -> mode -> T×T scores, the run's own pattern first."""
+    return {RUN_PATTERN: results["matrix"], **results["patterns"]}
+
+
+def standard_errors(results: ResultsJson, pattern: str, mode: str, stage: int) -> Cells:
+    """Standard errors of the row after `stage` (−1: zero-shot, whatever the mode), in points; None for every
+    cell where there are none."""
+    known = (results.get("standard_errors") or {}).get(pattern)
+    if known is None:
+        return [None] * len(results["tasks"])
+    row: Cells = known["zero_shot"] if stage == ZERO_SHOT else known[mode][stage]
+    return row
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:

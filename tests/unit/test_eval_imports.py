@@ -15,15 +15,16 @@ ROOT = Path(delo_eval.__file__).parent
 
 #: The rooms from the ground up; each may import only what stands before it.
 ORDER = (
-    "scorers", "metrics", "matrix", "answers", "published", "compare", "report", "harness", "commands", "cli",
-    "__main__",
+    "tables", "scorers", "metrics", "matrix", "answers", "published", "compare", "report", "harness",
+    "commands", "cli", "__main__",
 )  # fmt: skip
 
 #: Rooms that must stay usable without most of what is below them.
 ONLY: dict[str, set[str]] = {
+    "tables": set(),
     "scorers": set(),
     "metrics": set(),
-    "published": {"metrics"},
+    "published": {"tables", "metrics"},
 }
 
 #: Rooms that read answer files and tables of anyone, and what of the library they may know.
@@ -55,10 +56,10 @@ NAMED_BY_THE_LIBRARY = {
     ("cli.py", "delo_eval.harness.run"),
     ("commands/compare.py", "delo_eval.compare.assemble"),
     ("commands/compare.py", "delo_eval.compare.leaderboard"),
-    ("commands/compare.py", "delo_eval.matrix.table"),
+    ("commands/compare.py", "delo_eval.tables"),
     ("commands/compare.py", "delo_eval.report.compare"),
     ("commands/diff.py", "delo_eval.compare.diff"),
-    ("commands/diff.py", "delo_eval.matrix.table"),
+    ("commands/diff.py", "delo_eval.tables"),
     ("registry.py", "delo_eval.commands"),
     ("registry.py", "delo_eval.metrics"),
     ("registry.py", "delo_eval.published"),
