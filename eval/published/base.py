@@ -112,16 +112,13 @@ class Recomputed:
 
     Attributes:
         tolerance: the largest difference that rounding of printed numbers explains.
-        via: what it was recomputed from: `cells`, or the printed `means` of final and immediate scores.
     """
 
     method: str
     name: str
-    metric: str
     printed: float
     recomputed: float
     tolerance: float
-    via: Literal["cells", "means"]
 
     @property
     def follows(self) -> bool:
@@ -154,12 +151,10 @@ def recomputed(table: PublishedTable) -> Iterator[Recomputed]:
             value = _from_cells(row, metric, count)
             if value is not None:
                 spread = 0.005 * (1 if metric in ("ap", "mft") else 2 * count / (count - 1))
-                yield Recomputed(row.method, name, metric, printed, value, half + spread, "cells")
+                yield Recomputed(row.method, name, printed, value, half + spread)
             elif metric in (scale := _scales(count)) and {"ap", "mft"} <= set(by_metric):
                 value = scale[metric] * (by_metric["ap"] - by_metric["mft"])
-                yield Recomputed(
-                    row.method, name, metric, printed, value, half + 2 * half * abs(scale[metric]), "means"
-                )
+                yield Recomputed(row.method, name, printed, value, half + 2 * half * abs(scale[metric]))
 
 
 def _from_cells(row: PublishedRow, metric: str, count: int) -> float | None:
