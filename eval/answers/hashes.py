@@ -1,19 +1,16 @@
-"""What an evaluation depends on: files, code and versions by their hashes, remembered beside the answers."""
+"""What an evaluation depends on beside code: versions, and files by their hashes, kept beside the answers."""
 
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from delo_llava.errors import DeloError
-from delo_llava.files import HashCache, sha256_file
+from delo_llava.files import HashCache
 
 #: Folder of the answers, their hashes and receipts below an evaluation's output.
 ANSWERS = "answers"
@@ -75,20 +72,6 @@ def _memory(path: Path) -> HashCache:
 def digest(value: Any) -> str:
     """sha256 of a value's JSON, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-@cache
-def code_hash(modules: tuple[str, ...]) -> str:
-    """One hash over the source of modules and packages (with all they hold)."""
-    files: list[Path] = []
-    for name in dict.fromkeys(modules):
-        loaded = sys.modules.get(name)
-        spec = loaded.__spec__ if loaded is not None and loaded.__spec__ is not None else find_spec(name)
-        if spec is None or spec.origin is None:
-            continue
-        origin = Path(spec.origin)
-        files += sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
-    return hashlib.sha256("\n".join(sha256_file(file) for file in files).encode()).hexdigest()
 
 
 def package_versions() -> dict[str, str | None]:

@@ -3,24 +3,12 @@
 from pathlib import Path
 from typing import Any
 
-from delo_eval.answers.hashes import FileHashes, code_hash, digest, package_versions
+from delo_eval.answers.hashes import FileHashes, digest, package_versions
 from delo_eval.answers.question import Question
-from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
 from delo_llava.files import sha256_file
-from delo_llava.methods.base import Method
 from delo_llava.runs.manifest import MANIFEST
 
-#: Modules and packages whose code decides an answer.
-CODE = (
-    "delo_eval.harness.generate",
-    "delo_llava.adapters",
-    "delo_llava.backbones",
-    "delo_llava.data.collate",
-    "delo_llava.data.images",
-    "delo_llava.features",
-    "delo_llava.methods",
-)
 #: Files of a base that decide an answer: weights, configuration, tokenizer, processor.
 BASE_FILES = {".safetensors", ".bin", ".json", ".model", ".txt", ".jinja"}
 
@@ -51,11 +39,10 @@ class AnswerKeys:
 
 def model_facts(
     config: RunConfig,
-    method: Method,
-    backbone: Backbone,
     model_path: str,
     adapters: dict[str, Path],
     device: str,
+    code: str,
     hashes: FileHashes,
 ) -> dict[str, Any]:
     """Everything but the question that an answer depends on, for one stage.
@@ -63,6 +50,7 @@ def model_facts(
     Args:
         adapters: task -> published folder, proven to be what its manifest says.
         device: kind of device, `cpu` or `cuda`.
+        code: hash of the source that decides answers.
     """
     return {
         "base": base_identity(model_path, hashes),
@@ -77,7 +65,7 @@ def model_facts(
         "oracle": config.eval.oracle,
         "max_length": config.data.max_length,
         "missing_image": config.missing.image,
-        "code": code_hash((*CODE, type(method).__module__, type(backbone).__module__)),
+        "code": code,
         "versions": package_versions(),
     }
 

@@ -83,7 +83,7 @@ def close_stage(
     if Path(run.model_path).is_dir():  # what a name on the hub stands for may change without a trace here
         write_receipt(
             run, stage, results,
-            modules={type(run.method).__module__, type(run.backbone).__module__},
+            plugins=run.plugins,
             read={*stored.hashes.seen, *(cell.task.files[run.config.eval.split] for cell in cells)},
             written=written, answers=count,
         )  # fmt: skip

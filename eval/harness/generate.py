@@ -4,9 +4,12 @@ Batches are made from the sorted questions before they are dealt to the ranks, s
 it every last bit of the arithmetic, does not depend on how many ranks there are.
 """
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -14,9 +17,11 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from delo_eval.answers.question import Answer, Flags, Question
-from delo_llava.data.collate import Batch
+from delo_llava.backbones.base import Backbone
+from delo_llava.config import RunConfig
+from delo_llava.data.collate import Batch, Collator
 from delo_llava.data.images import UnusableImage
-from delo_llava.methods.base import Method, TaskChoice
+from delo_llava.methods.base import Method, Past, TaskChoice
 from delo_llava.tasks import Record
 
 #: The evidence left when the instruction's words may not be used to choose the task.
@@ -162,6 +167,45 @@ class Answerer:
         with self.method.answering(self.model, batch, tasks, self.beams) as prompt:
             ids: Tensor = cast(Any, self.model).generate(**prompt.inputs, generation_config=settings)
         return self.tokenizer.batch_decode(ids[:, prompt.skip :], skip_special_tokens=True)
+
+
+@contextmanager
+def loaded(
+    config: RunConfig,
+    backbone: Backbone,
+    model_path: str,
+    method: Method,
+    adapters: dict[str, Path],
+    device: torch.device,
+) -> Iterator[Answerer]:
+    """A model loaded for answering, freed at the end.
+
+    Args:
+        adapters: task -> published folder, in the order of training; none is the bare base.
+    """
+    base = backbone.load(
+        model_path, quant=config.quant, dtype=config.dtype, attn=config.attn, device=str(device)
+    )
+    processor = backbone.load_processor(model_path)
+    ready = Answerer(
+        model=method.load(base, {task: Past(folder) for task, folder in adapters.items()}).eval(),
+        method=method,
+        collate=Collator(backbone, processor, config.data.max_length, config.missing.image, generation=True),
+        tokenizer=processor.tokenizer,
+        device=device,
+        trained=tuple(adapters),
+        beams=config.eval.num_beams,
+        oracle=config.eval.oracle,
+        skip_bad_images=config.data.on_bad_image == "skip",
+    )
+    del base
+    try:
+        yield ready
+    finally:
+        del ready.model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float | None]:

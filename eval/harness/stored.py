@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from delo_eval.answers.code import source_hash
 from delo_eval.answers.hashes import FileHashes
 from delo_eval.answers.keys import AnswerKeys, model_facts
 from delo_eval.answers.question import Question
 from delo_eval.answers.store import CellAnswers, StoredAnswer
+from delo_eval.harness import generate
 from delo_eval.harness.model import StoredRun
 from delo_eval.harness.questions import Cell
 from delo_llava.engines.ranks import Ranks
@@ -38,10 +40,8 @@ class StoredAnswers:
             DeloError: see `StoredRun.adapters`.
         """
         hashes = FileHashes(run.output, ranks.rank)
-        facts = model_facts(
-            run.config, run.method, run.backbone, run.model_path, run.adapters(stage), ranks.device.type,
-            hashes,
-        )  # fmt: skip
+        code = source_hash((generate.__name__, *run.plugins))
+        facts = model_facts(run.config, run.model_path, run.adapters(stage), ranks.device.type, code, hashes)
         skips = run.config.data.on_bad_image == "skip"
         return cls(run.output, stage, AnswerKeys(facts, hashes), hashes, skips)
 

@@ -14,7 +14,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from delo_eval.answers.hashes import ANSWERS, code_hash, digest, package_versions, told_writing
+from delo_eval.answers.code import package_hash, plugins_hash, source_hash
+from delo_eval.answers.hashes import ANSWERS, digest, package_versions, told_writing
 from delo_eval.harness.facts import run_facts
 from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.matrix.accuracy import stage_name
@@ -66,7 +67,7 @@ def write_receipt(
     stage: int,
     results: Results,
     *,
-    modules: Iterable[str],
+    plugins: Iterable[str],
     read: Iterable[Path],
     written: Sequence[Path],
     answers: int,
@@ -74,7 +75,7 @@ def write_receipt(
     """Note that `stage` is evaluated.
 
     Args:
-        modules: of the method and the backbone.
+        plugins: modules of the method and the backbone.
         read: files that decided the answers, beside the adapters.
         written: the files of predictions.
         answers: number of questions.
@@ -82,7 +83,7 @@ def write_receipt(
     Raises:
         DeloError: the folder cannot be written.
     """
-    names = sorted(modules)
+    names = sorted(plugins)
     receipt = {
         "schema": SCHEMA,
         "modules": names,
@@ -111,12 +112,13 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _made_of(run: RunFolder, stage: int, modules: Sequence[str]) -> dict[str, Any]:
     """Settings, code, versions and adapters; every adapter is proven unchanged."""
+    outside = [name for name in modules if name.partition(".")[0] not in CODE]
     settings = run.config.model_dump(mode="json", exclude={"output": True, "eval": {"batch_size", "cache"}})
     return {
         "settings": settings,
         "patterns": run.patterns_of(stage),
         "device": device_kind(run.config),
-        "code": code_hash((*CODE, *modules)),
+        "code": [package_hash(CODE), plugins_hash(), source_hash(tuple(outside))],
         "versions": package_versions(),
         "adapters": [[task, sha256_file(path / MANIFEST)] for task, path in run.adapters(stage).items()],
     }

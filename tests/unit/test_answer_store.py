@@ -1,11 +1,14 @@
 """Evaluations that were killed, damaged, stopped, changed or repeated: what is answered again, what not."""
 
+import importlib
 import json
 import logging
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,10 @@ import yaml
 from PIL import Image
 from test_stage import TASKS, Alone, make_run, predictions, recipe  # noqa: F401
 
+import delo_eval
+import delo_llava
+import delo_recipes
+from delo_eval.answers import code
 from delo_eval.answers.hashes import FileHashes
 from delo_eval.answers.keys import AnswerKeys
 from delo_eval.answers.question import Answer, Question
@@ -26,6 +33,7 @@ from delo_eval.harness.stage import evaluate_stage
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.methods.lora import Lora
+from delo_llava.registry import KINDS
 from delo_llava.tasks import Record
 
 CPU = torch.device("cpu")
@@ -157,10 +165,60 @@ def test_a_changed_scorer_only_scores_again(
 ) -> None:
     from delo_eval.harness import unchanged
 
-    monkeypatch.setattr(unchanged, "code_hash", lambda modules: "other code")
+    monkeypatch.setattr(unchanged, "package_hash", lambda names: "other code")
     monkeypatch.setattr("delo_eval.scorers.exact_match.SCORER.function.__code__", (lambda p, r: 1.0).__code__)
     content = evaluate_stage(run, STAGE)
     assert content is not None and content["matrix"]["matched"][STAGE] == [100.0] * 3
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of this project's source, which keys and receipts are made of meanwhile."""
+    for package in (delo_llava, delo_eval, delo_recipes):
+        shutil.copytree(
+            Path(str(package.__file__)).parent,
+            tmp_path / "source" / package.__name__,
+            ignore=shutil.ignore_patterns("__pycache__", "assets"),
+        )
+    plain = code.find_spec
+
+    def found(name: str) -> ModuleSpec | None:
+        file = tmp_path / "source" / name / "__init__.py"
+        place = [str(file.parent)]
+        there = spec_from_file_location(name, file, submodule_search_locations=place)
+        return there if file.is_file() else plain(name)
+
+    monkeypatch.setattr(code, "find_spec", found)
+    forget_code()
+    yield tmp_path / "source"
+    forget_code()
+
+
+def forget_code() -> None:
+    code.package_hash.cache_clear()
+    code.source_hash.cache_clear()
+
+
+def test_further_plug_ins_are_no_reason_to_ask_again(
+    run: Path, source: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = outcome(run)
+    (source / "mine" / "methods").mkdir(parents=True)
+    monkeypatch.setenv("DELO_LLAVA_PLUGINS", str(source / "mine"))
+    for kind in KINDS.values():  # so that what is added to them goes with this test
+        package = importlib.import_module(kind.package)
+        monkeypatch.setattr(package, "__path__", list(package.__path__))
+    for folder in ("delo_llava/methods", "delo_llava/backbones", "delo_eval/scorers", "mine/methods"):
+        (source / folder / "further.py").write_text("NEW = 1")
+    evaluate_stage(run, STAGE)
+    assert outcome(run) == before and counts(run) == {"stored": 27, "new": 0}
+
+
+def test_code_that_decides_an_answer_is(run: Path, source: Path, asked: list[int]) -> None:
+    with (source / "delo_llava" / "methods" / "_lora.py").open("a") as file:
+        file.write("NEW = 1")
+    evaluate_stage(run, STAGE)
+    assert sum(asked) == 27
 
 
 def test_no_cache_asks_everything_again(run: Path, asked: list[int]) -> None:
