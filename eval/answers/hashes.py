@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import logging
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +13,10 @@ from typing import Any
 
 from delo_llava.errors import DeloError
 from delo_llava.files import HashCache
+
+logger = logging.getLogger(__name__)
+
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 #: Folder of the answers, their hashes and receipts below an evaluation's output.
 ANSWERS = "answers"
@@ -46,7 +52,7 @@ class FileHashes:
         """Learn what the other ranks hashed (first rank, when they are done)."""
         for part in self._folder.glob(".hashes.part*"):
             self.cache.known.update(_memory(part).known)
-            part.unlink()
+            part.unlink(missing_ok=True)
 
     def save(self) -> None:
         """Write the memory back, if it changed.
@@ -61,12 +67,28 @@ class FileHashes:
 
 
 def _memory(path: Path) -> HashCache:
-    """The memory in a file; a damaged one holds nothing that could not be found out again."""
+    """The memory in a file; what is damaged of it is dropped, as files can be hashed again.
+
+    Raises:
+        DeloError: a damaged file cannot be removed.
+    """
     try:
+        memory = HashCache(path)
+    except DeloError as fault:
+        logger.warning("%s: it is dropped, and files are hashed again", fault.message)
+        with told_writing(path.parent):
+            path.unlink(missing_ok=True)
         return HashCache(path)
-    except ValueError:
-        path.unlink()
-        return HashCache(path)
+    memory.known = {file: entry for file, entry in memory.known.items() if _is_entry(entry)}
+    return memory
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether this is [size, mtime_ns, sha256]."""
+    match entry:
+        case [int(), int(), str(sha)]:
+            return _SHA256.fullmatch(sha) is not None
+    return False
 
 
 def digest(value: Any) -> str:

@@ -6,7 +6,6 @@ and decides nothing.
 """
 
 import importlib
-import json
 import logging
 import sys
 import time
@@ -21,12 +20,19 @@ from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.matrix.accuracy import stage_name
 from delo_eval.matrix.results import Results, results_json, resume_results, write_results
 from delo_llava.config import RunConfig
+from delo_llava.errors import DeloError
 from delo_llava.files import sha256_file, write_json_atomic
 from delo_llava.runs.manifest import MANIFEST
+from delo_llava.strict import read_json
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = "delo-llava/evaluated/1"
+#: Key of a receipt -> its type.
+FORM = {
+    "schema": str, "modules": list, "made_of": dict, "files": dict, "predictions": dict, "results": str,
+    "answers": int,
+}  # fmt: skip
 #: Every package whose code may decide a number.
 CODE = ("delo_llava", "delo_eval", "delo_recipes")
 #: Where a driver shows that there may be a GPU that only torch can judge.
@@ -103,25 +109,38 @@ def _file(output: Path, stage: int) -> Path:
 
 def _read(file: Path) -> dict[str, Any] | None:
     """The receipt; None where there is none that can be used."""
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
+    if not file.is_file():
         return None
-    return content if content.get("schema") == SCHEMA else None
+    try:
+        content = read_json(file, "The receipt of an evaluation")
+    except DeloError:
+        return None
+    whole = all(isinstance(content.get(key), kind) for key, kind in FORM.items())
+    return content if whole and content["schema"] == SCHEMA else None
 
 
 def _made_of(run: RunFolder, stage: int, modules: Sequence[str]) -> dict[str, Any]:
     """Settings, code, versions and adapters; every adapter is proven unchanged."""
-    outside = [name for name in modules if name.partition(".")[0] not in CODE]
     settings = run.config.model_dump(mode="json", exclude={"output": True, "eval": {"batch_size", "cache"}})
     return {
         "settings": settings,
         "patterns": run.patterns_of(stage),
         "device": device_kind(run.config),
-        "code": [package_hash(CODE), plugins_hash(), source_hash(tuple(outside))],
+        "code": _code(modules),
         "versions": package_versions(),
         "adapters": [[task, sha256_file(path / MANIFEST)] for task, path in run.adapters(stage).items()],
     }
+
+
+def _code(modules: Sequence[str]) -> list[str] | None:
+    """Hashes of the source of this project, of folders of plug-ins, and of other modules; None where one of
+    these is gone."""
+    outside = tuple(name for name in map(str, modules) if name.partition(".")[0] not in CODE)
+    ours = [package_hash(CODE), plugins_hash()]
+    try:
+        return [*ours, source_hash(outside)]
+    except DeloError:
+        return None
 
 
 def device_kind(config: RunConfig) -> str:
