@@ -84,11 +84,16 @@ def close_stage(
         write_receipt(
             run, stage, results,
             plugins=run.plugins,
-            read={*stored.hashes.seen, *(cell.task.files[run.config.eval.split] for cell in cells)},
+            read={*stored.hashes.seen, *(file for cell in cells for file in _files(run, cell))},
             written=written, answers=count,
         )  # fmt: skip
     try_report(run.store.root, run.output)
     return content
+
+
+def _files(run: StoredRun, cell: Cell) -> list[Path]:
+    """The files that a cell's records come from."""
+    return [cell.task.files[run.config.eval.split], *cell.task.beside.values()]
 
 
 def fill_cell(

@@ -1,8 +1,8 @@
 """A stage that is evaluated already, with nothing changed since: known by its receipt, without torch.
 
-`answers/<stage>.json` says what the evaluation was made of (settings, code, versions, and size and time of
-every file that was read) and what it wrote. If anything differs, the evaluation runs: a receipt saves work
-and decides nothing.
+`answers/<stage>.json` says what the evaluation was made of (settings, tasks, code, versions, and size and
+time of every file that was read) and what it wrote. If anything differs, the evaluation runs: a receipt saves
+work and decides nothing.
 """
 
 import importlib
@@ -15,7 +15,7 @@ from typing import Any
 
 from delo_eval.answers.code import package_hash, plugins_hash, source_hash
 from delo_eval.answers.hashes import ANSWERS, digest, package_versions, told_writing
-from delo_eval.harness.facts import run_facts
+from delo_eval.harness.facts import run_facts, scorer_of
 from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.matrix.accuracy import stage_name
 from delo_eval.matrix.results import Results, results_json, resume_results, write_results
@@ -120,10 +120,12 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _made_of(run: RunFolder, stage: int, modules: Sequence[str]) -> dict[str, Any]:
-    """Settings, code, versions and adapters; every adapter is proven unchanged."""
+    """Settings, tasks, code, versions and adapters; every adapter is proven unchanged."""
+    tasks = [[repr(task), scorer_of(task, run.config).id] for task in run.sequence.tasks]
     settings = run.config.model_dump(mode="json", exclude={"output": True, "eval": {"batch_size", "cache"}})
     return {
         "settings": settings,
+        "tasks": digest(tasks),
         "patterns": run.patterns_of(stage),
         "device": device_kind(run.config),
         "code": _code(modules),

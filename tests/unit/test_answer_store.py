@@ -30,6 +30,7 @@ from delo_eval.harness import stage as stage_module
 from delo_eval.harness.folder import Request
 from delo_eval.harness.generate import Answerer
 from delo_eval.harness.stage import evaluate_stage
+from delo_eval.harness.unchanged import unchanged_stage
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.methods.lora import Lora
@@ -333,6 +334,44 @@ def test_a_receipt_that_cannot_be_used_is_written_again(
     file.write_text(damage(whole))
     evaluate_stage(run, STAGE)
     assert outcome(run) == before and file.read_text() == whole and counts(run)["new"] == 0
+
+
+@pytest.fixture
+def own_recipe(run: Path) -> Path:
+    """The recipe of `run`, in a folder of data of its own; the second task has a file beside its records."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    data = Path(shutil.copytree(config["data"]["root"], run / "data"))
+    file = data / "little.yaml"
+    content = yaml.safe_load(file.read_text())
+    side = {"name": "hints", "file": "hints.json", "shape": "map", "extra": {"hint": "hint"}}
+    content["tasks"][1] |= {"sides": [side], "scorer": "exact_match"}
+    file.write_text(yaml.safe_dump(content))
+    (data / "hints.json").write_text(json.dumps({f"words{i}": {"hint": "one"} for i in range(9)}))
+    config["task_seq"], config["data"]["root"] = str(file), str(data)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.write_text(file.read_text().replace("exact_match", "contains", 1)),
+        lambda file: file.write_text(file.read_text().replace("max_new_tokens: 3", "max_new_tokens: 5", 1)),
+        lambda file: (file.parent / "hints.json").write_text('{"words1": {"hint": "another"}}'),
+        lambda file: (file.parent / "words_test.json").write_text("[]"),
+    ],
+)
+def test_what_the_records_and_scores_come_from_is_looked_at(
+    run: Path, own_recipe: Path, no_model: None, change: Callable[[Path], object]
+) -> None:
+    def data() -> list[str]:
+        return [file.read_text() for file in sorted(own_recipe.parent.glob("*.[yj]*"))]
+
+    evaluate_stage(run, STAGE)
+    before = data()
+    assert unchanged_stage(run, STAGE) is not None
+    change(own_recipe)
+    assert data() != before and unchanged_stage(run, STAGE) is None
 
 
 def test_results_that_were_edited_are_computed_again(run: Path, no_model: None) -> None:
