@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from delo_eval.folder import Request
-from delo_eval.questions import Questions, cells_of
+from delo_eval.harness.folder import Request
+from delo_eval.harness.questions import Questions, cells_of
 
 TARGETS = {
     "second evaluation / first": 0.02,
@@ -84,8 +84,9 @@ def batched(run: Path, count: int) -> dict[str, float]:
     """Questions decoded in length-sorted batches and one by one, in interleaved rounds in this process."""
     import torch
 
-    from delo_eval.generate import batches
-    from delo_eval.stage import answerer, current_ranks, open_run
+    from delo_eval.harness.generate import batches
+    from delo_eval.harness.model import answerer, open_run
+    from delo_eval.harness.ranks import current_ranks
 
     torch.set_num_threads(1)
     opened = open_run(run, Request(limit=count))

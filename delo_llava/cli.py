@@ -32,7 +32,7 @@ TELL_FIRST = 3.0
 
 
 class _Harness(Protocol):
-    """What the command line needs of `delo_eval.run`."""
+    """What the command line needs of `delo_eval.harness.run`."""
 
     def main(self, argv: Sequence[str]) -> int | None: ...
     def evaluate_stage(self, run_dir: Path, stage: int) -> object: ...
@@ -150,7 +150,7 @@ def _eval(words: Sequence[str]) -> int:
 
 def _harness() -> _Harness:
     """The harness; only the command line knows of it, the library gets what it needs as a callback."""
-    return cast(_Harness, importlib.import_module("delo_eval.run"))
+    return cast(_Harness, importlib.import_module("delo_eval.harness.run"))
 
 
 def _command(words: Sequence[str]) -> int:

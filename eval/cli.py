@@ -15,6 +15,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in plugin_names("eval_command"):
         return told(run_command, "eval_command", words, "delo-eval")
     signals.install()
-    from delo_eval.run import main as evaluate
+    from delo_eval.harness.run import main as evaluate
 
     return told(evaluate, words)

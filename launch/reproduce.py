@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from delo_eval.seeds import summarise_seeds
+from delo_eval.compare.seeds import summarise_seeds
 
 SETTINGS = {
     "missing70": ["--missing.ratio=0.7", "--missing.kind=both"],

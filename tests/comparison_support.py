@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from delo_eval.derived import cell_score
-from delo_eval.matrix import AccuracyMatrix
-from delo_eval.predictions import prediction_file
-from delo_eval.results import Results, results_json, write_results
+from delo_eval.answers.predictions import prediction_file
+from delo_eval.matrix.accuracy import AccuracyMatrix
+from delo_eval.matrix.derived import cell_score
+from delo_eval.matrix.results import Results, results_json, write_results
 from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.scorers.exact_match import SCORER
 from delo_llava.config import RunConfig, dump_config

@@ -6,11 +6,11 @@ from typing import Any
 
 from PIL import Image
 
-from delo_eval.derived import choice_statistics
-from delo_eval.matrix import AccuracyMatrix
-from delo_eval.predictions import prediction_file
-from delo_eval.results import Results, results_json, write_results
-from delo_eval.routing_use import merge_use_parts, use_file, write_use_part
+from delo_eval.answers.predictions import prediction_file
+from delo_eval.answers.routing_use import merge_use_parts, use_file, write_use_part
+from delo_eval.matrix.accuracy import AccuracyMatrix
+from delo_eval.matrix.derived import choice_statistics
+from delo_eval.matrix.results import Results, results_json, write_results
 from delo_llava.config import RunConfig, dump_config
 from delo_llava.files import write_text_atomic
 

@@ -40,11 +40,11 @@ def run(options: argparse.Namespace) -> int:
         DeloError: runs that must not be compared, an unknown format, too few resamples, or no results.
     """
     formats = checked_formats(options.format)
-    board = importlib.import_module("delo_eval.leaderboard")
-    found = importlib.import_module("delo_eval.compare").compare(
+    board = importlib.import_module("delo_eval.compare.leaderboard")
+    found = importlib.import_module("delo_eval.compare.assemble").compare(
         options.runs, force=options.force, published=options.published, resamples=options.resamples
     )
-    importlib.import_module("delo_eval.table").show(*board.terminal(found))
+    importlib.import_module("delo_eval.tables").show(*board.terminal(found))
     if options.output is not None:
         files = board.write(found, options.output, [name for name in formats if name != "html"])
         if "html" in formats:

@@ -22,9 +22,9 @@ def run(options: argparse.Namespace) -> int:
     """
     from delo_llava.files import write_json_atomic
 
-    harness = importlib.import_module("delo_eval.diff")
+    harness = importlib.import_module("delo_eval.compare.diff")
     found = harness.diff_runs(options.first, options.second)
-    importlib.import_module("delo_eval.table").show(*harness.shown(found))
+    importlib.import_module("delo_eval.tables").show(*harness.shown(found))
     if options.output is not None:
         write_json_atomic(options.output, found.to_json())
     return 0 if found.same else 1

@@ -21,9 +21,9 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         DeloError: no results, a stage that was not evaluated, or damaged predictions.
     """
-    from delo_eval.errors import confusion_lines, errors_table, run_errors, write_errors
-    from delo_eval.rows import load_runs
-    from delo_eval.table import show
+    from delo_eval.answers.errors import confusion_lines, errors_table, run_errors, write_errors
+    from delo_eval.compare.runs import load_runs
+    from delo_eval.tables import show
     from delo_llava.errors import DeloError
 
     (found,) = load_runs([options.run])

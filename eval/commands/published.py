@@ -18,7 +18,7 @@ def run(options: argparse.Namespace) -> int:
     if options.what == "show":
         from delo_eval.published.base import load_table
         from delo_eval.published.show import shown
-        from delo_eval.table import show
+        from delo_eval.tables import show
 
         show(*shown(load_table(options.name)))
         return 0

@@ -10,8 +10,8 @@ from delo_llava.commands.base import Command, say
 from delo_llava.errors import DeloError
 
 if TYPE_CHECKING:
+    from delo_eval.answers.scoring import Scored
     from delo_eval.scorers.base import Reference, Scorer
-    from delo_eval.scoring import Scored
 
 SCHEMA = "delo-llava/scores/1"
 
@@ -51,8 +51,8 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         DeloError: a mistake in the words, answers that do not fit the questions, or data that is missing.
     """
-    from delo_eval.answers import answer_files, read_answers
-    from delo_eval.scoring import score_all
+    from delo_eval.answers.files import answer_files, read_answers
+    from delo_eval.answers.scoring import score_all
     from delo_llava.files import write_json_atomic, write_text_atomic
 
     subject, scorer, references = _subject(options)
@@ -68,7 +68,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _subject(options: argparse.Namespace) -> tuple[str, "Scorer", list["Reference"]]:
     """What is scored, by which scorer and against which references."""
-    from delo_eval.references import read_references
+    from delo_eval.answers.references import read_references
     from delo_llava.registry import load_plugin
 
     group, _, task = (options.task or "").rpartition("/")
@@ -129,17 +129,17 @@ def _table(title: str, scored: "Scored") -> str:
     lines = [f"{title}: {len(scored.answers.ids)} answers to {len(scored.references)} questions"]
     if scored.matched.missing:
         treated = {"wrong": "counted wrong", "skipped": "left out"}
-        told = [f"{treated[one.scorer.unanswered]} ({one.mode})" for one in scored.outcomes]
+        told = [f"{treated[one.scorer.unanswered]} ({one.mode})" for one in scored.scores]
         lines.append(f"{len(scored.matched.missing)} questions have no answer: {' and '.join(told)}")
     rows = [("mode", "scorer", "score", "± s.e.", "questions")]
-    for one in scored.outcomes:
+    for one in scored.scores:
         error = "–" if one.standard_error is None else f"{one.standard_error:.2f}"
         rows.append((one.mode, one.scorer.id, f"{one.score:.2f}", error, str(one.count)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for mode, scorer, *numbers in rows:
         figures = (f"{text:>{width}}" for text, width in zip(numbers, widths[2:], strict=True))
         lines.append(f"{mode:<{widths[0]}}  {scorer:<{widths[1]}}  {'  '.join(figures)}")
-    lines += [f"  {name}: {value:.2f}" for name, value in scored.outcomes[0].details.items()]
+    lines += [f"  {name}: {value:.2f}" for name, value in scored.scores[0].details.items()]
     if scored.refused:
         lines.append(f"not scored: {scored.refused}")
     if found := scored.following:
@@ -156,7 +156,7 @@ def _record_lines(scored: "Scored") -> Iterator[str]:
     for i, (reference, text) in enumerate(zip(scored.references, scored.matched.texts, strict=True)):
         row = {"question_id": reference.id, "prediction": text, "answer": reference.answer}
         yield (
-            json.dumps(row | {one.mode: one.records[i] for one in scored.outcomes}, ensure_ascii=False) + "\n"
+            json.dumps(row | {one.mode: one.records[i] for one in scored.scores}, ensure_ascii=False) + "\n"
         )
 
 

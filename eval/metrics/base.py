@@ -5,14 +5,17 @@ In every formula a[i][j] is the score (percent) on task j after training task i,
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from delo_llava.registry import load_plugin, plugin_names
+
 #: T×T float64, `nan` where not run; row = stage, column = task.
 Grid = NDArray[np.float64]
 #: T float64: the scores before any training, or None when not run.
-Row = NDArray[np.float64] | None
+ZeroShot = NDArray[np.float64] | None
 
 
 @dataclass(frozen=True)
@@ -28,13 +31,18 @@ class Metric:
 
     id: str
     formula: str
-    function: Callable[[Grid, Row], float]
+    function: Callable[[Grid, ZeroShot], float]
     higher_is_better: bool = True
 
-    def __call__(self, grid: Grid, zero_shot: Row = None) -> float | None:
+    def __call__(self, grid: Grid, zero_shot: ZeroShot = None) -> float | None:
         """The value in percent (or points), or None where it is undefined or cells are missing."""
         value = float(self.function(np.asarray(grid, dtype=np.float64), zero_shot))
         return value if np.isfinite(value) else None
+
+
+def metrics() -> dict[str, Metric]:
+    """Every metric by name, shipped or from a third party."""
+    return {name: cast(Metric, load_plugin("metric", name)) for name in plugin_names("metric")}
 
 
 def mean_or_nan(values: Grid) -> float:

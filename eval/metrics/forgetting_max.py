@@ -6,10 +6,10 @@ literal form, over all stages before the last, is `forgetting_max_all`.
 
 import numpy as np
 
-from delo_eval.metrics.base import Grid, Metric, Row, mean_or_nan
+from delo_eval.metrics.base import Grid, Metric, ZeroShot, mean_or_nan
 
 
-def forgetting_max(grid: Grid, zero_shot: Row) -> float:
+def forgetting_max(grid: Grid, zero_shot: ZeroShot) -> float:
     """Mean drop from each task's best stage so far, over the T−1 earlier tasks; undefined for one task."""
     last = len(grid) - 1
     return mean_or_nan(np.array([grid[j:last, j].max() - grid[last, j] for j in range(last)]))

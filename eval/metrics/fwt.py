@@ -3,10 +3,10 @@
 It needs the cells just above the diagonal (the next task, before it is trained) and the zero-shot row.
 """
 
-from delo_eval.metrics.base import Grid, Metric, Row, mean_or_nan
+from delo_eval.metrics.base import Grid, Metric, ZeroShot, mean_or_nan
 
 
-def forward_transfer(grid: Grid, zero_shot: Row) -> float:
+def forward_transfer(grid: Grid, zero_shot: ZeroShot) -> float:
     """Mean gain on the next, untrained task over the base; `nan` without a zero-shot row or for one task."""
     if zero_shot is None:
         return float("nan")

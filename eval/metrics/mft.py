@@ -1,9 +1,9 @@
 """MFT ("New.ACC" in PCLR): (1/T) Σ_j a[j][j], what each task scored right after its training."""
 
-from delo_eval.metrics.base import Grid, Metric, Row, mean_or_nan
+from delo_eval.metrics.base import Grid, Metric, ZeroShot, mean_or_nan
 
 
-def mean_fine_tune(grid: Grid, zero_shot: Row) -> float:
+def mean_fine_tune(grid: Grid, zero_shot: ZeroShot) -> float:
     """Mean of the diagonal."""
     return mean_or_nan(grid.diagonal())
 

@@ -1,4 +1,4 @@
-"""Published tables: read, recompute what their rows allow, and stand beside runs where the protocol matches.
+"""Published tables: read, and what their rows allow recomputed.
 
 Every number is a publication's; nothing here was measured by this project.
 """
@@ -11,9 +11,7 @@ from typing import Literal, cast
 import numpy as np
 from pydantic import model_validator
 
-from delo_eval.alike import Protocol, Results
-from delo_eval.comparison import Row, Value
-from delo_eval.derived import metrics
+from delo_eval.metrics.base import metrics
 from delo_llava.registry import load_plugin
 from delo_llava.schema import Section, checked, read_yaml
 
@@ -26,7 +24,7 @@ CERTAINTY = {
     "unstated": "not recorded",
 }
 
-Cells = tuple[float | None, ...]
+PrintedCells = tuple[float | None, ...]
 
 
 class PublishedProtocol(Section):
@@ -66,8 +64,8 @@ class PublishedRow(Section):
 
     method: str
     kind: Literal["trained", "zero_shot"] = "trained"
-    immediate: Cells | None = None
-    final: Cells | None = None
+    immediate: PrintedCells | None = None
+    final: PrintedCells | None = None
     aggregates: dict[str, float] = {}
     decimals: int = 2
     unchecked: dict[str, str] = {}
@@ -109,21 +107,18 @@ class PublishedTable(Section):
 
 
 @dataclass(frozen=True)
-class Check:
+class Recomputed:
     """A printed aggregate against what its row gives.
 
     Attributes:
         tolerance: the largest difference that rounding of printed numbers explains.
-        via: what it was recomputed from: `cells`, or the printed `means` of final and immediate scores.
     """
 
     method: str
     name: str
-    metric: str
     printed: float
     recomputed: float
     tolerance: float
-    via: Literal["cells", "means"]
 
     @property
     def follows(self) -> bool:
@@ -141,7 +136,7 @@ def load_table(name: str) -> PublishedTable:
     return checked(PublishedTable, read_yaml(path), where=f"the published table {path.name}")
 
 
-def checks(table: PublishedTable) -> Iterator[Check]:
+def recomputed(table: PublishedTable) -> Iterator[Recomputed]:
     """Recompute every printed aggregate that its row allows.
 
     From cells: rounding moves a mean by half a unit of the last place, a difference of two means by one.
@@ -156,53 +151,10 @@ def checks(table: PublishedTable) -> Iterator[Check]:
             value = _from_cells(row, metric, count)
             if value is not None:
                 spread = 0.005 * (1 if metric in ("ap", "mft") else 2 * count / (count - 1))
-                yield Check(row.method, name, metric, printed, value, half + spread, "cells")
+                yield Recomputed(row.method, name, printed, value, half + spread)
             elif metric in (scale := _scales(count)) and {"ap", "mft"} <= set(by_metric):
                 value = scale[metric] * (by_metric["ap"] - by_metric["mft"])
-                yield Check(
-                    row.method, name, metric, printed, value, half + 2 * half * abs(scale[metric]), "means"
-                )
-
-
-def published_rows(
-    table: PublishedTable, reference: Results, protocol: Protocol
-) -> Iterator[tuple[Row, Protocol]]:
-    """The table's trained rows for a comparison, each with its protocol.
-
-    What a publication does not tell (hashes, versions of scorers) is taken to be as in the reference run: the
-    match is one of names. A metric is shown under this project's name of the same convention.
-    """
-    told = table.protocol
-    same_start = reference["start_weights"].get("name") in told.start_names
-    same_data = told.task_seq is not None and Path(str(reference["task_seq"])).stem == told.task_seq
-    declared = {
-        "tasks": list(table.tasks),
-        "stages": len(table.tasks),
-        "split": told.split,
-        "limit": None,
-        "scoring": told.scoring,
-        "missing.ratio": 0,
-        "start_weights": protocol["start_weights"] if same_start else told.start_weights,
-    }
-    kept = {key: value for key, value in protocol.items() if key != "missing.seed" and key != "missing.kind"}
-    found = {**kept, **declared} if same_data else {**kept, **declared, "published data": told.data}
-    for row in table.rows:
-        if row.kind == "trained":
-            yield _row(table, row), found
-
-
-def _row(table: PublishedTable, row: PublishedRow) -> Row:
-    cells = zip(table.tasks, row.final or [None] * len(table.tasks), strict=True)
-    tag = f"[{table.certainty}] {CERTAINTY[table.certainty]}"
-    return Row(
-        name=f"{row.method} ({table.source})",
-        method=row.method,
-        mode="published",
-        scores={task: Value(cell) for task, cell in cells if cell is not None},
-        metrics={table.aggregates[name]: Value(value) for name, value in row.aggregates.items()},
-        published=f"{table.title}; {table.source}; {tag}",
-        notes=tuple(filter(None, (row.note, *table.notes))),
-    )
+                yield Recomputed(row.method, name, printed, value, half + 2 * half * abs(scale[metric]))
 
 
 def _from_cells(row: PublishedRow, metric: str, count: int) -> float | None:

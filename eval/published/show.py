@@ -4,7 +4,8 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from delo_eval.published.base import CERTAINTY, PublishedRow, PublishedTable, checks
+from delo_eval.published.base import CERTAINTY, PublishedRow, PublishedTable, recomputed
+from delo_eval.tables import rich_table, score_text
 
 
 def shown(table: PublishedTable) -> list[RenderableType]:
@@ -26,25 +27,22 @@ def shown(table: PublishedTable) -> list[RenderableType]:
 
 
 def _rows(table: PublishedTable) -> Table:
-    shown = Table(title=Text(table.title), title_justify="left")
-    shown.add_column("")
-    for head in (*table.tasks, *table.aggregates):
-        shown.add_column(Text(head), justify="right")
+    shown = rich_table(Text(table.title), [Text(head) for head in ("", *table.tasks, *table.aggregates)])
     for row in table.rows:
         if row.immediate is not None:
-            shown.add_row(Text(f"{row.method}, right after its training"), *map(_cell, row.immediate))
+            shown.add_row(Text(f"{row.method}, right after its training"), *map(score_text, row.immediate))
         shown.add_row(Text(row.method), *_final(table, row))
     return shown
 
 
 def _final(table: PublishedTable, row: PublishedRow) -> list[str]:
     cells = row.final or (None,) * len(table.tasks)
-    return [*map(_cell, cells), *(_cell(row.aggregates.get(name)) for name in table.aggregates)]
+    return [*map(score_text, cells), *(score_text(row.aggregates.get(name)) for name in table.aggregates)]
 
 
 def _verdicts(table: PublishedTable) -> list[str]:
     """One line for all aggregates that follow, one for each that does not or cannot be recomputed."""
-    done = list(checks(table))
+    done = list(recomputed(table))
     follow = [check for check in done if check.follows]
     lines = [f"recomputed: {len(follow)} of {len(done)} aggregates follow from their rows within rounding"]
     lines += [
@@ -56,7 +54,3 @@ def _verdicts(table: PublishedTable) -> list[str]:
     for row in table.rows:
         reasons |= {f"{row.method} {name}": reason for name, reason in row.unchecked.items()}
     return lines + [f"not recomputed: {name}, {reason}" for name, reason in reasons.items()]
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

@@ -86,7 +86,7 @@ def drawn(chart: Chart) -> Drawn | None:
         path = "M" + "L".join(f"{x:g} {y:g}" for x, y in spots) if len(spots) > 1 else ""
         ends: list[tuple[float, float, str]] = []
         if chart.ends and spots:
-            ends = [(*spots[i], number(line.points[i][1])) for i in sorted({0, len(spots) - 1})]
+            ends = [(*spots[i], number_text(line.points[i][1])) for i in sorted({0, len(spots) - 1})]
         lines.append(
             {"path": path, "spots": spots if line.markers or len(spots) == 1 else [],
              "style": line.style % STYLES, "ends": ends}
@@ -94,7 +94,7 @@ def drawn(chart: Chart) -> Drawn | None:
     return Drawn(
         chart,
         [(place(x), label) for x, label in chart.x_ticks],
-        [(level(y), number(y)) for y in marks],
+        [(level(y), number_text(y)) for y in marks],
         [place(x) for x in chart.rules],
         lines,
     )
@@ -111,7 +111,7 @@ def ticks(low: float, high: float, wanted: int = 4) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
-def number(value: float) -> str:
+def number_text(value: float) -> str:
     """A short label: `0.002`, `5e-05`, `67.5`."""
     text = f"{value:.3g}"
     return f"{value:.1f}".removesuffix(".0") if 1 <= abs(value) < 1000 else text

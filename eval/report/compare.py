@@ -3,18 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from delo_eval.matrix import RUN_PATTERN
+from delo_eval.compare.comparison import BoardRow, Comparison
+from delo_eval.compare.leaderboard import legend, sheets
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.content import RunContent, read_content
 from delo_eval.report.learning import loss_overlay
-from delo_eval.report.matrices import HeatTable, course, matrix
+from delo_eval.report.matrices import HeatTable, course, heat_table
 from delo_eval.report.render import render
 from delo_llava.files import write_text_atomic
-
-if TYPE_CHECKING:
-    from delo_eval.comparison import Comparison, Row
 
 FILE = "compare.html"
 
@@ -24,11 +23,11 @@ SECTIONS = (
 )  # fmt: skip
 
 
-def render_comparison(comparison: "Comparison", output: Path) -> Path:
+def render_comparison(comparison: Comparison, output: Path) -> Path:
     """Write the page about a comparison.
 
     Args:
-        comparison: of `delo_eval.compare.compare`; its rows name the folders to read.
+        comparison: of `delo_eval.compare.assemble.compare`; its rows name the folders to read.
         output: folder for `compare.html`, made where it is missing.
 
     Returns:
@@ -43,10 +42,8 @@ def render_comparison(comparison: "Comparison", output: Path) -> Path:
     return file
 
 
-def comparison_parts(comparison: "Comparison") -> dict[str, Any]:
+def comparison_parts(comparison: Comparison) -> dict[str, Any]:
     """Everything the template shows."""
-    from delo_eval.leaderboard import legend, sheets
-
     runs = [row for row in comparison.rows if row.folders]
     contents = {row.name: [read_content(folder) for folder in row.folders] for row in runs}
     return {
@@ -66,7 +63,7 @@ def comparison_parts(comparison: "Comparison") -> dict[str, Any]:
 
 
 def curves(
-    tasks: Sequence[str], rows: "Sequence[Row]", contents: Mapping[str, Sequence[RunContent]]
+    tasks: Sequence[str], rows: Sequence[BoardRow], contents: Mapping[str, Sequence[RunContent]]
 ) -> list[Drawn]:
     """The mean over trained tasks, then each task from its own stage on; a line per row, its seeds' mean."""
     charts = []
@@ -98,12 +95,12 @@ def mean_course(courses: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[
     return [(x, sum(found[x] for found in values) / len(values)) for x in shared]
 
 
-def side_by_side(rows: "Sequence[Row]", contents: Mapping[str, Sequence[RunContent]]) -> list[HeatTable]:
+def side_by_side(rows: Sequence[BoardRow], contents: Mapping[str, Sequence[RunContent]]) -> list[HeatTable]:
     """The matrix of every run in the mode its row is judged by."""
     tables = []
     for row in rows:
         for folder, content in zip(row.folders, contents[row.name], strict=True):
-            table = matrix(content, RUN_PATTERN, row.mode)
+            table = heat_table(content, RUN_PATTERN, row.mode)
             if table is not None:
                 tables.append(replace(table, caption=f"{row.name} ({folder.name}, {row.mode})"))
     return tables

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from delo_eval.matrix import RUN_PATTERN
-from delo_eval.results import read_results
+from delo_eval.matrix.accuracy import Cells
+from delo_eval.matrix.results import grids, judged_mode, read_results
 from delo_llava.errors import DeloError
 from delo_llava.runs.store import RunStore
 from delo_llava.schema import read_yaml
@@ -49,14 +49,14 @@ class RunContent:
         return max(stages, default=None)
 
     @property
-    def patterns(self) -> dict[str, Json]:
+    def patterns(self) -> dict[str, dict[str, list[Cells]]]:
         """Missing pattern -> mode -> T×T scores, the run's own first."""
-        return {RUN_PATTERN: self.results["matrix"], **self.results["patterns"]}
+        return grids(self.results)
 
     @property
     def headline_mode(self) -> str:
         """`matched` where it was run, else `oracle`."""
-        return next(iter(self.results["modes"]), "matched")
+        return judged_mode(self.results)
 
 
 def read_content(run: Path, output: Path | None = None) -> RunContent:

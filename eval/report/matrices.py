@@ -4,12 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from delo_eval.matrix import RUN_PATTERN
+from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT, Cells
+from delo_eval.matrix.results import standard_errors
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.colour import step_of
-from delo_eval.report.content import Json, RunContent, value_at
-
-Cells = Sequence[float | None]
+from delo_eval.report.content import Json, RunContent
 
 MODE_WORDS = {"matched": "matched: the method's own task choice", "oracle": "oracle: the true task told"}
 
@@ -38,7 +37,7 @@ def matrices(content: RunContent) -> list[dict[str, Any]]:
     """Per missing pattern: its name, a description, and a table for each mode that was run."""
     found = []
     for pattern in content.patterns:
-        tables = [table for mode in content.results["modes"] if (table := matrix(content, pattern, mode))]
+        tables = [table for mode in content.results["modes"] if (table := heat_table(content, pattern, mode))]
         if len(tables) == 2 and content.patterns[pattern]["matched"] == content.patterns[pattern]["oracle"]:
             tables = [replace(tables[0], caption="matched and oracle: the same scores")]
         if tables:
@@ -46,19 +45,19 @@ def matrices(content: RunContent) -> list[dict[str, Any]]:
     return found
 
 
-def matrix(content: RunContent, pattern: str, mode: str) -> HeatTable | None:
+def heat_table(content: RunContent, pattern: str, mode: str) -> HeatTable | None:
     """Stage × task of one pattern and mode; stages that were not evaluated are left out."""
     results, tasks = content.results, content.tasks
     grid: list[Cells] = content.patterns[pattern][mode]
     rows: list[tuple[str, list[HeatCell]]] = []
     zero_shot = (results["zero_shot"] or {}).get(pattern)
     if zero_shot and mode == content.headline_mode:
-        errors = value_at(results, "standard_errors", pattern, "zero_shot") or [None] * len(tasks)
+        errors = standard_errors(results, pattern, mode, ZERO_SHOT)
         cells = [_score(s, e, "zero-shot") for s, e in zip(zero_shot, errors, strict=True)]
         rows.append(("before training", [*cells, _mean(zero_shot)]))
     done = [i for i, row in enumerate(grid) if any(score is not None for score in row)]
     for i in done:
-        errors = [standard_error(results, pattern, mode, i, j) for j in range(len(tasks))]
+        errors = standard_errors(results, pattern, mode, i)
         cells = [
             _score(s, e, f"{tasks[j]} after {tasks[i]}", untrained=j > i)
             for j, (s, e) in enumerate(zip(grid[i], errors, strict=True))
@@ -69,12 +68,6 @@ def matrix(content: RunContent, pattern: str, mode: str) -> HeatTable | None:
     if len(done) > 1:
         rows.append(("change since learnt", _changes(grid, done[-1])))
     return HeatTable(MODE_WORDS[mode], "after training ↓\nscore on →", [*tasks, "mean of trained"], rows)
-
-
-def standard_error(results: Json, pattern: str, mode: str, stage: int, task: int) -> float | None:
-    """A cell's standard error in points, None where results.json has none."""
-    found: float | None = value_at(results, "standard_errors", pattern, mode, stage, task)
-    return found
 
 
 def pattern_words(content: RunContent, pattern: str) -> str:

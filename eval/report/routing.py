@@ -9,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-from delo_eval.matrix import RUN_PATTERN
+from delo_eval.answers.routing_use import add_pools, stage_uses
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.colour import palette, step_of
 from delo_eval.report.content import RunContent
-from delo_eval.routing_use import add_pools, stage_uses
 
 Counts = list[list[int]]
 

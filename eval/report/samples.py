@@ -5,8 +5,8 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from delo_eval.matrix import RUN_PATTERN
-from delo_eval.predictions import Row, prediction_file, read_rows
+from delo_eval.answers.predictions import Prediction, prediction_file, read_predictions
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.content import RunContent
 from delo_llava.backbones.base import Backbone, find_backbone
 from delo_llava.data.images import load_image
@@ -34,7 +34,7 @@ class Sample:
         image: data URI of a thumbnail, or empty; fault: why there is none.
     """
 
-    row: Row
+    row: Prediction
     verdict: str
     record: Record | None = None
     prompt: str = ""
@@ -70,20 +70,20 @@ def samples(content: RunContent) -> list[Sample]:
         file = prediction_file(content.folder, stage, RUN_PATTERN, task)
         if not file.is_file():
             continue
-        chosen = choose(read_rows(file))
+        chosen = gallery(read_predictions(file))
         records = _records(source, task, [row["record_id"] for row in chosen])
         found += [_sample(row, records.get(row["record_id"]), source) for row in chosen]
     return found
 
 
-def choose(rows: Sequence[Row], count: int = PER_TASK) -> list[Row]:
+def gallery(rows: Sequence[Prediction], count: int = PER_TASK) -> list[Prediction]:
     """`count` rows, in turn from each verdict and missing pattern that occurs; the same ones every time."""
-    groups: dict[tuple[str, bool, bool], list[Row]] = {}
+    groups: dict[tuple[str, bool, bool], list[Prediction]] = {}
     for row in sorted(rows, key=lambda r: hash_rank(0, r["task"], "report", r["record_id"])):
         key = (verdict(row["score"]), row["presence"]["image"], row["presence"]["text"])
         groups.setdefault(key, []).append(row)
     ordered = [groups[key] for key in sorted(groups, key=lambda key: (key[0] != "wrong", key))]
-    picked: list[Row] = []
+    picked: list[Prediction] = []
     while len(picked) < count and any(ordered):
         picked += [group.pop(0) for group in ordered if group]
     picked = picked[:count]
@@ -122,7 +122,7 @@ def _records(source: _Source, task: str, ids: Sequence[str]) -> dict[str, Record
     return {name: records[i] for i, name in enumerate(records.ids) if name in wanted}
 
 
-def _sample(row: Row, record: Record | None, source: _Source) -> Sample:
+def _sample(row: Prediction, record: Record | None, source: _Source) -> Sample:
     """One sample with its thumbnail and prompt."""
     if record is None:
         return Sample(row, verdict(row["score"]), fault="the data is not where the run found it")

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from delo_eval.derived import metrics
+from delo_eval.matrix.table import HEADLINE
+from delo_eval.metrics.base import metrics
 from delo_eval.report.content import Json, RunContent, value_at
 from delo_eval.report.matrices import missing_words
-from delo_eval.table import HEADLINE
 
 #: Words for the headline figures.
 TILES = {"ap": "average (AP)", "forgetting": "forgetting", "maa": "average over stages (MAA)"}

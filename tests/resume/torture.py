@@ -53,8 +53,8 @@ LATEST, AFTER = 6, 0.03
 REAL, STAGGERED, LATE = 10, 0.25, 1.0
 #: What a launch imports that is slow.
 SLOW = (
-    "deepspeed", "matplotlib.figure", "peft", "transformers.models.llava.modeling_llava", "delo_eval.run",
-    "delo_llava.backbones.llava", "delo_llava.methods.delo", "delo_llava.runs.stage",
+    "deepspeed", "matplotlib.figure", "peft", "transformers.models.llava.modeling_llava",
+    "delo_eval.harness.run", "delo_llava.backbones.llava", "delo_llava.methods.delo", "delo_llava.runs.stage",
 )  # fmt: skip
 #: A launch that takes this many times the uninterrupted run's time hangs.
 HANGS = 20

@@ -1,11 +1,14 @@
 """Evaluations that were killed, damaged, stopped, changed or repeated: what is answered again, what not."""
 
+import importlib
 import json
 import logging
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,23 @@ import yaml
 from PIL import Image
 from test_stage import TASKS, Alone, make_run, predictions, recipe  # noqa: F401
 
-from delo_eval import stage as stage_module
-from delo_eval.answer_keys import AnswerKeys
-from delo_eval.answer_store import CellAnswers, Writer
-from delo_eval.generate import Answer, Answerer, Question
-from delo_eval.hashes import FileHashes
-from delo_eval.stage import Request, evaluate_stage
+import delo_eval
+import delo_llava
+import delo_recipes
+from delo_eval.answers import code
+from delo_eval.answers.hashes import FileHashes
+from delo_eval.answers.keys import AnswerKeys
+from delo_eval.answers.question import Answer, Question
+from delo_eval.answers.store import CellAnswers, PartWriter
+from delo_eval.harness import stage as stage_module
+from delo_eval.harness.folder import Request
+from delo_eval.harness.generate import Answerer
+from delo_eval.harness.stage import evaluate_stage
+from delo_eval.harness.unchanged import unchanged_stage
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.methods.lora import Lora
+from delo_llava.registry import KINDS
 from delo_llava.tasks import Record
 
 CPU = torch.device("cpu")
@@ -127,7 +138,7 @@ def test_an_unchanged_stage_needs_no_model_and_stands(run: Path, no_model: None)
 
 def test_an_unchanged_stage_needs_no_torch(run: Path) -> None:
     code = (
-        "import sys; from delo_eval.run import main; "
+        "import sys; from delo_eval.harness.run import main; "
         f"code = main(['--run', {str(run)!r}, '--stage', '1']); "
         "sys.exit(code or 'torch' in sys.modules)"
     )
@@ -153,12 +164,62 @@ def test_the_batch_size_is_no_reason_to_ask_again(run: Path, no_model: None, bat
 def test_a_changed_scorer_only_scores_again(
     run: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from delo_eval import unchanged
+    from delo_eval.harness import unchanged
 
-    monkeypatch.setattr(unchanged, "code_hash", lambda modules: "other code")
+    monkeypatch.setattr(unchanged, "package_hash", lambda names: "other code")
     monkeypatch.setattr("delo_eval.scorers.exact_match.SCORER.function.__code__", (lambda p, r: 1.0).__code__)
     content = evaluate_stage(run, STAGE)
     assert content is not None and content["matrix"]["matched"][STAGE] == [100.0] * 3
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of this project's source, which keys and receipts are made of meanwhile."""
+    for package in (delo_llava, delo_eval, delo_recipes):
+        shutil.copytree(
+            Path(str(package.__file__)).parent,
+            tmp_path / "source" / package.__name__,
+            ignore=shutil.ignore_patterns("__pycache__", "assets"),
+        )
+    plain = code.find_spec
+
+    def found(name: str) -> ModuleSpec | None:
+        file = tmp_path / "source" / name / "__init__.py"
+        place = [str(file.parent)]
+        there = spec_from_file_location(name, file, submodule_search_locations=place)
+        return there if file.is_file() else plain(name)
+
+    monkeypatch.setattr(code, "find_spec", found)
+    forget_code()
+    yield tmp_path / "source"
+    forget_code()
+
+
+def forget_code() -> None:
+    code.package_hash.cache_clear()
+    code.source_hash.cache_clear()
+
+
+def test_further_plug_ins_are_no_reason_to_ask_again(
+    run: Path, source: Path, no_model: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = outcome(run)
+    (source / "mine" / "methods").mkdir(parents=True)
+    monkeypatch.setenv("DELO_LLAVA_PLUGINS", str(source / "mine"))
+    for kind in KINDS.values():  # so that what is added to them goes with this test
+        package = importlib.import_module(kind.package)
+        monkeypatch.setattr(package, "__path__", list(package.__path__))
+    for folder in ("delo_llava/methods", "delo_llava/backbones", "delo_eval/scorers", "mine/methods"):
+        (source / folder / "further.py").write_text("NEW = 1")
+    evaluate_stage(run, STAGE)
+    assert outcome(run) == before and counts(run) == {"stored": 27, "new": 0}
+
+
+def test_code_that_decides_an_answer_is(run: Path, source: Path, asked: list[int]) -> None:
+    with (source / "delo_llava" / "methods" / "_lora.py").open("a") as file:
+        file.write("NEW = 1")
+    evaluate_stage(run, STAGE)
+    assert sum(asked) == 27
 
 
 def test_no_cache_asks_everything_again(run: Path, asked: list[int]) -> None:
@@ -230,6 +291,89 @@ def test_damaged_predictions_are_named_and_written_again(
     assert str(file) in caplog.text and outcome(run) == before
 
 
+@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
+@pytest.mark.parametrize("name", ["hashes.json", ".hashes.part1"])
+def test_damaged_memories_of_hashes_are_dropped(
+    run: Path, no_model: None, caplog: pytest.LogCaptureFixture, name: str, content: bytes
+) -> None:
+    before, whole = outcome(run), (run / "answers" / "hashes.json").read_bytes()
+    (run / "answers" / name).write_bytes(content)
+    (run / "answers" / "1.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        evaluate_stage(run, STAGE)
+    assert "files are hashed again" in caplog.text and counts(run)["new"] == 0
+    assert outcome(run) == before and (run / "answers" / "hashes.json").read_bytes() == whole
+    assert not (run / "answers" / ".hashes.part1").exists()
+
+
+@pytest.mark.parametrize("cut", [slice(0, 2), slice(0, 0), slice(1, 3)])
+def test_damaged_entries_of_the_memory_are_dropped(run: Path, no_model: None, cut: slice) -> None:
+    before, file = outcome(run), run / "answers" / "hashes.json"
+    whole = file.read_bytes()
+    file.write_text(json.dumps({name: entry[cut] for name, entry in json.loads(whole).items()}))
+    (run / "answers" / "1.json").unlink()
+    evaluate_stage(run, STAGE)
+    assert outcome(run) == before and counts(run)["new"] == 0 and file.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda text: "[]", lambda text: "null", lambda text: text[:40], lambda text: "[" * 100_000,
+        lambda text: json.dumps({"schema": json.loads(text)["schema"]}),
+        lambda text: json.dumps({**json.loads(text), "modules": None}),
+        lambda text: json.dumps({**json.loads(text), "modules": [3, "nobodys.plugin"]}),
+        lambda text: json.dumps({**json.loads(text), "files": []}),
+    ],
+)  # fmt: skip
+def test_a_receipt_that_cannot_be_used_is_written_again(
+    run: Path, no_model: None, damage: Callable[[str], str]
+) -> None:
+    before, file = outcome(run), run / "answers" / "1.json"
+    whole = file.read_text()
+    file.write_text(damage(whole))
+    evaluate_stage(run, STAGE)
+    assert outcome(run) == before and file.read_text() == whole and counts(run)["new"] == 0
+
+
+@pytest.fixture
+def own_recipe(run: Path) -> Path:
+    """The recipe of `run`, in a folder of data of its own; the second task has a file beside its records."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    data = Path(shutil.copytree(config["data"]["root"], run / "data"))
+    file = data / "little.yaml"
+    content = yaml.safe_load(file.read_text())
+    side = {"name": "hints", "file": "hints.json", "shape": "map", "extra": {"hint": "hint"}}
+    content["tasks"][1] |= {"sides": [side], "scorer": "exact_match"}
+    file.write_text(yaml.safe_dump(content))
+    (data / "hints.json").write_text(json.dumps({f"words{i}": {"hint": "one"} for i in range(9)}))
+    config["task_seq"], config["data"]["root"] = str(file), str(data)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return file
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda file: file.write_text(file.read_text().replace("exact_match", "contains", 1)),
+        lambda file: file.write_text(file.read_text().replace("max_new_tokens: 3", "max_new_tokens: 5", 1)),
+        lambda file: (file.parent / "hints.json").write_text('{"words1": {"hint": "another"}}'),
+        lambda file: (file.parent / "words_test.json").write_text("[]"),
+    ],
+)
+def test_what_the_records_and_scores_come_from_is_looked_at(
+    run: Path, own_recipe: Path, no_model: None, change: Callable[[Path], object]
+) -> None:
+    def data() -> list[str]:
+        return [file.read_text() for file in sorted(own_recipe.parent.glob("*.[yj]*"))]
+
+    evaluate_stage(run, STAGE)
+    before = data()
+    assert unchanged_stage(run, STAGE) is not None
+    change(own_recipe)
+    assert data() != before and unchanged_stage(run, STAGE) is None
+
+
 def test_results_that_were_edited_are_computed_again(run: Path, no_model: None) -> None:
     before = outcome(run)
     content = json.loads((run / "results.json").read_text())
@@ -279,7 +423,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_a_model_is_loaded(
 def test_a_full_disk_is_told(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="No space left"), Path("/dev/full").open("wb") as full:  # noqa: SIM117
         with pytest.raises(DeloError, match="No space left"):
-            Writer(full, tmp_path).append([("key", "id", Answer("x", None))])
+            PartWriter(full, tmp_path).append([("key", "id", Answer("x", None))])
 
 
 def test_what_another_process_is_writing_is_read_and_left_alone(tmp_path: Path) -> None:

@@ -161,7 +161,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     modules = {
         "delo_llava.runs.job": SimpleNamespace(make_job=lambda config: config),
         "delo_llava.runs.sequence": SimpleNamespace(run_sequence=lambda *given: calls.append(given)),
-        "delo_eval.run": SimpleNamespace(
+        "delo_eval.harness.run": SimpleNamespace(
             evaluate_stage="the callback", main=lambda words: calls.append(words)
         ),
     }

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from comparison_support import FACTS, outcomes, write_run
 
-from delo_eval.compare import compare
-from delo_eval.diff import diff_runs
-from delo_eval.leaderboard import latex, legend, markdown, sheets
-from delo_eval.rows import load_runs
+from delo_eval.compare.assemble import compare
+from delo_eval.compare.diff import diff_runs
+from delo_eval.compare.leaderboard import latex, legend, markdown, sheets
+from delo_eval.compare.runs import load_runs
 from delo_eval.scorers.multilabel_f1 import SCORER as MACRO_F1
 from delo_llava.cli import main
 from delo_llava.config import RunConfig

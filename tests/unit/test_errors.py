@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from comparison_support import outcomes, write_run
 
+from delo_eval.answers.errors import KINDS, form, kind_of, number, plain, run_errors, task_errors
 from delo_eval.cli import main
-from delo_eval.errors import KINDS, form, kind_of, number, plain, run_errors, task_errors
 from delo_llava.errors import DeloError
 
 

@@ -178,7 +178,7 @@ def test_coin6_trains_evaluates_and_resumes(
     from delo_llava.runs.job import make_job
     from delo_llava.runs.sequence import run_sequence
 
-    evaluate_stage = importlib.import_module("delo_eval.run").evaluate_stage
+    evaluate_stage = importlib.import_module("delo_eval.harness.run").evaluate_stage
     root = write_fixture("coin6", tmp_path / "d", RECORDS, mini)
     run = words("coin6", root, tmp_path / "run")
 

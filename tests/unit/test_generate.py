@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from delo_eval.generate import Answer, Answerer, Question, batches, decoding
+from delo_eval.answers.question import Answer, Question
+from delo_eval.harness.generate import Answerer, batches, decoding
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data.collate import Batch, Collator
 from delo_llava.data.images import UnusableImage

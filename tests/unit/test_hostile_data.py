@@ -343,8 +343,8 @@ def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, '{"a": NaN}', "9" * 10_000, '{"text": ', "\x80\x04"])
 def test_answers_and_references_beyond_json_are_told(tmp_path: Path, text: str) -> None:
-    from delo_eval.answers import read_answers
-    from delo_eval.references import read_references
+    from delo_eval.answers.files import read_answers
+    from delo_eval.answers.references import read_references
 
     for suffix in (".json", ".jsonl"):
         file = tmp_path / f"x{suffix}"
@@ -355,7 +355,7 @@ def test_answers_and_references_beyond_json_are_told(tmp_path: Path, text: str) 
 
 
 def test_captions_of_another_shape_are_told(tmp_path: Path) -> None:
-    from delo_eval.references import read_references
+    from delo_eval.answers.references import read_references
 
     file = tmp_path / "captions.json"
     file.write_text(json.dumps({"annotations": [{"caption": "a", "image_id": "../x"}]}))

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from delo_eval.cli import main as evaluate
-from delo_eval.results import read_results
+from delo_eval.matrix.results import read_results
 from delo_llava.adapters.own import TENSORS, require_own_adapter
 from delo_llava.backbones.base import find_backbone
 from delo_llava.cli import main, main_train, resolve

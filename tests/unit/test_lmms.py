@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from test_stage import Chooser, make_run, predictions, recipe  # noqa: F401
 
-from delo_eval import stage as stage_module
-from delo_eval.stage import Request, evaluate_stage
+from delo_eval.harness import model as model_module
+from delo_eval.harness.folder import Request
+from delo_eval.harness.stage import evaluate_stage
 from delo_llava.errors import DeloError
 from delo_llava.methods.individual import Individual
 from delo_llava.methods.lora import Lora
@@ -77,8 +78,8 @@ def lmms() -> Iterator[Any]:
             module = ModuleType(name)
             vars(module).update(content)
             patch.setitem(sys.modules, name, module)
-    yield importlib.import_module("delo_eval.lmms")
-    sys.modules.pop("delo_eval.lmms")
+    yield importlib.import_module("delo_eval.harness.lmms")
+    sys.modules.pop("delo_eval.harness.lmms")
     patch.undo()
 
 
@@ -114,7 +115,7 @@ def made(lmms: Any, documents: dict[str, Any], words: str, batch_size: int = 2) 
 
 def test_it_is_registered_under_its_name(lmms: Any) -> None:
     found = lmms.manifest()
-    assert found.model_id == "delo_llava" and found.simple_class_path == "delo_eval.lmms.DeloLlava"
+    assert found.model_id == "delo_llava" and found.simple_class_path == "delo_eval.harness.lmms.DeloLlava"
     assert lmms.DeloLlava.is_simple and not getattr(lmms.DeloLlava, "__abstractmethods__", None)
 
 
@@ -188,7 +189,7 @@ def test_the_method_chooses_unless_told(
     with pytest.raises(DeloError, match=r"cannot choose(.|\n)*task="):
         made(lmms, documents, f"run={run},stage=1")
     monkeypatch.setattr(
-        stage_module, "load_plugin", lambda k, n: Chooser if k == "method" else load_plugin(k, n)
+        model_module, "load_plugin", lambda k, n: Chooser if k == "method" else load_plugin(k, n)
     )
     settings = {"max_new_tokens": 6}
     free = made(lmms, documents, f"run={run},stage=1")

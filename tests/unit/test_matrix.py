@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from delo_eval.matrix import ZERO_SHOT, AccuracyMatrix
+from delo_eval.matrix.accuracy import ZERO_SHOT, AccuracyMatrix
 from delo_llava.errors import DeloError
 
 TASKS = ("a", "b", "c")

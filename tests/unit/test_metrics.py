@@ -5,8 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from delo_eval.derived import metrics
-from delo_eval.metrics.base import Grid
+from delo_eval.metrics.base import Grid, metrics
 from delo_llava.registry import load_plugin
 
 NAN = float("nan")

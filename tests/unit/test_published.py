@@ -6,8 +6,8 @@ import pytest
 import yaml
 
 from delo_eval.cli import main
-from delo_eval.derived import metrics
-from delo_eval.published.base import Check, PublishedTable, checks, load_table
+from delo_eval.metrics.base import metrics
+from delo_eval.published.base import PublishedTable, Recomputed, load_table, recomputed
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
 
@@ -22,8 +22,8 @@ SECTIONS = {
 }
 
 
-def found(table: str, method: str, name: str) -> Check:
-    return next(c for c in checks(load_table(table)) if (c.method, c.name) == (method, name))
+def found(table: str, method: str, name: str) -> Recomputed:
+    return next(c for c in recomputed(load_table(table)) if (c.method, c.name) == (method, name))
 
 
 def test_every_table_ships() -> None:
@@ -33,7 +33,7 @@ def test_every_table_ships() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_printed_aggregates_follow_from_their_rows_or_say_why_not(name: str) -> None:
     table = load_table(name)
-    done = {(check.method, check.name): check for check in checks(table)}
+    done = {(check.method, check.name): check for check in recomputed(table)}
     assert [check for check in done.values() if not check.follows] == []
     for row in table.rows:
         for printed in row.aggregates:
@@ -76,7 +76,7 @@ def test_pclr_s_forgetting_is_coin_s_row_over_t_minus_1() -> None:
 def test_a_mean_of_six_does_not_follow_from_four_columns() -> None:
     """HiDe's `Last` is the mean of six tasks, of which two are not at hand; the table says so."""
     table = load_table("ucit_hide")
-    assert list(checks(table)) == [] and "two of the six" in table.unchecked["Last"]
+    assert list(recomputed(table)) == [] and "two of the six" in table.unchecked["Last"]
     for row in table.rows:
         assert row.final is not None
         known = [cell for cell in row.final if cell is not None]
@@ -96,7 +96,7 @@ def test_a_wrong_number_would_be_noticed(tmp_path: Path) -> None:
     content = yaml.safe_load(path.read_text())
     content["rows"][0]["aggregates"]["BWT"] = -37.29  # the other divisor
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(content))
-    wrong = [c.name for c in checks(load_table(str(tmp_path / "own.yaml"))) if not c.follows]
+    wrong = [c.name for c in recomputed(load_table(str(tmp_path / "own.yaml"))) if not c.follows]
     assert wrong == ["BWT"]
 
 

@@ -15,18 +15,18 @@ import tiny_models
 import torch
 from training_support import words, write_sequence
 
+from delo_eval.answers.routing_use import merge_use_parts, read_use, use_file, write_use_part
 from delo_eval.cli import main
+from delo_eval.harness.stage import evaluate_stage
 from delo_eval.report import render as render_module
-from delo_eval.report.charts import Chart, Line, drawn, number, ticks
+from delo_eval.report.charts import Chart, Line, drawn, number_text, ticks
 from delo_eval.report.colour import STEPS, contrast, palette, step_of, text_on
 from delo_eval.report.content import read_content
-from delo_eval.report.matrices import matrix
+from delo_eval.report.matrices import heat_table
 from delo_eval.report.render import FAILED, SECTIONS, try_report, write_report
 from delo_eval.report.routing import entropy, pool_use
-from delo_eval.report.samples import choose, samples
+from delo_eval.report.samples import gallery, samples
 from delo_eval.report.summary import progress, warnings
-from delo_eval.routing_use import merge_use_parts, read_use, use_file, write_use_part
-from delo_eval.stage import evaluate_stage
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
 from delo_llava.methods.delo.router import Selection
@@ -133,8 +133,8 @@ def test_the_data_may_be_gone(hostile: Path, tmp_path: Path) -> None:
 def test_chosen_samples_are_the_same_every_time_and_mixed() -> None:
     seen = [{"image": i % 3 > 0, "text": True} for i in range(60)]
     rows = [{"task": "t", "record_id": str(i), "score": i % 2, "presence": p} for i, p in enumerate(seen)]
-    picked = choose(rows)
-    assert picked == choose(rows[::-1]) and len(picked) == 6
+    picked = gallery(rows)
+    assert picked == gallery(rows[::-1]) and len(picked) == 6
     assert len({(row["score"], row["presence"]["image"]) for row in picked}) == 4
 
 
@@ -143,7 +143,7 @@ def test_standard_errors_stand_in_their_cells(hostile: Path) -> None:
     rows: list[list[float | None]] = [[2.34, None, None], [3.46, 4.56, None], [None] * 3]
     known = {"run": {"matched": rows, "oracle": rows, "zero_shot": [None] * 3}}
     content = replace(content, results={**content.results, "standard_errors": known})
-    table = matrix(content, "run", "matched")
+    table = heat_table(content, "run", "matched")
     assert table is not None
     assert [[cell.note for cell in cells[:3]] for _, cells in table.rows] == [
         ["± 2.3", "", ""],
@@ -221,7 +221,7 @@ def test_ticks_are_round_and_cover_the_data() -> None:
     assert ticks(0, 100) == [0, 25, 50, 75, 100]
     assert ticks(3, 3)[0] < 3 < ticks(3, 3)[-1]
     assert ticks(0, 0.0021)[-1] >= 0.0021
-    assert [number(v) for v in (0.0005, 45, 67.5, 0, 1234)] == ["0.0005", "45", "67.5", "0", "1.23e+03"]
+    assert [number_text(v) for v in (0.0005, 45, 67.5, 0, 1234)] == ["0.0005", "45", "67.5", "0", "1.23e+03"]
 
 
 def test_a_chart_of_one_point_and_of_none() -> None:

@@ -4,7 +4,7 @@ import comparison_support
 import pytest
 from test_report import Page
 
-from delo_eval.compare import compare
+from delo_eval.compare.assemble import compare
 from delo_eval.report.compare import SECTIONS, mean_course, render_comparison
 from delo_llava.config import RunConfig
 

@@ -8,16 +8,24 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from delo_eval.derived import choice_statistics, summarise
-from delo_eval.generate import Answer, Question
-from delo_eval.matrix import ZERO_SHOT, AccuracyMatrix
-from delo_eval.plots import draw
-from delo_eval.predictions import prediction_row, read_rows, write_rows
-from delo_eval.results import FILE, SCHEMA, Results, read_results, results_json, resume_results, write_results
+from delo_eval.answers.predictions import prediction_of, read_predictions, write_predictions
+from delo_eval.answers.question import Answer, Question
+from delo_eval.harness.closing import fill_cell
+from delo_eval.matrix.accuracy import ZERO_SHOT, AccuracyMatrix
+from delo_eval.matrix.derived import choice_statistics, summarise
+from delo_eval.matrix.plots import draw
+from delo_eval.matrix.results import (
+    FILE,
+    SCHEMA,
+    Results,
+    read_results,
+    results_json,
+    resume_results,
+    write_results,
+)
+from delo_eval.matrix.table import final_table, stage_table
 from delo_eval.scorers.base import Reference
 from delo_eval.scorers.exact_match import SCORER
-from delo_eval.stage import fill_cell
-from delo_eval.table import final_table, stage_table
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
@@ -163,7 +171,7 @@ def question(name: str) -> Question:
 
 def rows(*names: str) -> list[dict[str, Any]]:
     said = Answer("mango\u2028.", "mango", "naming", "ocr", {"ocr": 0.25, "naming": 0.75})
-    return [prediction_row(question(name), said, SCORER, 1, "run") for name in names]
+    return [prediction_of(question(name), said, SCORER, 1, "run") for name in names]
 
 
 def test_a_prediction_line_says_all() -> None:
@@ -188,22 +196,22 @@ def test_a_prediction_line_says_all() -> None:
 
 def test_predictions_are_published_once_and_damage_is_named(tmp_path: Path) -> None:
     file = tmp_path / "predictions" / "1" / "run" / "ocr.jsonl"
-    write_rows(file, rows("c", "a"))
-    assert read_rows(file) == rows("c", "a")
+    write_predictions(file, rows("c", "a"))
+    assert read_predictions(file) == rows("c", "a")
     before = file.stat().st_mtime_ns
-    write_rows(file, rows("c", "a"))
+    write_predictions(file, rows("c", "a"))
     assert file.stat().st_mtime_ns == before
     file.write_text('{"record_id": "a"')
     with pytest.raises(DeloError, match="damaged"):
-        read_rows(file)
+        read_predictions(file)
     file.unlink()
     with pytest.raises(DeloError, match="missing"):
-        read_rows(file)
+        read_predictions(file)
 
 
 def test_a_record_whose_image_cannot_be_used_counts_as_wrong() -> None:
     said = Answer("", "", image_fault="broken")
-    row = prediction_row(question("x"), said, SCORER, 1, "run")
+    row = prediction_of(question("x"), said, SCORER, 1, "run")
     assert row["score"] == 0 and row["oracle_score"] == 0 and row["image_fault"] == "broken"
 
 
@@ -228,9 +236,9 @@ def test_plots_are_written_for_finished_and_running_sequences(tmp_path: Path) ->
 def test_a_prediction_line_says_whether_the_instruction_is_followed() -> None:
     asked = Record("x", "ocr", "test", None, None, "Is it red? Answer with yes or no.", "yes")
     said = Answer("a long story", "Yes.", "naming", "ocr", None)
-    row = prediction_row(Question(asked, (False, False)), said, SCORER, 1, "run")
+    row = prediction_of(Question(asked, (False, False)), said, SCORER, 1, "run")
     assert (row["follows"], row["oracle_follows"]) == (False, True)
-    alone = prediction_row(
+    alone = prediction_of(
         Question(asked, (False, False)), Answer("no", None, None, None, None), SCORER, 1, "run"
     )
     assert (alone["follows"], alone["oracle_follows"]) == (True, None)

@@ -11,10 +11,10 @@ import datasets
 import pytest
 import yaml
 
-from delo_eval.answers import answer_files, read_answers
+from delo_eval.answers.files import answer_files, read_answers
+from delo_eval.answers.references import read_references
 from delo_eval.cli import main
 from delo_eval.commands.score import GROUPS, SCHEMA
-from delo_eval.references import read_references
 from delo_eval.scorers import _captions
 from delo_eval.scorers.base import Reference
 from delo_llava.errors import DeloError

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from delo_eval.results import SCHEMA
-from delo_eval.seeds import summarise_seeds
+from delo_eval.compare.seeds import summarise_seeds
+from delo_eval.matrix.results import SCHEMA
 from delo_llava.errors import DeloError
 
 #: What results say of how they were made, and another value for each.

@@ -14,11 +14,14 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from delo_eval import stage as stage_module
 from delo_eval.cli import main
-from delo_eval.run import Request, evaluate_stage
+from delo_eval.harness import model as model_module
+from delo_eval.harness import stage as stage_module
+from delo_eval.harness.folder import Request
+from delo_eval.harness.model import open_run
+from delo_eval.harness.ranks import current_ranks
+from delo_eval.harness.run import evaluate_stage
 from delo_eval.scorers.base import Reference, Scorer
-from delo_eval.stage import current_ranks, open_run
 from delo_llava.backbones.base import find_backbone
 from delo_llava.config import dump_config, load_config
 from delo_llava.data.collate import Batch
@@ -259,7 +262,7 @@ def test_choosing_shows_both_modes_and_the_confusion(
 ) -> None:
     folder = make_run(tmp_path / "run", recipe, "individual", Individual, 2)
     monkeypatch.setattr(
-        stage_module, "load_plugin", lambda k, n: Chooser if k == "method" else load_plugin(k, n)
+        model_module, "load_plugin", lambda k, n: Chooser if k == "method" else load_plugin(k, n)
     )
     found = evaluate_stage(folder, 1)
     assert found is not None

@@ -6,9 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from delo_eval.derived import cell_score, share
-from delo_eval.scorers.base import Reference, Scorer
-from delo_eval.uncertainty import (
+from delo_eval.matrix.derived import cell_score, share
+from delo_eval.matrix.uncertainty import (
     Array,
     Contrast,
     Outcomes,
@@ -17,6 +16,7 @@ from delo_eval.uncertainty import (
     resampled_means,
     standard_error,
 )
+from delo_eval.scorers.base import Reference, Scorer
 
 
 def contrasts(first: list[Array], second: list[Array], **options: Any) -> list[Contrast]:

@@ -1,0 +1,123 @@
+"""The end of a stage's evaluation: its answers scored, predictions and results.json written."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from delo_eval.answers.hashes import told_writing
+from delo_eval.answers.predictions import Prediction, prediction_file, prediction_of, write_predictions
+from delo_eval.answers.routing_use import merge_use_parts, use_file
+from delo_eval.harness.facts import run_facts, scorer_of
+from delo_eval.harness.model import StoredRun
+from delo_eval.harness.questions import Cell, Questions
+from delo_eval.harness.stored import StoredAnswers
+from delo_eval.harness.unchanged import write_receipt
+from delo_eval.matrix.accuracy import ZERO_SHOT, Mode, stage_name
+from delo_eval.matrix.derived import cell_score, choice_statistics, share
+from delo_eval.matrix.plots import PLOTS, draw_changed
+from delo_eval.matrix.results import Results, read_results, results_json, resume_results, write_results
+from delo_eval.report.render import try_report
+from delo_eval.scorers.base import Reference, Scorer
+from delo_llava.config import RunConfig
+from delo_llava.methods.base import Method
+
+
+def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Questions) -> None:
+    """Refuse, before a model is loaded, what could not be scored once it has answered.
+
+    Raises:
+        DeloError: see `Scorer.in_mode` and `Scorer.check`.
+    """
+    for cell in {cell.task.name: cell for cell in cells}.values():
+        scorer = scorer_of(cell.task, config)
+        if scorer.needs or scorer.ready:
+            scorer.check([Reference.of(question.record) for question in questions.of(cell)])
+
+
+def close_stage(
+    run: StoredRun,
+    stage: int,
+    cells: Sequence[Cell],
+    questions: Questions,
+    stored: StoredAnswers,
+    began: float,
+) -> dict[str, Any]:
+    """Score the answers, write predictions and results.json, and return the content of that."""
+    stored.hashes.take_parts()
+    before = read_results(run.output)
+    results = resume_results(run.output, run.config, tuple(run.sequence.names))
+    patterns = list(dict.fromkeys(cell.pattern for cell in cells))
+    results.forget(stage, patterns)
+    trained = run.sequence.names[: stage + 1]
+    chosen: dict[str, list[Prediction]] = {pattern: [] for pattern in patterns}
+    count, written = 0, []
+    for cell in cells:
+        asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
+        answers = stored.gather(cell, asked)
+        rows = [
+            prediction_of(q, answer, scorer, stage, cell.pattern)
+            for q, (_, _, answer) in zip(asked, answers, strict=True)
+        ]
+        written.append(prediction_file(run.output, stage, cell.pattern, cell.task.name))
+        with told_writing(run.output):
+            write_predictions(written[-1], rows)
+        fill_cell(results, run.method, stage, cell, rows, scorer, [Reference.of(q.record) for q in asked])
+        count += len(rows)
+        unseen = [row["record_id"] for row in rows if "image_fault" in row]
+        results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
+        merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
+        results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
+        if cell.task.name in trained:
+            chosen[cell.pattern] += rows
+    for pattern, rows in chosen.items():
+        results.note_choice(stage, pattern, choice_statistics(rows, run.sequence.names))
+    results.answers[stage_name(stage)] = {"stored": count - stored.new, "new": stored.new}
+    results.eval_seconds[stage] = round(time.monotonic() - began, 3)
+    content = results_json(results, run.config, run_facts(run))
+    with told_writing(run.output):
+        write_results(run.output, content)
+        if stage == len(run.sequence.tasks) - 1:
+            draw_changed(before, content, run.output / PLOTS)
+    stored.hashes.save()
+    if Path(run.model_path).is_dir():  # what a name on the hub stands for may change without a trace here
+        write_receipt(
+            run, stage, results,
+            plugins=run.plugins,
+            read={*stored.hashes.seen, *(file for cell in cells for file in _files(run, cell))},
+            written=written, answers=count,
+        )  # fmt: skip
+    try_report(run.store.root, run.output)
+    return content
+
+
+def _files(run: StoredRun, cell: Cell) -> list[Path]:
+    """The files that a cell's records come from."""
+    return [cell.task.files[run.config.eval.split], *cell.task.beside.values()]
+
+
+def fill_cell(
+    results: Results,
+    method: Method,
+    stage: int,
+    cell: Cell,
+    rows: Sequence[Prediction],
+    scorer: Scorer,
+    references: Sequence[Reference],
+) -> None:
+    """Enter the scores of one cell's predictions into the matrix, for the modes that exist."""
+    name, count = cell.task.name, len(rows)
+
+    def enter(mode: Mode, prediction: str, own: str, follows: str) -> None:
+        value, error = cell_score(
+            [row[prediction] for row in rows], [row[own] for row in rows], scorer, references
+        )
+        results.matrix.set(mode, stage, name, value, count=count, pattern=cell.pattern)
+        results.matrix.note("standard_errors", mode, stage, name, error, pattern=cell.pattern)
+        rate = share([row.get(follows) for row in rows])
+        results.matrix.note("instruction_following", mode, stage, name, rate, pattern=cell.pattern)
+
+    if stage == ZERO_SHOT or not method.capabilities.needs_task:
+        enter("matched", "prediction", "score", "follows")
+    if stage != ZERO_SHOT and all(row["oracle_score"] is not None for row in rows):
+        enter("oracle", "oracle_prediction", "oracle_score", "oracle_follows")

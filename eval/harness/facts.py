@@ -1,0 +1,36 @@
+"""What the harness knows of a run beside its answers: scorers, and what training recorded."""
+
+from typing import Any, cast
+
+from delo_eval.harness.folder import RunFolder
+from delo_eval.scorers.base import Scorer
+from delo_llava.config import RunConfig
+from delo_llava.registry import load_plugin
+from delo_llava.tasks import TaskSpec
+
+
+def scorer_of(task: TaskSpec, config: RunConfig) -> Scorer:
+    """The scorer that the task's recipe names, in the mode the run asks for."""
+    return cast(Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
+
+
+def run_facts(run: RunFolder) -> dict[str, Any]:
+    """What training recorded in run.json and results.json repeats; None where it recorded nothing."""
+    recorded = run.store.read_run()
+    stages = {task: run.store.stage(task) for task in run.sequence.names}
+    worlds = [stage["world"] for stage in stages.values() if "world" in stage]
+    return {
+        "scorer_ids": {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks},
+        "world": worlds[-1] if worlds else None,
+        "start_weights": {"name": run.config.model, "sha256": recorded.get("base", {}).get("sha256")},
+        "data_hashes": recorded.get("data_hashes"),
+        "versions": recorded.get("versions"),
+        "trainable_parameters_per_task": _recorded(stages, "trainable_parameters"),
+        "train_seconds": [stage.get("train_seconds") for stage in stages.values()],
+        "missing_train": _recorded(stages, "missing"),
+    }
+
+
+def _recorded(stages: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
+    """One entry of every stage that has it, by task."""
+    return {task: stage[key] for task, stage in stages.items() if key in stage}

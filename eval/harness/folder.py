@@ -1,0 +1,105 @@
+"""A run's folder opened for evaluation. Imports nothing slow, as an unchanged stage needs no model."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from delo_eval.matrix.accuracy import ZERO_SHOT
+from delo_llava.config import RunConfig, config_layers, core_config
+from delo_llava.data.recipe import load_sequence
+from delo_llava.errors import DeloError
+from delo_llava.runs.store import RunStore
+from delo_llava.tasks import TaskSequence
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an evaluation of a stored run may change; None keeps what the run's configuration says.
+
+    Attributes:
+        split: `val` or `test`.
+        patterns: missing patterns.
+        limit: records per task.
+        batch_size: of decoding; changes speed, not results.
+        output: folder of predictions and results; the run's own, or `<run>/eval-<split>` for another split.
+        cache: whether answers of earlier evaluations are used.
+    """
+
+    split: str | None = None
+    patterns: tuple[str, ...] | None = None
+    limit: int | None = None
+    batch_size: int | None = None
+    output: Path | None = None
+    cache: bool | None = None
+
+
+#: Everything as the run's configuration says.
+AS_STORED = Request()
+
+
+@dataclass
+class RunFolder:
+    """A stored run; `output` is where predictions and results go."""
+
+    store: RunStore
+    config: RunConfig
+    sequence: TaskSequence
+    output: Path
+    patterns: tuple[str, ...] | None
+
+    def patterns_of(self, stage: int) -> list[str]:
+        """The patterns to evaluate after `stage`: the run's, and further ones after the last."""
+        chosen = self.config.eval
+        last = stage == len(self.sequence.tasks) - 1
+        return list(
+            dict.fromkeys(self.patterns or [*chosen.patterns, *(chosen.last_patterns if last else [])])
+        )
+
+    def adapters(self, stage: int) -> dict[str, Path]:
+        """Task -> published folder of the stages up to `stage`, proven unchanged.
+
+        Raises:
+            DeloError: a stage that does not exist or is not trained, or a folder that is not what was
+                published.
+        """
+        names = self.sequence.names
+        if not ZERO_SHOT <= stage < len(names):
+            raise DeloError("There is no such stage.", given=stage, allowed=range(ZERO_SHOT, len(names)))
+        tasks = names[: stage + 1]
+        for task in tasks:
+            if not self.store.adapter(task).is_dir():
+                raise DeloError(
+                    f"Stage {names.index(task)} ({task}) is not trained yet.", given=self.store.root
+                )
+        self.store.verify_published(tasks)
+        return {task: self.store.adapter(task) for task in tasks}
+
+
+def open_folder(run_dir: Path, request: Request = AS_STORED) -> RunFolder:
+    """Read a run's stored configuration with the request laid over it.
+
+    Raises:
+        DeloError: no run there, data gone, or an impossible request.
+    """
+    store = RunStore(run_dir)
+    if not store.config.is_file():
+        raise DeloError(
+            "There is no run in this folder: config.yaml is missing.",
+            given=run_dir,
+            fix="name a folder that training wrote",
+        )
+    stored = core_config(config_layers(store.config, []))
+    changes = {
+        "split": request.split, "limit": request.limit, "batch_size": request.batch_size,
+        "cache": request.cache,
+    }  # fmt: skip
+    wanted = stored.eval.model_copy(
+        update={key: value for key, value in changes.items() if value is not None}
+    )
+    config = stored.model_copy(update={"eval": wanted, "output": stored.output or run_dir})
+    own = (
+        run_dir
+        if wanted.split == stored.eval.split and wanted.limit == stored.eval.limit
+        else run_dir / f"eval-{wanted.split}"
+    )
+    sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    return RunFolder(store, config, sequence, request.output or own, request.patterns)

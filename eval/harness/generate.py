@@ -1,0 +1,259 @@
+"""Batched decoding of one task's questions: task choice first, then greedy or beam search.
+
+Batches are made from the sorted questions before they are dealt to the ranks, so their composition, and with
+it every last bit of the arithmetic, does not depend on how many ranks there are.
+"""
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationConfig
+
+from delo_eval.answers.question import Answer, Flags, Question
+from delo_llava.backbones.base import Backbone
+from delo_llava.config import RunConfig
+from delo_llava.data.collate import Batch, Collator
+from delo_llava.data.images import UnusableImage
+from delo_llava.methods.base import Method, Past, TaskChoice
+from delo_llava.tasks import Record
+
+#: The evidence left when the instruction's words may not be used to choose the task.
+VIEWS_WITHOUT_INSTRUCTION = ("image", "text")
+
+
+class Tokenizer(Protocol):
+    """What decoding needs of a tokenizer."""
+
+    pad_token_id: int | None
+    eos_token_id: int | None
+
+    def batch_decode(self, sequences: Tensor, *, skip_special_tokens: bool) -> list[str]:
+        """Texts of a B×S batch of ids."""
+        ...
+
+
+@dataclass
+class Answerer:
+    """A loaded model with all it takes to answer questions.
+
+    Attributes:
+        model: the PEFT model (or the bare base for the zero-shot row), in evaluation mode on `device`.
+        collate: a generation collator's `collate` (pads left, leaves the answer out).
+        trained: tasks that `model` has been trained on, in order; empty for the zero-shot row.
+        beams: 1 is greedy.
+    """
+
+    model: nn.Module
+    method: Method
+    collate: Callable[[Sequence[tuple[Record, Flags]]], Batch]
+    tokenizer: Tokenizer
+    device: torch.device
+    trained: tuple[str, ...]
+    beams: int = 1
+    #: Turned off, the true task is given to no method that can do without.
+    oracle: bool = True
+    #: A record whose image cannot be used is answered by nothing instead of ending the evaluation.
+    skip_bad_images: bool = False
+
+    def answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """Answers to one batch of questions of one task, in their order.
+
+        Raises:
+            UnusableImage: an image cannot be used, and such records are not to be skipped.
+        """
+        try:
+            return self._answer(questions, max_new_tokens)
+        except UnusableImage:
+            if not self.skip_bad_images:
+                raise
+        faults = {i: fault for i, q in enumerate(questions) if (fault := self._image_fault(q)) is not None}
+        rest = [q for i, q in enumerate(questions) if i not in faults]
+        said = iter(self._answer(rest, max_new_tokens) if rest else [])
+        return [self._unseen(q, faults[i]) if i in faults else next(said) for i, q in enumerate(questions)]
+
+    @torch.inference_mode()
+    def _answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """As `answer`; all images must be usable."""
+        if not self.trained:
+            return [Answer(text, None) for text in self.decode(questions, None, max_new_tokens)]
+        can = self.method.capabilities
+        if can.chooses_task:
+            return self._answer_with_choice(questions, max_new_tokens)
+        texts = self.decode(
+            questions, [q.record.task for q in questions] if can.needs_task else None, max_new_tokens
+        )
+        return [Answer(text, text) for text in texts]
+
+    def _image_fault(self, question: Question) -> str | None:
+        """What is wrong with the question's image, None where it can be used."""
+        try:
+            self.collate([(question.record, question.presence)])
+        except UnusableImage as fault:
+            return fault.message
+        return None
+
+    def _unseen(self, question: Question, fault: str) -> Answer:
+        """The empty answer to a question whose image cannot be used: wrong in every mode that exists."""
+        can, known = self.method.capabilities, question.record.task in self.trained
+        told = bool(self.trained) and (not can.chooses_task or (self.oracle and known))
+        return Answer("", "" if told else None, image_fault=fault)
+
+    def _answer_with_choice(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+        """Choose each row's task, answer as that task, and as the true one where the choice was another."""
+        batch = self._batch(questions)
+        choice, blind = self._choice(batch), self._choice(batch, VIEWS_WITHOUT_INSTRUCTION)
+        used = [choice.tasks[i] for i in choice.index.tolist()]
+        predictions = self.decode(questions, used, max_new_tokens, batch)
+        oracle = self._oracle(questions, used, predictions, max_new_tokens)
+        names = [blind.tasks[i] for i in blind.index.tolist()]
+        scores = [_finite(dict(zip(choice.tasks, row, strict=True))) for row in choice.scores.tolist()]
+        return [Answer(*row) for row in zip(predictions, oracle, used, names, scores, strict=True)]
+
+    def _choice(self, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
+        """The method's choice; a method that declares to choose must."""
+        choice = self.method.choose(self.model, batch, views)
+        if choice is None:
+            raise TypeError(
+                f"{type(self.method).__name__} declares chooses_task but its choose() returned None"
+            )
+        return choice
+
+    def _oracle(
+        self,
+        questions: Sequence[Question],
+        used: Sequence[str],
+        predictions: Sequence[str],
+        max_new_tokens: int,
+    ) -> list[str | None]:
+        """Predictions with the true task; routes do not depend on the batch, so right choices share them."""
+        texts: list[str | None] = list(predictions)
+        if not self.oracle:
+            return [None] * len(texts)
+        wrong = [i for i, q in enumerate(questions) if used[i] != q.record.task]
+        again = [i for i in wrong if questions[i].record.task in self.trained]
+        true = [questions[i].record.task for i in again]
+        decoded = self.decode([questions[i] for i in again], true, max_new_tokens) if again else []
+        told = dict(zip(again, decoded, strict=True))
+        for i in wrong:
+            texts[i] = told.get(i)
+        return texts
+
+    def _batch(self, questions: Sequence[Question]) -> Batch:
+        return self.collate([(q.record, q.presence) for q in questions]).to(self.device)
+
+    @torch.inference_mode()
+    def decode(
+        self,
+        questions: Sequence[Question],
+        tasks: Sequence[str] | None,
+        max_new_tokens: int,
+        batch: Batch | None = None,
+    ) -> list[str]:
+        """Generated texts, without prompt and special tokens.
+
+        Args:
+            tasks: the task to answer as, for each question; None for methods that use none.
+            batch: the collated questions, if they are there already.
+        """
+        batch = batch or self._batch(questions)
+        settings = decoding(self.tokenizer, self.model, max_new_tokens, self.beams)
+        with self.method.answering(self.model, batch, tasks, self.beams) as prompt:
+            ids: Tensor = cast(Any, self.model).generate(**prompt.inputs, generation_config=settings)
+        return self.tokenizer.batch_decode(ids[:, prompt.skip :], skip_special_tokens=True)
+
+
+@contextmanager
+def loaded(
+    config: RunConfig,
+    backbone: Backbone,
+    model_path: str,
+    method: Method,
+    adapters: dict[str, Path],
+    device: torch.device,
+) -> Iterator[Answerer]:
+    """A model loaded for answering, freed at the end.
+
+    Args:
+        adapters: task -> published folder, in the order of training; none is the bare base.
+    """
+    base = backbone.load(
+        model_path, quant=config.quant, dtype=config.dtype, attn=config.attn, device=str(device)
+    )
+    processor = backbone.load_processor(model_path)
+    ready = Answerer(
+        model=method.load(base, {task: Past(folder) for task, folder in adapters.items()}).eval(),
+        method=method,
+        collate=Collator(backbone, processor, config.data.max_length, config.missing.image, generation=True),
+        tokenizer=processor.tokenizer,
+        device=device,
+        trained=tuple(adapters),
+        beams=config.eval.num_beams,
+        oracle=config.eval.oracle,
+        skip_bad_images=config.data.on_bad_image == "skip",
+    )
+    del base
+    try:
+        yield ready
+    finally:
+        del ready.model
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _finite(scores: dict[str, float]) -> dict[str, float | None]:
+    """Scores as JSON can hold them: None where a sample shows nothing to judge a task by."""
+    return {task: score if isfinite(score) else None for task, score in scores.items()}
+
+
+def batches(questions: Sequence[Question], batch_size: int) -> list[list[Question]]:
+    """Questions in batches of similar length, longest first: memory peaks at once, padding stays small.
+
+    Characters stand in for tokens, and prompts with an image come before those without: exact lengths would
+    cost a tokenisation and gain little.
+    """
+
+    def length(question: Question) -> tuple[bool, int, str]:
+        record, (image, text) = question.record, question.presence
+        words = len(record.instruction) + (len(record.context or "") if text else 0)
+        return image and record.image is not None, words, record.id
+
+    ordered = sorted(questions, key=length, reverse=True)
+    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+
+
+def decoding(tokenizer: Tokenizer, model: nn.Module, max_new_tokens: int, beams: int) -> GenerationConfig:
+    """Plain greedy or beam search.
+
+    Whatever the checkpoint's generation_config.json asks for (Qwen2-VL: sampling and a repetition penalty) is
+    overridden, since unset values would be taken from there; only its end-of-sequence tokens are kept.
+    """
+    own: Any = getattr(model, "generation_config", None)
+    ends = getattr(own, "eos_token_id", None) or []
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        do_sample=False,
+        use_cache=True,
+        early_stopping=False,
+        min_new_tokens=0,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        length_penalty=1.0,
+        no_repeat_ngram_size=0,
+        num_return_sequences=1,
+        pad_token_id=pad,
+        eos_token_id=stops,
+    )

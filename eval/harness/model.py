@@ -1,0 +1,54 @@
+"""A stored run with its method and base, and its model after one of its stages."""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from delo_eval.answers.code import plugin_module
+from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
+from delo_eval.harness.generate import Answerer, loaded
+from delo_llava.backbones.base import Backbone, find_backbone
+from delo_llava.config import with_methods
+from delo_llava.methods.base import Method
+from delo_llava.registry import load_plugin
+
+
+@dataclass
+class StoredRun(RunFolder):
+    """A run's folder with what it takes to answer."""
+
+    backbone: Backbone
+    model_path: str
+    method: Method
+
+    @property
+    def plugins(self) -> tuple[str, str]:
+        """The modules (or folders) of the method and the backbone."""
+        return (
+            plugin_module("method", type(self.method).__module__),
+            plugin_module("backbone", type(self.backbone).__module__),
+        )
+
+
+def open_run(run_dir: Path, request: Request = AS_STORED) -> StoredRun:
+    """Read a run's stored configuration and find its method and base; no model is loaded.
+
+    Raises:
+        DeloError: no run there, data or model gone, or an impossible request.
+    """
+    found = open_folder(run_dir, request)
+    config = with_methods(found.config)
+    backbone, path = find_backbone(config.model)
+    kind = cast(type[Method], load_plugin("method", config.method))
+    method = kind(kind.Config(**config.methods.get(config.method, {})), config, backbone)
+    return StoredRun(
+        found.store, config, found.sequence, found.output, found.patterns, backbone, path, method
+    )
+
+
+def answerer(run: StoredRun, stage: int, device: torch.device) -> AbstractContextManager[Answerer]:
+    """The run's model after `stage`, loaded for answering and freed at the end."""
+    return loaded(run.config, run.backbone, run.model_path, run.method, run.adapters(stage), device)

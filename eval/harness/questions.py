@@ -1,0 +1,70 @@
+"""What a stage is asked: which (task, pattern) cells, and the questions of each with their presence flags."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from delo_eval.answers.question import Question
+from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT
+from delo_llava.config import RunConfig
+from delo_llava.data.missing import effective, hash_rank, pattern_spec, record_presence
+from delo_llava.data.readers import read_records
+from delo_llava.tasks import Record, TaskSequence, TaskSpec
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One task under one missing pattern."""
+
+    task: TaskSpec
+    pattern: str
+
+
+def cells_of(sequence: TaskSequence, stage: int, patterns: Sequence[str], *, needs_task: bool) -> list[Cell]:
+    """The cells of one stage: every trained task under every pattern, and the next for forward transfer.
+
+    The zero-shot row has all tasks. The next task is asked under the run's own pattern only, and not at all
+    of a method that needs the true task: it has nothing to answer an untrained task with.
+    """
+    if stage == ZERO_SHOT:
+        return [Cell(task, pattern) for pattern in patterns for task in sequence.tasks]
+    cells = [Cell(task, pattern) for pattern in patterns for task in sequence.tasks[: stage + 1]]
+    if RUN_PATTERN in patterns and not needs_task:
+        cells += [Cell(task, RUN_PATTERN) for task in sequence.tasks[stage + 1 : stage + 2]]
+    return cells
+
+
+@dataclass
+class Questions:
+    """Questions of cells; the records of the latest task are kept."""
+
+    config: RunConfig
+    _latest: tuple[TaskSpec, list[Record]] | None = None
+
+    def of(self, cell: Cell) -> list[Question]:
+        """The cell's questions in the order of the file, `eval.limit` of them.
+
+        Presence is drawn over the whole split before the limit, so a record's flags do not depend on it.
+        """
+        records = self._of_task(cell.task)
+        mask = record_presence(pattern_spec(cell.pattern, self.config.missing), records).tolist()
+        return [Question(records[i], (mask[i][0], mask[i][1])) for i in self._kept(records, cell.task.name)]
+
+    def missing(self, cell: Cell) -> dict[str, Any]:
+        """Counts and ratios of what is missing in the cell's split."""
+        return dict(effective(pattern_spec(cell.pattern, self.config.missing), self._of_task(cell.task)))
+
+    def _of_task(self, task: TaskSpec) -> list[Record]:
+        if self._latest is None or self._latest[0] != task:
+            self._latest = task, list(read_records(task, self.config.eval.split))
+        return self._latest[1]
+
+    def _kept(self, records: Sequence[Record], task: str) -> list[int]:
+        """Indices within the limit: drawn by record id, as files may be sorted by class."""
+        limit = self.config.eval.limit
+        if limit is None or limit >= len(records):
+            return list(range(len(records)))
+        split = self.config.eval.split
+        return sorted(
+            sorted(range(len(records)), key=lambda i: hash_rank(0, task, split, records[i].id))[:limit]
+        )

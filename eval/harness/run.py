@@ -1,0 +1,160 @@
+"""`delo-eval`: evaluate a saved stage of a run, alone or under torchrun or deepspeed."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from delo_eval.harness.folder import Request, RunFolder, open_folder
+from delo_eval.harness.unchanged import unchanged_stage
+from delo_eval.matrix.accuracy import ZERO_SHOT, stage_name
+from delo_eval.matrix.plots import PLOTS, draw_changed
+from delo_eval.matrix.results import read_results
+from delo_eval.matrix.table import final_table, stage_table
+from delo_llava.data.missing import PATTERNS
+from delo_llava.errors import DeloError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate the stages that the words name and return the exit code.
+
+    Raises:
+        DeloError: a mistake in the words, or in the run.
+    """
+    arguments = _parser().parse_args(argv)
+    given = arguments
+    request = Request(
+        given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output,
+        False if given.no_cache else None,
+    )  # fmt: skip
+    run = open_folder(arguments.run, request)
+    stages = stages_named(arguments.stage, run)
+    before, console = read_results(run.output), Console(quiet=os.environ.get("RANK", "0") != "0")
+    content = _unchanged(run, stages, request, console) or _evaluate(run, stages, request, console)
+    if content is not None:
+        draw_changed(before, content, run.output / PLOTS)
+        _tell(run, stages, content, console)
+    return 0
+
+
+def evaluate_stage(run_dir: Path, stage: int, **options: Any) -> dict[str, Any] | None:
+    """`delo_eval.harness.stage.evaluate_stage`, imported when it is called: it needs torch."""
+    from delo_eval.harness.stage import evaluate_stage as evaluate
+
+    return evaluate(run_dir, stage, **options)
+
+
+def stages_named(word: str, run: RunFolder) -> list[int]:
+    """The stages that `--stage` means: an index from 0, a task's name, `last`, `all` or `zero-shot`.
+
+    Raises:
+        DeloError: none of these, or nothing is trained yet.
+    """
+    tasks = run.sequence.names
+    trained = [i for i, task in enumerate(tasks) if run.store.adapter(task).is_dir()]
+    if word in ("last", "all") and not trained:
+        raise DeloError("No stage of this run is trained yet.", given=run.store.root)
+    named = {"zero-shot": [ZERO_SHOT], str(ZERO_SHOT): [ZERO_SHOT], "last": trained[-1:], "all": trained}
+    named |= {task: [i] for i, task in enumerate(tasks)} | {str(i): [i] for i in range(len(tasks))}
+    if word not in named:
+        raise DeloError("There is no such stage.", given=word, allowed=named)
+    return named[word]
+
+
+def _unchanged(
+    run: RunFolder, stages: Sequence[int], request: Request, console: Console
+) -> dict[str, Any] | None:
+    """The results, if every stage is evaluated already and nothing changed since; only then without torch."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        return None
+    content = None
+    for stage in stages:
+        content = unchanged_stage(run.store.root, stage, request)
+        if content is None:
+            return None
+    if content is not None:
+        console.print("nothing has changed since these stages were evaluated")
+    return content
+
+
+def _evaluate(
+    run: RunFolder, stages: Sequence[int], request: Request, console: Console
+) -> dict[str, Any] | None:
+    """Evaluate the stages; the first rank shows progress and gets the results."""
+    from delo_eval.harness.ranks import launched_ranks
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    content = None
+    with launched_ranks(run.config) as ranks:
+        for stage in stages:
+            with Progress(*columns, console=console, transient=True) as bars:
+                bar = bars.add_task("loading")
+                content = evaluate_stage(
+                    run.store.root, stage, request=request, ranks=ranks,
+                    progress=partial(_advance, bars, bar),
+                )  # fmt: skip
+    return content
+
+
+def _tell(run: RunFolder, stages: Sequence[int], content: dict[str, Any], console: Console) -> None:
+    """Tables of the stages and of the whole run, and where it is written."""
+    for stage in stages:
+        console.print(stage_table(content, stage))
+    console.print(final_table(content))
+    counts = content["seconds"]["answers"]
+    told = (f"{n} {counts[n]['stored']} / {counts[n]['new']}" for n in map(stage_name, stages))
+    console.print(f"answers, known / new: {', '.join(told)}")
+    console.print(f"results: {run.output / 'results.json'}", soft_wrap=True)
+
+
+def _advance(bars: Progress, bar: TaskID, cell: str, done: int, total: int) -> None:
+    """Show how far one cell is."""
+    bars.update(bar, description=cell, completed=done, total=total)
+
+
+def _patterns(given: str | None) -> tuple[str, ...] | None:
+    """Comma-separated missing patterns.
+
+    Raises:
+        DeloError: an unknown one.
+    """
+    if given is None:
+        return None
+    names = tuple(given.split(","))
+    for name in names:
+        if name not in PATTERNS:
+            raise DeloError("Unknown missing pattern.", given=name, allowed=PATTERNS)
+    return names
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="delo-eval", description=__doc__, allow_abbrev=False)
+    # torchrun takes --run for an abbreviation of its own --run_path, wherever it stands: hence a second name.
+    parser.add_argument("--run", "--run_dir", dest="run", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--stage", default="last", help="index from 0, a task's name, last (default), all, or zero-shot"
+    )
+    parser.add_argument(
+        "--split", choices=("test", "val"), help="default: the run's own; another goes to <run>/eval-<split>"
+    )
+    parser.add_argument("--patterns", help="missing patterns, comma-separated: run, complete, image, text")
+    parser.add_argument("--limit", type=int, help="records per task, for trials")
+    parser.add_argument(
+        "--batch_size", type=int, help="questions decoded at once; results do not depend on it"
+    )
+    parser.add_argument(
+        "--output", type=Path, help="folder for predictions, plots and results.json; default: the run's own"
+    )
+    parser.add_argument(
+        "--no-cache", action="store_true", help="answer everything again; by default known answers are reused"
+    )
+    parser.add_argument(
+        "--local_rank", type=int, help=argparse.SUPPRESS
+    )  # appended by the deepspeed launcher
+    return parser

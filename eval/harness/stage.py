@@ -1,0 +1,124 @@
+"""Evaluate one saved stage: in training and by itself, by the same function, with the same numbers."""
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from delo_eval.answers.routing_use import use_file, write_use_part
+from delo_eval.harness.closing import check_scorable, close_stage
+from delo_eval.harness.folder import AS_STORED, Request
+from delo_eval.harness.generate import Answerer, batches
+from delo_eval.harness.model import StoredRun, answerer, open_run
+from delo_eval.harness.questions import Cell, Questions, cells_of
+from delo_eval.harness.ranks import current_ranks
+from delo_eval.harness.stored import StoredAnswers
+from delo_eval.harness.unchanged import unchanged_stage
+from delo_eval.matrix.accuracy import stage_name
+from delo_llava.engines.ranks import Ranks
+
+#: (cell being evaluated, questions done, questions in all), of this rank.
+OnProgress = Callable[[str, int, int], None]
+
+
+def evaluate_stage(
+    run_dir: Path,
+    stage: int,
+    *,
+    request: Request = AS_STORED,
+    ranks: Ranks | None = None,
+    progress: OnProgress | None = None,
+) -> dict[str, Any] | None:
+    """Evaluate the run as it stands after `stage`, write predictions and update results.json.
+
+    Every rank calls it; each loads its own whole copy of the model and answers its share of the batches.
+
+    Args:
+        run_dir: folder of the run.
+        stage: index from 0; −1 is the bare base, the zero-shot row.
+        request: what to change for this evaluation.
+        ranks: the processes taking part; by default those of the initialised process group, or this one
+            alone.
+        progress: called after each batch.
+
+    Returns:
+        The content of results.json on the first rank, None on the others.
+
+    Raises:
+        DeloError: see `open_run` and `RunFolder.adapters`; an image or a record that cannot be used; a disk
+            that takes no more.
+        Preempted: on every rank, if a signal asked any of them to leave; the answers so far are kept.
+    """
+    began = time.monotonic()
+    run = open_run(Path(run_dir), request)
+    ranks = ranks or current_ranks(run.config)
+    if ranks.world == 1 and (content := unchanged_stage(Path(run_dir), stage, request)) is not None:
+        return content
+    needs_task = run.method.capabilities.needs_task
+    cells = cells_of(run.sequence, stage, run.patterns_of(stage), needs_task=needs_task)
+    cells.sort(key=lambda cell: run.sequence.names.index(cell.task.name))  # each task's records are read once
+    questions = Questions(run.config)
+    check_scorable(run.config, cells, questions)
+    stored = StoredAnswers.open(run, stage, ranks)
+    if not run.config.eval.cache:
+        ranks.run_first(lambda: stored.forget(cells))
+    with ExitStack() as stack:
+        load = cache(lambda: stack.enter_context(answerer(run, stage, ranks.device)))
+        for cell in cells:
+            if ranks.leave_soon():
+                break
+            _answer_cell(run, cell, load, questions, stored, ranks, progress)
+    stored.hashes.save()
+    ranks.leave_if_asked(f"evaluating stage {stage_name(stage)}")
+    stored.new = int(ranks.sum(torch.tensor(stored.new)))
+    content = close_stage(run, stage, cells, questions, stored, began) if ranks.first else None
+    ranks.barrier()
+    return content
+
+
+def _answer_cell(
+    run: StoredRun,
+    cell: Cell,
+    load: Callable[[], Answerer],
+    questions: Questions,
+    stored: StoredAnswers,
+    ranks: Ranks,
+    progress: OnProgress | None,
+) -> None:
+    """Answer what is not answered yet of this rank's share of one cell; the model is loaded if there is any.
+
+    A batch of which any answer is lacking is decoded as a whole, since in low precision the last bits depend
+    on what is decoded together; of its answers only those that were lacking are taken.
+    """
+    file, tokens = stored.of(cell), cell.task.max_new_tokens
+    known, name = stored.known(file), f"{cell.task.name}/{cell.pattern}"
+    share = batches(questions.of(cell), run.config.eval.batch_size)[ranks.rank :: ranks.world]
+    keyed = [[(stored.keys.of(question, tokens), question) for question in batch] for batch in share]
+    left = [batch for batch in keyed if any(key not in known for key, _ in batch)]
+    total = sum(map(len, keyed))
+    done = total - sum(map(len, left))
+    if progress is not None:
+        progress(name, done, total)
+    if not left:
+        return
+    with file.writer(ranks.rank) as part:
+        for batch in left:
+            answers = load().answer([question for _, question in batch], tokens)
+            lacking = [
+                (key, question.record.id, answer)
+                for (key, question), answer in zip(batch, answers, strict=True)
+                if key not in known
+            ]
+            part.append(lacking)
+            stored.new += len(lacking)
+            done += len(batch)
+            if progress is not None:
+                progress(name, done, total)
+            if ranks.leave_soon():
+                break
+    used = use_file(run.output, stored.stage, cell.pattern, cell.task.name)
+    write_use_part(used, ranks.rank, run.method.routing_use(load().model))

@@ -1,0 +1,100 @@
+"""The matrix as rich tables: one row after each stage, all of it with the metrics at the end."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+
+from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT, Cells
+from delo_eval.matrix.results import grids, standard_errors
+from delo_eval.tables import rich_table, score_text
+
+#: Metrics shown below the matrix, in this order; the rest is in results.json.
+HEADLINE = (
+    "ap",
+    "maa",
+    "mft",
+    "forgetting",
+    "forgetting_max",
+    "forgetting_max_all",
+    "bwt_T",
+    "bwt_Tm1",
+    "fwt",
+)
+
+#: Shares of rightly chosen tasks, shown below the metrics.
+CHOICE = {
+    "task_choice_accuracy": "task choice",
+    "task_choice_accuracy_without_instruction": "task choice without instruction",
+}
+
+
+def stage_table(results: Mapping[str, Any], stage: int) -> Table:
+    """The scores after `stage` (−1: zero-shot), a line per mode and pattern; a dot marks untrained tasks."""
+    tasks = results["tasks"]
+    title = "zero-shot" if stage < 0 else f"after stage {stage} ({tasks[stage]})"
+    table = rich_table(title, ["", *tasks, "mean of trained"])
+    for label, row, errors in _rows(results, stage):
+        marks = ["" if j <= stage or score is None else "·" for j, score in enumerate(row)]
+        cells = map(score_text, row, marks, errors)
+        table.add_row(label, *cells, score_text(_mean(row[: stage + 1])))
+    return table
+
+
+def final_table(results: Mapping[str, Any]) -> RenderableType:
+    """Every stage of the run's own pattern, then the metrics of both modes, then the task choice."""
+    return Group(*(_matrix(results, mode) for mode in results["modes"]), _metrics(results))
+
+
+def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, Cells, Cells]]:
+    """Label, scores and standard errors of every mode and pattern that was run at `stage`."""
+    if stage < 0:
+        rows = [(pattern, row, pattern, "matched") for pattern, row in (results["zero_shot"] or {}).items()]
+    else:
+        rows = [
+            (f"{mode} · {name}", grid[mode][stage], name, mode)
+            for name, grid in grids(results).items()
+            for mode in results["modes"]
+        ]
+    return [
+        (label, row, standard_errors(results, pattern, mode, stage))
+        for label, row, pattern, mode in rows
+        if any(score is not None for score in row)
+    ]
+
+
+def _matrix(results: Mapping[str, Any], mode: str) -> Table:
+    """The whole matrix of one mode."""
+    tasks = results["tasks"]
+    blank = [""] * len(tasks)
+    title = f"{mode}: score on (column) after training (row), percent (standard error over records)"
+    table = rich_table(title, ["", *tasks])
+    zero_shot = (results["zero_shot"] or {}).get("run")
+    if zero_shot:
+        errors = standard_errors(results, RUN_PATTERN, mode, ZERO_SHOT)
+        table.add_row("zero-shot", *map(score_text, zero_shot, blank, errors))
+    for stage, (name, row) in enumerate(zip(tasks, results["matrix"][mode], strict=True)):
+        errors = standard_errors(results, RUN_PATTERN, mode, stage)
+        table.add_row(name, *map(score_text, row, blank, errors))
+    return table
+
+
+def _metrics(results: Mapping[str, Any]) -> Table:
+    """A line per metric, a column per mode; says on how many stages they stand while not all are finished."""
+    found, total, modes = results["metrics"], len(results["tasks"]), results["modes"]
+    heads = [
+        m if found["stages"][m] == total else f"{m} ({found['stages'][m]} of {total} stages)" for m in modes
+    ]
+    table = rich_table("metrics", ["", *heads])
+    for name in HEADLINE:
+        table.add_row(name, *(score_text(found[mode].get(name)) for mode in modes))
+    for key, label in CHOICE.items():
+        if results[key] is not None:
+            table.add_row(label, *(score_text(results[key]) if mode == "matched" else "" for mode in modes))
+    return table
+
+
+def _mean(row: Sequence[float | None]) -> float | None:
+    known = [score for score in row if score is not None]
+    return sum(known) / len(known) if known else None
