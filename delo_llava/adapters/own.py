@@ -49,7 +49,8 @@ def require_own_adapter(folder: Path, kind: type[PeftConfig], fields: Collection
     if given.get("peft_type") != expected:
         raise DeloError("This is another kind of adapter.", given=given.get("peft_type"), allowed=[expected])
     # Of PEFT's own kinds we set the fields in VARYING only; another kind's fields are its method's.
-    own = set() if kind.__module__.startswith("peft.") else set(vars(kind).get("__annotations__", {}))
+    ours = (base for base in kind.__mro__ if not base.__module__.startswith(("peft.", "builtins")))
+    own = {field for base in ours for field in vars(base).get("__annotations__", {})}
     for name, value in given.items():
         if name not in VARYING | own | {"peft_type", *fields} and value and value != usual.get(name):
             raise DeloError(

@@ -1,20 +1,19 @@
 """Configuration of a DeLo adapter, and its size in closed form."""
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from peft import PeftConfig
-
+from delo_llava.adapters.tuner import LinearsConfig
 from delo_llava.errors import DeloError
 
 PEFT_TYPE = "DELO"
 
 
 @dataclass
-class DeloConfig(PeftConfig):
-    """One task's experts. Everything but the weights must agree between the adapters of one model.
+class DeloConfig(LinearsConfig):
+    """One task's experts. Everything but the weights must agree between the adapters of one model. The
+    projector's linears have image pools only.
 
     Attributes:
         r: factors chosen per modality and linear, the rank of each update.
@@ -26,10 +25,6 @@ class DeloConfig(PeftConfig):
         conditional: `table`, `none` or `factor`: how the choice of B depends on that of A.
         latent: width of the router's down-projection, and rank of the learned cross-modal map.
         cross_modal: `identity`, `linear` or `ridge`.
-        target_modules: regular expression (full match) of the language layers' linears.
-        projector_modules: the same for the projector's linears; they have image pools only.
-        projector: name of the projector module.
-        hidden_size: width of the language model, the length of a query.
     """
 
     r: int = 4
@@ -41,10 +36,6 @@ class DeloConfig(PeftConfig):
     conditional: Literal["table", "none", "factor"] = "table"
     latent: int = 64
     cross_modal: Literal["identity", "linear", "ridge"] = "identity"
-    target_modules: str | None = None
-    projector_modules: str | None = None
-    projector: str = ""
-    hidden_size: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,14 +59,6 @@ class DeloConfig(PeftConfig):
     def scale(self) -> float:
         """s = alpha / r."""
         return self.alpha / self.r
-
-    def is_projector(self, name: str) -> bool:
-        """Whether a module's name is one of the projector's adapted linears."""
-        return bool(self.projector_modules) and re.fullmatch(self.projector_modules or "", name) is not None
-
-    def is_target(self, name: str) -> bool:
-        """Whether a module's name is adapted at all."""
-        return self.is_projector(name) or re.fullmatch(self.target_modules or "", name) is not None
 
 
 def trainable_parameter_count(config: DeloConfig, linears: Mapping[str, tuple[int, int]]) -> int:

@@ -8,36 +8,26 @@ does not know its task: it reads the rows of the pools from the plan.
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from delo_llava.adapters.carrier import Carrier
+from delo_llava.adapters.tuner import CarriedLayer
 from delo_llava.methods.delo.config import DeloConfig
 from delo_llava.methods.delo.plan import RoutePlan, RouteTable
 
 
-class DeloLayer(nn.Module, BaseTunerLayer):
+class DeloLayer(CarriedLayer):
     """A frozen linear with one pair of pools per adapter.
 
     A pool is an embedding table, [image factors | text factors] × width: its look-up is the gather, and as a
     module of its own it is what ZeRO-3 gathers and releases (parameters in a ParameterDict would not be).
-
-    Args:
-        base_layer: `nn.Linear` or a 4-bit linear.
-        carrier: shared by all layers of the model; holds the plan.
-        projector: inside the projector, where only image pools exist and rows are images.
     """
 
     adapter_layer_names = ("delo_A", "delo_B")
     other_param_names = ("scale",)
 
-    def __init__(self, base_layer: nn.Module, carrier: Carrier, projector: bool) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.carrier, self.projector = carrier, projector
-        linear: Any = base_layer
-        self.in_features, self.out_features = int(linear.in_features), int(linear.out_features)
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
         self.slot = -1  # position among the language or projector layers, set by the model after injection
         self.rank = 0
         self.scale: dict[str, float] = {}
@@ -54,15 +44,6 @@ class DeloLayer(nn.Module, BaseTunerLayer):
             pools[name] = nn.Embedding(len(start), start.shape[1], _weight=start)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters)
-
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
-        """Move the pools, but keep them fp32 (PEFT would cast them to the base's type)."""
-        target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
-        for pools in (self.delo_A, self.delo_B):
-            if target is not None and pools[adapter_name].weight.device.type != "meta":
-                pools[adapter_name].to(target)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus the routed update; the base's alone while experts are off or the frozen

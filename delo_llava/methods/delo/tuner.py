@@ -5,10 +5,9 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from delo_llava.adapters.carrier import Carrier
+from delo_llava.adapters.tuner import CarriedTuner
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
@@ -29,19 +28,17 @@ FREE_FIELDS = {
 }
 
 
-class DeloModel(BaseTuner):
+class DeloModel(CarriedTuner):
     """DeLo experts around a frozen vision-language model; one adapter per task."""
 
     prefix = "delo_"
     tuner_layer_cls = DeloLayer
-    target_module_mapping: dict[str, list[str]] = {}
 
     # ---- injection
     # ------------------------------------------------------------------------------------------------
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Add an adapter: pools in every target linear, its router and its cross-modal map."""
         if "delo_router" not in self._modules:
-            self.carrier = Carrier(self._decide, self._enabled)
             self.delo_router, self.delo_cross = nn.ModuleDict(), nn.ModuleDict()
         config: Any = self.peft_config[adapter_name]
         self._check_adapter(model, adapter_name, config)
@@ -51,7 +48,6 @@ class DeloModel(BaseTuner):
             for group in (language, projector):
                 for slot, layer in enumerate(group):
                     layer.slot = slot
-            self.carrier.attach(model, config.projector if projector else "")
         self.delo_router[adapter_name] = _router(config, language, projector).to(self._device())
         self.delo_cross[adapter_name] = CrossModal(config.cross_modal, config.hidden_size, config.latent).to(
             self._device()
@@ -81,43 +77,6 @@ class DeloModel(BaseTuner):
                     given="; ".join(differing),
                     fix="use the run's own configuration",
                 )
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        return bool(peft_config.is_target(key))
-
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: str | None = None,
-    ) -> None:
-        if isinstance(target, DeloLayer):
-            target.update_layer(adapter_name, peft_config)
-            return
-        if not hasattr(target, "in_features"):
-            raise DeloError(
-                "Experts wrap linear layers only",
-                given=f"{current_key}: {type(target).__name__}",
-                fix="narrow target_modules",
-            )
-        layer = DeloLayer(target, self.carrier, peft_config.is_projector(current_key))
-        layer.update_layer(adapter_name, peft_config)
-        self._replace_module(parent, target_name, layer, target)
-
-    def layers(self) -> tuple[list[DeloLayer], list[DeloLayer]]:
-        """The expert layers of the language model and of the projector, each in the model's order."""
-        found = [m for m in self.model.modules() if isinstance(m, DeloLayer)]
-        return [m for m in found if not m.projector], [m for m in found if m.projector]
-
-    def layer_names(self) -> tuple[list[str], list[str]]:
-        """Names of the linears behind `layers`, within the frozen model."""
-        found = [(name, m) for name, m in self.model.named_modules() if isinstance(m, DeloLayer)]
-        return [n for n, m in found if not m.projector], [n for n, m in found if m.projector]
 
     def _device(self) -> torch.device:
         device: torch.device = self.model.get_input_embeddings().weight.device
@@ -152,10 +111,8 @@ class DeloModel(BaseTuner):
 
     # ---- the plan
     # -------------------------------------------------------------------------------------------------
-    def _enabled(self) -> bool:
-        return not next(m for m in self.model.modules() if isinstance(m, DeloLayer)).disable_adapters
-
-    def _decide(self, inputs: RouteInputs, queries: Queries) -> RoutePlan:
+    def decide(self, inputs: RouteInputs, queries: Queries) -> RoutePlan:
+        """The factors of every row, by its task's router."""
         tasks = self._tasks(inputs, queries)
         used = tuple(name for name in self.delo_router if name in set(tasks))
         if len(used) == 1:
