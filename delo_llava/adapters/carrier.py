@@ -62,6 +62,7 @@ class Carrier:
         decide: makes the decision.
         enabled: whether the layers act at all; False leaves the base alone.
         suspended: layers act as their bases.
+        mix: what layers do with the decision, where methods that share a layer differ in that.
         dummy: the image that goes through the projector belongs to no row (see `dummy_image`).
     """
 
@@ -70,6 +71,7 @@ class Carrier:
     stack: list[Route] = field(default_factory=list)
     suspended: bool = False
     dummy: bool = False
+    mix: Any = None
     model: Any = None
 
     def attach(self, model: nn.Module, projector: str) -> None:

@@ -1,7 +1,7 @@
 """What the LoRA baselines share: the adapter, its rank at equal trainable parameters, its files."""
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -12,8 +12,8 @@ from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
+from delo_llava.methods._size import matched_rank
 from delo_llava.methods.base import Footprint, Method, MethodConfig, Stage, answer_loss_sum
-from delo_llava.registry import load_plugin
 
 ADAPTER = "default"
 
@@ -33,14 +33,6 @@ class LoraOptions(MethodConfig):
     like: str = "delo"
     alpha_over_rank: float = Field(2.0, gt=0)
     dropout: float = Field(0.0, ge=0, lt=1)
-
-
-def matched_rank(like: str, base: nn.Module, backbone: Backbone, run: RunConfig) -> int:
-    """The LoRA rank r whose r·Σ(d_in + d_out) is nearest to what the method `like` trains in a stage."""
-    linears = adapted_linears(base, backbone)
-    kind = cast(type[Method], load_plugin("method", like))
-    other = kind(kind.Config(**run.methods.get(like, {})), run, backbone)
-    return max(1, round(other.footprint(base).parameters / sum(i + o for i, o in linears.values())))
 
 
 def lora_config(options: LoraOptions, base: nn.Module, backbone: Backbone, run: RunConfig) -> LoraConfig:

@@ -1,0 +1,209 @@
+"""Low-rank pairs beside frozen linears, which a method mixes: y = W₀x + s·Σ_a B_a (c_a ∘ A_a x).
+
+The coefficients c are what methods differ in: none (a sum of adapters), a mask or weights for each row,
+    decided once
+for a forward, or a router's output for each token. The update is never materialised, and a mask costs one
+product of the narrow tensor. A and B are modules of their own, which is what ZeRO-3 gathers and releases.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+
+from delo_llava.adapters.carrier import Decide
+from delo_llava.adapters.register import register_tuner
+from delo_llava.adapters.tuner import CarriedLayer, CarriedTuner, LinearsConfig
+from delo_llava.errors import DeloError
+from delo_llava.features.inputs import RouteInputs
+from delo_llava.features.queries import Queries
+
+PEFT_TYPE = "DELO_LOWRANK"
+
+
+@dataclass
+class LowRankConfig(LinearsConfig):
+    """One adapter: a pair of matrices for every linear.
+
+    Attributes:
+        r: rank, over all experts that it is read as.
+        alpha: the update is scaled by alpha / r.
+        dropout: on the adapter's input, while training.
+        outputs: of a linear router beside every pair (d_in → outputs, without bias); 0: none.
+    """
+
+    r: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+    outputs: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if self.r < 1:
+            raise DeloError("A rank must be at least 1", given=self.r, fix="set rank to a positive number")
+
+
+class LowRankLayer(CarriedLayer):
+    """A frozen linear with one pair (and perhaps a router) per adapter."""
+
+    adapter_layer_names = ("lowrank_A", "lowrank_B", "lowrank_R")
+    other_param_names = ("scale",)
+
+    def __init__(self, *given: Any) -> None:
+        super().__init__(*given)
+        self.name = ""  # of the linear within the frozen model, set after injection
+        self.scale: dict[str, float] = {}
+        self.dropout: nn.Module = nn.Identity()
+        self.lowrank_A, self.lowrank_B, self.lowrank_R = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+
+    def update_layer(self, name: str, config: LowRankConfig) -> None:
+        """Add the pair of adapter `name`: A Kaiming-uniform (a = √5) as LoRA's, B = 0, fp32, drawn on the CPU
+        so that a seed fixes them.
+        """
+        self.scale[name] = config.alpha / config.r
+        if config.dropout:
+            self.dropout = nn.Dropout(config.dropout)
+        a = nn.Linear(self.in_features, config.r, bias=False, device="cpu")
+        b = nn.Linear(config.r, self.out_features, bias=False, device="cpu")
+        nn.init.kaiming_uniform_(a.weight, a=5**0.5)
+        nn.init.zeros_(b.weight)
+        self.lowrank_A[name], self.lowrank_B[name] = a, b
+        if config.outputs:
+            self.lowrank_R[name] = nn.Linear(self.in_features, config.outputs, bias=False, device="cpu")
+        self._move_adapter_to_device_of_base_layer(name)
+        self.set_adapter(self.active_adapters)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base's output plus what the method's mixer adds."""
+        y: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or self.carrier.suspended:
+            return y
+        mix: Mixer = self.carrier.mix or summed
+        return y + mix(self, x).to(y.dtype)
+
+    def down(self, name: str, x: Tensor) -> Tensor:
+        """A x, …×r, in fp32."""
+        a: nn.Linear = self.lowrank_A[name]  # type: ignore[assignment]
+        u: Tensor = a(self.dropout(x.to(torch.float32)))
+        return u
+
+    def up(self, name: str, u: Tensor) -> Tensor:
+        """s·B u, …×d_out, in fp32."""
+        y: Tensor = self.lowrank_B[name](u)
+        return y * self.scale[name]
+
+    def scores(self, name: str, x: Tensor) -> Tensor:
+        """The router's outputs for every token, in fp32."""
+        found: Tensor = self.lowrank_R[name](x.to(torch.float32))
+        return found
+
+
+#: What a layer adds to its base's output, from its input.
+Mixer = Callable[[LowRankLayer, Tensor], Tensor]
+
+
+def summed(layer: LowRankLayer, x: Tensor) -> Tensor:
+    """Σ over the active adapters."""
+    names: Sequence[str] = layer.active_adapters
+    total = layer.up(names[0], layer.down(names[0], x))
+    for name in names[1:]:
+        total = total + layer.up(name, layer.down(name, x))
+    return total
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """Coefficients for the rows of a forward.
+
+    Attributes:
+        values: by a name that the mixer knows (an adapter's, a layer's), R×k.
+        inputs: what is known of the batch, for the projector, whose rows are images.
+    """
+
+    values: Mapping[str, Tensor]
+    inputs: RouteInputs
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> int:
+        """Number of rows, beams included."""
+        return len(next(iter(self.values.values())))
+
+    def index_select(self, rows: Tensor) -> "RowPlan":
+        """The coefficients of some rows in a new order."""
+        taken = {name: value.index_select(0, rows) for name, value in self.values.items()}
+        return RowPlan(taken, self.inputs, self.extra)
+
+    def at(self, layer: LowRankLayer, name: str, x: Tensor) -> Tensor:
+        """Coefficients shaped to multiply a tensor of the layer's tokens: R×1×k, or k for each packed
+        token.
+        """
+        value = self.values[name]
+        if not layer.projector:
+            return value.unsqueeze(1)
+        images = value.index_select(0, self.inputs.image_rows)
+        if x.dim() == 3:
+            return images.unsqueeze(1)
+        return images.repeat_interleave(self.inputs.image_tokens, dim=0)
+
+
+class LowRankModel(CarriedTuner):
+    """Low-rank adapters around a frozen vision-language model.
+
+    Attributes:
+        decider: what decides the rows' coefficients; None: nothing is decided, every forward is alike.
+    """
+
+    prefix = "lowrank_"
+    tuner_layer_cls = LowRankLayer
+    decider: Decide | None = None
+
+    def decide(self, inputs: RouteInputs, queries: Queries) -> Any:
+        """What the method's decider says; it is asked only where there is one."""
+        assert self.decider is not None
+        return self.decider(inputs, queries)
+
+    def _enabled(self) -> bool:
+        return self.decider is not None and super()._enabled()
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add a pair to every target linear."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        for name, module in self.model.named_modules():
+            if isinstance(module, LowRankLayer):
+                module.name = name
+
+
+register_tuner(PEFT_TYPE, LowRankConfig, LowRankModel)
+
+
+def lowrank(model: nn.Module) -> LowRankModel:
+    """The tuner inside a PEFT model, however an engine wraps it.
+
+    Raises:
+        DeloError: the model has no low-rank adapters of this kind.
+    """
+    found = next((m for m in model.modules() if isinstance(m, LowRankModel)), None)
+    if found is None:
+        raise DeloError(
+            "This model has no low-rank adapters", given=type(model).__name__, fix="inject them first"
+        )
+    return found
+
+
+def inject(
+    base: nn.Module, config: LowRankConfig, name: str, mix: Mixer | None = None, decider: Decide | None = None
+) -> Any:
+    """The base with one adapter, and how a method mixes it."""
+    return mixed(get_peft_model(base, config, adapter_name=name), mix, decider)
+
+
+def mixed(model: Any, mix: Mixer | None, decider: Decide | None = None) -> Any:
+    """`model` with another mixer; a decider makes every forward want `routing`."""
+    tuner = lowrank(model)
+    tuner.carrier.mix, tuner.decider = mix, decider
+    return model
