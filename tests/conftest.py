@@ -1,9 +1,9 @@
 """How the tests are run: long files first, and what is long by a flag.
 
-    pytest -n 2                    what a newcomer runs
-    pytest -n 2 --part 3/8         the same, and every eighth of the long tests (CI takes another part each
-    day) pytest -n 2 --long             everything pytest --note_durations        write tests/durations.json,
-    which the order is made from
+    pytest -n 2 --dist loadfile    what a newcomer runs (launch/test.sh)
+    … --part 3/8                   the same, and an eighth of the long tests (CI: another one each day)
+    … --long                       everything
+    … --note_durations             write tests/durations.json, which the order is made from
 
 Two workers take whole files, so that what a file's fixtures made is made once; a long file that begins last
 leaves one worker idle, so files begin in the order of their seconds.
@@ -11,12 +11,15 @@ leaves one worker idle, so files begin in the order of their seconds.
 
 import hashlib
 import json
+import os
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 DURATIONS = Path(__file__).parent / "durations.json"
+BEGAN = pytest.StashKey[float]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,23 +49,45 @@ def _is_due(config: pytest.Config, item: pytest.Item) -> bool:
         raise pytest.UsageError("--part is written K/N, such as 3/8") from error
     if not 1 <= number <= parts:
         raise pytest.UsageError("--part K/N: K lies between 1 and N")
-    # By function, so that tests which share a fixture stay together.
-    name = item.nodeid.partition("[")[0]
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % parts == number - 1
+    # All of a method's tests come together, and so do all of a function's: they share what was trained.
+    called = getattr(item, "callspec", None)
+    key = called.params.get("name") if called is not None else None
+    digest = hashlib.sha256(str(key or item.nodeid.partition("[")[0]).encode()).hexdigest()
+    return int(digest, 16) % parts == number - 1
 
 
 def _file(item: pytest.Item) -> str:
     return item.nodeid.partition("::")[0]
 
 
+def _cpu() -> float:
+    """CPU seconds of this process and of those it has waited for, which other work on the machine hardly
+    changes.
+    """
+    return sum(os.times()[:4])
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    item.stash[BEGAN] = _cpu()
+    return (yield)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    if call.when == "teardown":
+        item.user_properties.append(("cpu", _cpu() - item.stash[BEGAN]))
+
+
 class Durations:
-    """Adds up what each file takes."""
+    """Adds up the CPU seconds of each file."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        self.seconds[report.nodeid.partition("::")[0]] += report.duration
+        if report.when == "teardown":
+            self.seconds[report.nodeid.partition("::")[0]] += dict(report.user_properties)["cpu"]
 
     def pytest_sessionfinish(self) -> None:
         known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}

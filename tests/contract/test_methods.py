@@ -1,225 +1,193 @@
 """What every method must do, on every model family; a new method is covered as soon as its file exists."""
 
-import hashlib
-from contextlib import nullcontext
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
-from method_support import START, Given, alone
-from training_support import write_sequence
+from contract_support import TASKS, Bench, Story, hashes, items, records, story
+from safetensors.torch import load_file
 
-from delo_llava.backbones.base import find_backbone
-from delo_llava.config import RunConfig
-from delo_llava.data.collate import Batch, Collator
-from delo_llava.data.readers import read_records
-from delo_llava.data.recipe import load_sequence
-from delo_llava.methods.base import Method, Past, Prompt, Stage
+from delo_llava.adapters.own import TENSORS
+from delo_llava.methods.base import Method, Stage
 from delo_llava.registry import load_plugin, plugin_names
 
 METHODS = plugin_names("method")
-SMALL = {"delo": {"pool_size": 4, "rank": 2, "latent": 4, "ridge_samples": 8}}
-PRESENCE = [(True, True), (True, False), (False, True), (True, True)]
-TASKS = ("task0", "task1")
+#: LLaVA always; the others by --long or in turn.
+FAMILIES = ("llava", "qwen2_5_vl")
+CASES = [
+    pytest.param(name, kind, marks=() if kind == "llava" else pytest.mark.long)
+    for name in METHODS
+    for kind in FAMILIES
+]
+every = pytest.mark.parametrize(("name", "kind"), CASES)
+every_method = pytest.mark.parametrize("name", METHODS)
+MIXED = [*items("task0")[:2], *items("task1")[1:3], items("task0")[3]]
 
 
-@cache
-def records(task: str) -> list[Any]:
-    """Four records of a task of the tiny sequence."""
-    folder = tiny_models.session("llava").parent / "sequence"
-    sequence = load_sequence(str(write_sequence(folder, records=4)), folder)
-    return list(read_records(next(t for t in sequence.tasks if t.name == task), "train"))
+def method_class(name: str) -> type[Method]:
+    """A method by its name."""
+    found: Any = load_plugin("method", name)
+    return found  # type: ignore[no-any-return]
 
 
-class Bench:
-    """One method on one tiny family."""
-
-    def __init__(self, name: str, kind: str = "llava", **options: Any) -> None:
-        section = {**SMALL.get(name, {}), **options}
-        self.run = RunConfig(method=name, methods={"delo": SMALL["delo"], name: section})
-        self.backbone, self.path = find_backbone(tiny_models.session(kind))
-        chosen: Any = load_plugin("method", name)
-        self.method: Method = chosen(chosen.Config(**section), self.run, self.backbone)
-
-    def base(self) -> Any:
-        """A fresh NF4 base."""
-        return self.backbone.load(self.path, quant="nf4", device="cpu")
-
-    def batch(self, task: str, generation: bool = False, rows: slice = slice(None)) -> Batch:
-        """The records of `task` with mixed presence."""
-        processor = self.backbone.load_processor(self.path)
-        collate = Collator(self.backbone, processor, 2048, generation=generation)
-        views = None if generation else lambda items: self.method.views(items, START)
-        return collate(list(zip(records(task), PRESENCE, strict=True))[rows], views)
-
-    def train(self, stage: Stage, folder: Path, steps: int = 3) -> Any:
-        """A few steps of AdamW, then the stage's files in `folder`; returns the trained model."""
-        torch.manual_seed(stage.index)
-        model = self.method.begin(self.base(), stage).train()
-        batch = self.batch(stage.name)
-        self.method.prepare(model, Given([batch]), alone)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
-        counts, weights = self.method.counts(batch), self.method.weights(START)
-        for _ in range(steps):
-            sums = self.method.loss_sums(model, batch)
-            assert set(sums) == set(counts) == set(weights)
-            sum(weights[k] * sums[k] / max(counts[k], 1) for k in sums).backward()
-            self.method.after_backward(model, batch, START)
-            optimizer.step()
-            optimizer.zero_grad()
-        self.method.finish(model, Given([batch]), alone)
-        folder.mkdir()
-        self.method.save(model, stage, folder)
-        return model.eval()
-
-    def logits(self, model: Any, task: str, loaded: bool = True) -> torch.Tensor:
-        """Logits of the task's batch when answering as the task; a model just trained has only one."""
-        batch = self.batch(task)
-        needs_no_choice = not loaded and self.method.capabilities.needs_task
-        plain = nullcontext(Prompt.of(batch))
-        answering = plain if needs_no_choice else self.method.answering(model, batch, [task] * 4)
-        with torch.no_grad(), answering as prompt:
-            return model(**prompt.inputs).logits
+def finished(name: str, kind: str = "llava", *more: str) -> tuple[Story, Any]:
+    """A method's story and the model that answers after it."""
+    told = story(name, kind, *more)
+    return told, told.bench.loaded(told.past(len(told.stages)))
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of every file in `folder`."""
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(folder.iterdir())}
+def rows_of(told: Story) -> list[Any]:
+    """Rows that one call of the method may answer together."""
+    return items("task0") if told.bench.method.capabilities.needs_task else MIXED
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_two_tasks_are_trained_saved_and_answered(name: str, tmp_path: Path) -> None:
-    """A reload gives the same logits, and isolated tasks stay as they were."""
-    bench = Bench(name)
-    first, second = tmp_path / "task0", tmp_path / "task1"
-    trained = bench.train(Stage(0, "task0"), first)
-    before, inside = hashes(first), bench.logits(trained, "task0", loaded=False)
-    assert any(f.endswith(".safetensors") for f in before) and not any(
-        f.endswith((".bin", ".pt")) for f in before
-    )
-    alone = bench.logits(_loaded(bench, {"task0": first}), "task0")
-    assert torch.equal(inside, alone)
-
-    bench.train(Stage(1, "task1", past={"task0": Past(first)}), second)
-    assert hashes(first) == before
-    both = bench.logits(_loaded(bench, {"task0": first, "task1": second}), "task0")
-    assert torch.equal(both, alone) == bench.method.capabilities.isolated
+# ---- training ----
+@every
+def test_a_stage_starts_from_what_stands(name: str, kind: str) -> None:
+    """At the start of the first one, that is the base."""
+    told = story(name, kind)
+    if not told.stages:
+        pytest.skip("it has no stage")
+    bench = told.bench
+    start = bench.begin(told.stages[0]).eval()
+    rows = items("task0")
+    begun = bench.logits(start, rows, trained=True)
+    with torch.no_grad():
+        base = bench.base()(**bench.batch(rows).inputs).logits
+    assert torch.allclose(begun, base, atol=1e-5)
 
 
-def _loaded(bench: Bench, folders: dict[str, Path]) -> Any:
-    return bench.method.load(bench.base(), {name: Past(folder) for name, folder in folders.items()})
+@every
+def test_all_that_is_declared_to_train_changes_and_nothing_else(name: str, kind: str) -> None:
+    """In every task; that the frozen parameters keep their bits, `fit` proves itself, and is made to fail
+    here.
+    """
+    told = story(name, kind)
+    for done in told.trained:
+        assert done.start.keys() == done.end.keys() and done.start
+        still = [n for n, before in done.start.items() if torch.equal(before, done.end[n])]
+        assert not still, "these never got a gradient"
+        assert not any(".base_layer." in n or n.endswith("lm_head.weight") for n in done.start)
+    base = {n.replace(".base_layer", ""): p for n, p in told.bench.base().named_parameters()}
+    for done in told.trained:
+        model = {n.replace(".base_layer", ""): p for n, p in done.model.named_parameters()}
+        for known, value in base.items():
+            found = model.get(known, model.get(f"base_model.model.{known}"))
+            assert found is not None and torch.equal(found, value), known
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_only_the_method_s_own_parameters_train(name: str) -> None:
-    bench = Bench(name)
-    base = bench.base()
-    frozen = {n: p.clone() for n, p in base.named_parameters()}
-    model = bench.method.begin(base, Stage(0, "task0"))
-    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert trainable and not any(
-        ".base_layer." in n or n.startswith("base_model.model.lm_head") for n in trainable
-    )
-    left = {
-        n.replace("base_model.model.", "").replace(".base_layer", ""): p
-        for n, p in model.named_parameters()
-        if n not in trainable
-    }
-    for known, value in frozen.items():
-        assert torch.equal(left[known], value), known
+@every
+def test_files_of_a_stage_hold_all_of_it_and_stay(name: str, kind: str) -> None:
+    """A reload answers with the same bits as the model that was trained; later stages rewrite nothing."""
+    told = story(name, kind)
+    for index, done in enumerate(told.trained):
+        assert hashes(done.folder) == done.hashes
+        kinds = {file.rpartition(".")[2] for file in done.hashes}
+        assert TENSORS in done.hashes and kinds <= {"safetensors", "json"}
+        loaded = told.bench.loaded(told.past(index + 1))
+        rows = items(told.stages[index].tasks[0].name)
+        if told.bench.method.capabilities.answers_as_trained:
+            inside = told.bench.logits(done.model, rows, trained=True)
+            assert torch.equal(inside, told.bench.logits(loaded, rows))
+        stored = load_file(done.folder / TENSORS)
+        assert all(torch.isfinite(t).all() for t in stored.values() if t.is_floating_point())
 
 
-@pytest.mark.parametrize("name", METHODS)
+@every_method
+def test_what_a_stage_trains_answers_for_its_own_tasks_alone_where_that_is_said(name: str) -> None:
+    told = story(name)
+    if len(told.stages) < 2:
+        pytest.skip("it has one stage")
+    rows = items("task0")
+    after = [told.bench.logits(told.bench.loaded(told.past(count)), rows) for count in (1, 2)]
+    assert torch.equal(*after) == told.bench.method.capabilities.isolated
+
+
+@every_method
+def test_recomputed_activations_change_nothing(name: str) -> None:
+    plain, again = story(name), story(name, "llava", "none", "--train.gradient_checkpointing=true")
+    for one, other in zip(plain.trained, again.trained, strict=True):
+        for key, value in one.end.items():
+            assert torch.allclose(value, other.end[key], atol=1e-6), key
+
+
+@every_method
+def test_layers_are_the_method_s_own_in_four_bits_too(name: str) -> None:
+    full, quantised = story(name), story(name, "llava", "nf4")
+    assert [done.own for done in full.trained] == [done.own for done in quantised.trained]
+    for one, other in zip(full.trained, quantised.trained, strict=True):
+        assert {n: t.shape for n, t in one.end.items()} == {n: t.shape for n, t in other.end.items()}
+        assert all(not torch.equal(before, other.end[n]) for n, before in other.start.items())
+
+
+# ---- answers ----
+@every_method
 def test_the_bare_base_answers_before_any_training(name: str) -> None:
     bench = Bench(name)
-    model = bench.method.load(bench.base(), {})
-    batch = bench.batch("task0", generation=True)
-    with torch.no_grad(), bench.method.answering(model, batch, None) as prompt:
-        out = model.generate(**prompt.inputs, max_new_tokens=2, do_sample=False)
-    assert out.shape[0] == 4
+    rows = items("task0")
+    told, model = bench.batch(rows, generation=True), bench.loaded({})
+    with torch.no_grad(), bench.method.answering(model, told, None) as prompt:
+        out = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False)
+        alone = bench.base().generate(**told.inputs, max_new_tokens=4, do_sample=False)
+    assert torch.equal(out[:, prompt.skip :], alone[:, told.inputs["input_ids"].shape[1] :])
 
 
-@pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
-@pytest.mark.parametrize("name", METHODS)
-def test_a_row_is_answered_alike_alone_and_in_a_batch(name: str, kind: str, tmp_path: Path) -> None:
-    bench = Bench(name, kind)
-    bench.train(Stage(0, "task0"), tmp_path / "task0")
-    model = _loaded(bench, {"task0": tmp_path / "task0"})
-    whole = _answers(bench, model, slice(None))
-    for row in range(4):
-        assert _answers(bench, model, slice(row, row + 1)) == whole[row : row + 1]
+@every
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_row_is_answered_alike_in_any_company(name: str, kind: str, beams: int) -> None:
+    """Alone, with others, in another order, padded on the left; rows of several tasks too."""
+    told, model = finished(name, kind)
+    rows = rows_of(told)
+    whole = told.bench.answers(model, rows, beams)
+    assert told.bench.answers(model, rows[::-1], beams) == whole[::-1]
+    for row, expected in zip(rows, whole, strict=True):
+        assert told.bench.answers(model, [row], beams) == [expected]
 
 
-def _answers(bench: Bench, model: Any, rows: slice) -> list[list[int]]:
-    batch = bench.batch("task0", generation=True, rows=rows)
-    tasks = ["task0"] * len(batch.record_ids)
-    with torch.no_grad(), bench.method.answering(model, batch, tasks) as prompt:
-        ids = model.generate(**prompt.inputs, max_new_tokens=4, do_sample=False)
-    ended = {model.generation_config.pad_token_id, model.generation_config.eos_token_id}
-    tails = ids[:, prompt.skip :].tolist()
-    return [[token for token in tail if token not in ended] for tail in tails]
+@every
+def test_what_is_missing_is_not_seen(name: str, kind: str) -> None:
+    told, model = finished(name, kind)
+    one, other = items("task0")[1][0], records("task0")[3]
+    seen = replace(one, context="something else that nobody may read")
+    image = replace(one, image=other.image)
+    for changed, presence in ((seen, (True, False)), (image, (False, True))):
+        rows = [[(record, presence)] for record in (one, changed)]
+        assert torch.equal(*(told.bench.logits(model, r) for r in rows))
+    whole = [[(record, (True, True))] for record in (one, image)]
+    assert not torch.equal(*(told.bench.logits(model, r) for r in whole)), "where it is there, it is seen"
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if load_plugin("method", n).capabilities.chooses_task])  # type: ignore[attr-defined]
+@pytest.mark.parametrize("name", [n for n in METHODS if method_class(n).capabilities.chooses_task])
 @pytest.mark.parametrize("views", [None, ("image", "text")])
-def test_a_choice_is_per_sample_and_among_trained_tasks(name: str, views: Any, tmp_path: Path) -> None:
-    bench = Bench(name)
-    folders = {}
-    for index, task in enumerate(TASKS):
-        bench.train(
-            Stage(index, task, past={name: Past(folder) for name, folder in folders.items()}), tmp_path / task
-        )
-        folders[task] = tmp_path / task
-        model = _loaded(bench, folders)
-        choice = bench.method.choose(model, bench.batch("task0", generation=True), views)
-        assert choice is not None and choice.tasks == tuple(folders)
-        assert choice.index.shape == (4,) and choice.scores.shape == (4, len(folders))
-        for row in range(4):
-            single = bench.method.choose(
-                model, bench.batch("task0", generation=True, rows=slice(row, row + 1)), views
-            )
+def test_a_choice_is_per_sample_and_among_trained_tasks(name: str, views: Any) -> None:
+    told = story(name)
+    for count in range(1, len(told.stages) + 1):
+        model = told.bench.loaded(told.past(count))
+        batch = told.bench.batch(items("task0"), generation=True)
+        choice = told.bench.method.choose(model, batch, views)
+        assert choice is not None and choice.tasks == TASKS[:count]
+        assert choice.index.shape == (4,) and choice.scores.shape == (4, count)
+        for row, item in enumerate(items("task0")):
+            alone = told.bench.batch([item], generation=True)
+            single = told.bench.method.choose(model, alone, views)
             assert single is not None and torch.allclose(single.scores[0], choice.scores[row], atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"align": 0.5}, {"consistency": 0.5}, {"cross_modal": "linear", "align": 0.1, "consistency": 0.1}],
-)
-def test_delo_s_auxiliary_losses_train(options: dict[str, Any], tmp_path: Path) -> None:
-    """The terms are counted, weighted and differentiable through the whole method; their equations have their
-    own tests.
-    """
-    bench = Bench("delo", **options)
-    bench.train(Stage(0, "task0"), tmp_path / "task0")
-    batch = bench.batch("task0")
-    model = bench.method.begin(bench.base(), Stage(0, "task0")).train()
-    sums = bench.method.loss_sums(model, batch)
-    for term in set(options) & {"align", "consistency"}:
-        assert (
-            sums[term].requires_grad and torch.isfinite(sums[term]) and bench.method.counts(batch)[term] > 0
-        )
-        assert bench.method.weights(START)[term] == options[term]
-
-
-def test_keys_count_each_sample_once_and_never_a_dropped_view(tmp_path: Path) -> None:
-    """Trap T6: a consistency forward must not enter the keys; every micro-batch enters exactly once."""
-    bench = Bench("delo", consistency=1.0)
-    bench.train(Stage(0, "task0"), tmp_path / "task0", steps=3)
-    keys: Any = bench.method
-    assert keys._keys.tasks["task0"].count.tolist() == [3 * 3, 3 * 3, 3 * 4]
+# ---- size ----
+@every_method
+def test_a_footprint_is_what_is_trained(name: str) -> None:
+    told = story(name)
+    for done in told.trained[:1]:
+        told_size = Bench(name).method.footprint(Bench(name).base()).parameters
+        assert told_size == sum(t.numel() for t in done.end.values())
 
 
 def test_the_baselines_match_delo_s_trainable_parameters() -> None:
-    def trainable(name: str) -> int:
-        model = Bench(name).method.begin(Bench(name).base(), Stage(0, "task0"))
+    def trainable(name: str, **options: Any) -> int:
+        model = Bench(name, **options).begin(Stage(0, "task0"))
         return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
-    bench = Bench("individual", rank=1)
-    per_rank = sum(
-        p.numel() for p in bench.method.begin(bench.base(), Stage(0, "t")).parameters() if p.requires_grad
-    )
+    per_rank = trainable("individual", rank=1)
     for name in ("lora", "individual"):
         assert abs(trainable(name) - trainable("delo")) <= per_rank / 2 + 1

@@ -21,6 +21,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import training_support as support  # noqa: E402
+from distributed_support import ZEROS, engine_words, largest_difference, write_split_file  # noqa: E402
 
 PLUGINS = HERE.parent / "plugins"
 METHODS = {
@@ -29,27 +30,10 @@ METHODS = {
     "replay_small": ["--replay_small.rank=2"],
     "prefix_small": [],
 }
-STAGES = ("1", "2", "3", "3_split")
 #: Name of an accumulation -> micro-batch (the global batch is 8).
 ACCUMULATIONS = {"2 passes": 2, "4 passes": 1}
 #: Which of the two passes' (rank 0, rank 1) have an image; `x` is an image that cannot be read.
 PATTERNS = [a + b for a, b in itertools.product(("00", "10", "01", "11"), repeat=2)]
-
-
-def split_file(folder: Path) -> Path:
-    """ZeRO-3 with no parameter small enough to stay whole."""
-    from delo_llava.registry import load_plugin
-
-    shipped = json.loads(Path(str(load_plugin("zero", "3"))).read_text())
-    shipped["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    path = folder / "3_split.json"
-    path.write_text(json.dumps(shipped))
-    return path
-
-
-def engine(folder: Path, zero: str) -> list[str]:
-    """The words that choose an engine."""
-    return ["--zero=3", f"--ds_config={folder / '3_split.json'}"] if zero == "3_split" else [f"--zero={zero}"]
 
 
 # ---- methods ----
@@ -67,7 +51,7 @@ def method_jobs(
         words += [
             f"--method={method}",
             *METHODS[method],
-            *engine(folder, zero),
+            *engine_words(folder, zero),
             f"--train.micro_batch={micro}",
         ]
         jobs.append({"words": words})
@@ -78,7 +62,7 @@ def run_methods(folder: Path, methods: Sequence[str], stages: Sequence[str], mic
     """One process and two ranks under each stage, into folders `<method>-<zero>-<micro>`."""
     os.environ["DELO_LLAVA_PLUGINS"] = str(PLUGINS)
     support.write_sequence(folder, records=13)
-    split_file(folder)
+    write_split_file(folder)
     several = [job for micro in micros for job in method_jobs(folder, methods, stages, micro)]
     assert support.launch(several, folder, ranks=2) == [0, 0]
     assert support.launch(method_jobs(folder, methods, ["none"], 8), folder) == [0]
@@ -86,17 +70,10 @@ def run_methods(folder: Path, methods: Sequence[str], stages: Sequence[str], mic
 
 def differences(folder: Path, method: str, zero: str, micro: int) -> tuple[float, float]:
     """The largest differences of losses and of adapters' tensors to one process."""
-    from safetensors.torch import load_file
-
     alone, found = folder / f"{method}-none-8", folder / f"{method}-{zero}-{micro}"
     pairs = list(zip(support.metrics(alone), support.metrics(found), strict=True))
     losses = max(abs(a["loss"] - b["loss"]) for a, b in pairs)
-    weights = 0.0
-    for file in sorted((alone / "adapters").glob("*/adapter_model.safetensors")):
-        mine, other = load_file(file), load_file(found / file.relative_to(alone))
-        assert mine.keys() == other.keys()
-        weights = max(weights, *(float((mine[name] - other[name]).abs().max()) for name in mine))
-    return losses, weights
+    return losses, largest_difference(alone, found)
 
 
 # ---- images ----
@@ -139,7 +116,7 @@ def run_images(
     (`none`).
     """
     support.write_sequence(folder)
-    split_file(folder)
+    write_split_file(folder)
     for chosen, ranks in ((list(zeros), 2), (["none"], 1)):
         job = write_images_job(folder, row, method, chosen)
         group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(support.free_port())}
@@ -180,7 +157,9 @@ def images_worker(job: dict[str, Any]) -> None:
     for zero in job["zeros"]:
         small = ["--delo.pool_size=4", "--delo.rank=2", "--delo.latent=8", "--delo.cross_modal=identity"]
         more = ["--delo.consistency=0.5", "--delo.align=0.1"] if job["method"] == "delo" else []
-        words = support.words(folder / "tiny.yaml", Path(job["model"]), folder / "x", *engine(folder, zero))
+        words = support.words(
+            folder / "tiny.yaml", Path(job["model"]), folder / "x", *engine_words(folder, zero)
+        )
         words = [w for w in words if not w.startswith(("--method", "--lora"))]
         words += [
             f"--method={job['method']}",
@@ -246,23 +225,23 @@ def method_table() -> Iterator[str]:
     """The agreement of every reference method, stage, accumulation, on two ranks and on one under ZeRO."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        run_methods(folder, list(METHODS), STAGES, list(ACCUMULATIONS.values()))
-        yield f"| method | {' | '.join(f'ZeRO {zero}, {acc}' for zero in STAGES for acc in ACCUMULATIONS)} |"
-        yield f"|---|{'---|' * len(STAGES) * len(ACCUMULATIONS)}"
+        run_methods(folder, list(METHODS), ZEROS, list(ACCUMULATIONS.values()))
+        yield f"| method | {' | '.join(f'ZeRO {zero}, {acc}' for zero in ZEROS for acc in ACCUMULATIONS)} |"
+        yield f"|---|{'---|' * len(ZEROS) * len(ACCUMULATIONS)}"
         for method in METHODS:
-            cells = [differences(folder, method, z, m) for z in STAGES for m in ACCUMULATIONS.values()]
+            cells = [differences(folder, method, z, m) for z in ZEROS for m in ACCUMULATIONS.values()]
             yield f"| {method} | {' | '.join(f'{loss:.0e}, {weight:.0e}' for loss, weight in cells)} |"
 
 
 def image_table(methods: Sequence[str] = ("lora", "delo")) -> Iterator[str]:
     """Every ordered pair of patterns."""
     row = pairs_in_a_row(PATTERNS)
-    yield f"| method | steps | {' | '.join(f'ZeRO {zero}' for zero in STAGES)} |"
-    yield f"|---|---|{'---|' * len(STAGES)}"
+    yield f"| method | steps | {' | '.join(f'ZeRO {zero}' for zero in ZEROS)} |"
+    yield f"|---|---|{'---|' * len(ZEROS)}"
     for method in methods:
         with tempfile.TemporaryDirectory() as name:
-            found = run_images(Path(name), row, method, STAGES)
-        cells = [max(abs(a[0] - b[0]) for a, b in zip(found["none"], found[z], strict=True)) for z in STAGES]
+            found = run_images(Path(name), row, method, ZEROS)
+        cells = [max(abs(a[0] - b[0]) for a, b in zip(found["none"], found[z], strict=True)) for z in ZEROS]
         yield f"| {method} | {len(row)} | {' | '.join(f'{cell:.0e}' for cell in cells)} |"
 
 

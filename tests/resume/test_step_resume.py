@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import tiny_models
 import training_support as support
+from distributed_support import engine_words, write_split_file
 from safetensors.torch import load_file
-
-from delo_llava.registry import load_plugin
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -31,24 +30,16 @@ BREAKS = ({"stage": 0, "step": 1, "rank": 1},)
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("steps")
     support.write_sequence(folder, tasks=1)
-    # With no parameter small enough to stay whole, ZeRO-3 partitions the adapters too.
-    shipped = json.loads(Path(str(load_plugin("zero", "3"))).read_text())
-    shipped["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    (folder / "3_split.json").write_text(json.dumps(shipped))
+    write_split_file(folder)
     return folder
 
 
 def job(place: Path, name: str, method: str, zero: str, **more: Any) -> dict[str, Any]:
     words = support.words(
         place / "tiny.yaml", tiny_models.session("llava"), place / name, f"--method={method}",
-        *METHODS[method], *engine(place, zero), "--train.epochs=1.5",
+        *METHODS[method], *engine_words(place, zero), "--train.epochs=1.5",
     )  # fmt: skip
     return {"words": words, **more}
-
-
-def engine(place: Path, zero: str) -> list[str]:
-    """The words that choose an engine."""
-    return ["--zero=3", f"--ds_config={place / '3_split.json'}"] if zero == "3_split" else [f"--zero={zero}"]
 
 
 def broken(place: Path, method: str, zero: str, breaks: Any = BREAKS) -> list[dict[str, Any]]:
