@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from delo_llava.cache import cache_root
+from delo_llava.cache import cache_root, writable
 from delo_llava.errors import DeloError
 from delo_llava.mini.entities import SPLITS, Split
 from delo_llava.mini.tasks.base import Example, Records
@@ -79,7 +79,10 @@ def ensure(collection: Collection, root: Path | None = None, counts: Mapping[Spl
     if (folder / MANIFEST).is_file():
         verify(folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    if root is None:
+        writable(folder.parent)
+    else:
+        root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{collection.version}-", dir=folder.parent) as scratch:
         draft = Path(scratch) / collection.version
         for task, seed in collection.seeds.items():

@@ -28,6 +28,7 @@ ONLY = {
     "data": {"errors", "cache", "strict", "tasks", "registry", "schema"},
     "features": {"errors", "strict", "data"},
     "adapters": {"errors", "strict", "data", "features"},
+    "mini": {"errors", "cache", "tasks"},
 }
 
 #: Libraries and the one place where each may be imported, relative to the package.
