@@ -12,7 +12,7 @@ from delo_llava.cli import main
 from delo_llava.data.readers import read_records
 from delo_llava.data.recipe import load_sequence
 from delo_llava.errors import DeloError
-from delo_llava.mini.build import ensure_mini6
+from delo_llava.mini.build import MINI6, ensure_mini6
 
 SMALL = {"train": 2, "val": 1, "test": 1}
 REMEDY = rf"set \${CACHE_ENV} to a folder that can be written"
@@ -91,4 +91,4 @@ def test_a_folder_without_rights_is_refused_and_what_it_holds_still_read(
     monkeypatch.setattr(os, "access", refused)
     with pytest.raises(DeloError, match="no right to write"):
         writable(tmp_path)
-    assert ensure_mini6() == built / "mini6-v1" and len(read_records(task, "train")) == SMALL["train"]
+    assert ensure_mini6() == built / MINI6.version and len(read_records(task, "train")) == SMALL["train"]

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from delo_llava.extras import require_extra
 from delo_llava.mini import entities
 from delo_llava.mini.build import COLLECTIONS, COUNTS, Collection, ensure
 from delo_llava.mini.tasks.base import Example, Records
@@ -234,6 +235,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--output", type=Path, help="docs/<recipe>.md by default")
     options = parser.parse_args(argv)
+    require_extra("mini-base", "The data card")
     gates = [json.loads(path.read_text(encoding="utf-8")) for path in options.gate]
     output = options.output or Path("docs") / f"{options.recipe}.md"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from delo_llava.backbones.base import SHIPPED
+from delo_llava.extras import require_extra
 from tools.mini_base.command import run
 from tools.mini_base.pretrain import corpus, export, family, joint, language, pictures, tower
 from tools.mini_base.pretrain.loop import Plan, Stage
@@ -103,6 +104,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line and run the stages asked for, in order."""
     options = parse()
+    require_extra("mini-base", "Pretraining")
     torch.set_num_threads(options.threads)
     made, seed, output = family.find(options.family), options.seed, options.output
     started = options.start != "scratch"
