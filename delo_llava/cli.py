@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Protocol, cast
 from delo_llava import __version__
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError, report_and_exit
+from delo_llava.extras import require_extra
 from delo_llava.registry import load_plugin, plugin_names, plugin_summary
 
 if TYPE_CHECKING:
@@ -39,9 +40,10 @@ class _Harness(Protocol):
 
 
 class _Scorer(Protocol):
-    """What the command line needs of a scorer: whether it has the mode that is asked for."""
+    """What the command line needs of a scorer: whether it can be used here, in the mode that is asked for."""
 
-    def in_mode(self, scoring: str) -> object: ...
+    def in_mode(self, scoring: str) -> "_Scorer": ...
+    def check(self, references: Sequence[object]) -> None: ...
 
 
 # On some CPUs bitsandbytes warns that it has no ready-made kernel from a hub; we never fetch code at run
@@ -75,7 +77,8 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     Words are `--config FILE` and overrides; `--local_rank`, which the launcher appends, is ignored.
 
     Raises:
-        DeloError: an unknown key, value or recipe, data that is missing, or official scoring where none is.
+        DeloError: an unknown key, value or recipe, data or a package that is missing, or official scoring
+            where none is.
     """
     from delo_llava.config import check_tasks, config_layers, core_config, with_methods
     from delo_llava.data.recipe import load_sequence, recipe_defaults
@@ -88,7 +91,9 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     check_tasks(config, sequence.names)
     for task in sequence.tasks:
-        cast(_Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring)
+        cast(_Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring).check(())
+    if config.train.tensorboard:
+        require_extra("track", "train.tensorboard")
     return with_methods(config)
 
 

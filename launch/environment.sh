@@ -1,4 +1,5 @@
-# Sourced by the scripts beside it: an environment with this project, made from the lock file when there is none.
+# Sourced by the scripts beside it: an environment with this project, made when there is none. What is installed is
+# what the project and the extra need, in the lock file's versions.
 #
 #   VENV    folder of the environment to use or make (default: .venv in the repository)
 #   PYTHON  interpreter to make it with (default: python3)
@@ -8,7 +9,7 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${VENV:-${VIRTUAL_ENV:-$root/.venv}}"
 
-# ensure_environment [EXTRA]: installs what the lock file names, then this project with the extra.
+# ensure_environment [EXTRA]: installs this project with the extra.
 ensure_environment() {
   local extra="${1:-}" stamp="$venv/.delo-llava${1:+-$1}"
   if [ ! -x "$venv/bin/python" ]; then
@@ -16,7 +17,6 @@ ensure_environment() {
   fi
   export PATH="$venv/bin:$PATH"
   if [ ! -e "$stamp" ] || [ "$root/requirements.lock" -nt "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
-    python -m pip install --quiet --disable-pip-version-check -r "$root/requirements.lock"
     python -m pip install --quiet --disable-pip-version-check -c "$root/requirements.lock" -e "$root${extra:+[$extra]}"
     touch "$stamp"
   fi

@@ -5,7 +5,7 @@
 # Running it again continues an interrupted run. VENV and PYTHON: see environment.sh.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
-ensure_environment
+ensure_environment mini
 
 output=runs/quickstart
 previous=""

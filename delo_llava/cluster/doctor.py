@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -73,22 +73,37 @@ def locked_versions(lock: Path) -> dict[str, str]:
     return dict(pins)
 
 
+def _needed() -> set[str]:
+    """Names, in small letters with dashes, of the packages that this one needs without any extra."""
+    try:
+        lines = requires("delo-llava") or []
+    except PackageNotFoundError:  # run from a checkout that is not installed
+        return set()
+    names = (re.match(r"[A-Za-z0-9._-]+", line) for line in lines if "extra ==" not in line)
+    return {_dashed(name[0]) for name in names if name}
+
+
+def _dashed(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
 def _versions(lock: Path) -> Iterator[Finding]:
     if not lock.is_file():
         yield Finding(
             "versions", "warning", "no lock file beside the package", "install from a checkout to compare"
         )
         return
-    absent, other = [], []
+    absent, other, needed = [], [], _needed()
     for name, pinned in locked_versions(lock).items():
         try:
             here = version(name).partition("+")[0]
         except PackageNotFoundError:
-            absent.append(name)
+            if _dashed(name) in needed:
+                absent.append(name)
             continue
         if here != pinned:
             other.append(f"{name} {here} (locked {pinned})")
-    remedy = f"pip install -r {LOCK_FILE}"
+    remedy = f"pip install -c {LOCK_FILE} -e ."
     if absent:
         yield Finding("versions", "warning", f"not installed: {', '.join(absent)}", remedy)
     if other:

@@ -1,1 +1,1 @@
-"""mini6 and mini-llava: six small real tasks and a tiny base for two CPU cores, from packages' data."""
+"""mini6, mini8 and their bases: small real tasks for two CPU cores, built from packages' data."""

@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from delo_llava.cache import cache_root
+from delo_llava.cache import cache_root, writable
 from delo_llava.errors import DeloError
+from delo_llava.extras import require_extra
 from delo_llava.mini.entities import SPLITS, Split
 from delo_llava.mini.tasks.base import Example, Records
 
@@ -73,13 +74,18 @@ def ensure(collection: Collection, root: Path | None = None, counts: Mapping[Spl
         counts: records per split of each task; tests ask for fewer.
 
     Raises:
-        DeloError: a file of a finished folder no longer has the recorded hash.
+        DeloError: a file of a finished folder no longer has the recorded hash, or nothing is there and the
+            packages to build it with are not installed.
     """
     folder = (root or cache_root()) / collection.version
     if (folder / MANIFEST).is_file():
         verify(folder)
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    require_extra("mini", f"Building {collection.name}")
+    if root is None:
+        writable(folder.parent)
+    else:
+        root.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{collection.version}-", dir=folder.parent) as scratch:
         draft = Path(scratch) / collection.version
         for task, seed in collection.seeds.items():

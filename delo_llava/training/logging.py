@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from delo_llava.errors import DeloError, printable
+from delo_llava.errors import printable
+from delo_llava.extras import require_extra
 from delo_llava.files import write_text_atomic
 
 #: Without a terminal, a line of progress is written this often (seconds).
@@ -229,12 +230,7 @@ def _scalars(entry: Mapping[str, Any], prefix: str = "") -> list[tuple[str, floa
 
 
 def _summary_writer(folder: Path, step: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise DeloError(
-            "TensorBoard is not installed",
-            given="train.tensorboard",
-            fix='pip install "delo-llava[track]", or leave it off',
-        ) from error
+    require_extra("track", "train.tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(folder), purge_step=step)

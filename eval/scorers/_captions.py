@@ -13,6 +13,7 @@ from typing import Any
 from delo_eval.scorers._text import strings_of, words
 from delo_eval.scorers.base import Reference
 from delo_llava.errors import DeloError
+from delo_llava.extras import require_extra
 
 Tokens = dict[int, list[str]]
 
@@ -95,12 +96,8 @@ def all_metrics(java: bool) -> Callable[[Sequence[str], Sequence[Reference]], di
 
 def _part(module: str, name: str) -> Any:
     """A class of pycocoevalcap."""
-    try:
-        return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)
-    except ImportError as error:
-        raise DeloError(
-            f"Caption metrics need pycocoevalcap: {error}", fix="pip install 'delo-llava[captions]'"
-        ) from error
+    require_extra("captions", "A caption metric")
+    return getattr(importlib.import_module(f"pycocoevalcap.{module}"), name)
 
 
 def _meteor(wanted: Tokens, said: Tokens) -> float:

@@ -3,8 +3,6 @@
 Biten et al. 2019, equation 1; the official script is that of the Robust Reading Competition.
 """
 
-from rapidfuzz.distance import Levenshtein
-
 from delo_eval.scorers._text import strings_of
 from delo_eval.scorers.base import Reference, Scorer
 
@@ -16,6 +14,17 @@ def plain(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def edit_distance(one: str, other: str) -> int:
+    """How many characters must be put in, taken out or exchanged to make one text the other (Levenshtein)."""
+    above = list(range(len(other) + 1))
+    for row, left in enumerate(one, 1):
+        here = [row]
+        for column, top in enumerate(other):
+            here.append(min(above[column + 1] + 1, here[column] + 1, above[column] + (left != top)))
+        above = here
+    return above[-1]
+
+
 def right(prediction: str, reference: Reference) -> float:
     """The best similarity over the answers: 1 − distance / longer length where that share is below 0.5."""
     said = plain(prediction)
@@ -24,7 +33,7 @@ def right(prediction: str, reference: Reference) -> float:
 
 def _similarity(said: str, answer: str) -> float:
     length = max(len(said), len(answer))
-    share = Levenshtein.distance(said, answer) / length if said and length else 1.0
+    share = edit_distance(said, answer) / length if said and length else 1.0
     return 1.0 - share if share < THRESHOLD else 0.0
 
 
@@ -36,7 +45,7 @@ def official(prediction: str, reference: Reference) -> float:
 
 def _official_share(prediction: str, answer: str) -> float:
     length = max(len(answer.upper()), len(prediction.upper()))
-    return Levenshtein.distance(plain(prediction), plain(answer)) / length if length else 0.0
+    return edit_distance(plain(prediction), plain(answer)) / length if length else 0.0
 
 
 SCORER = Scorer(

@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import shutil
+import sys
 
 import pytest
 
@@ -72,10 +73,7 @@ def test_records_without_captions_are_refused() -> None:
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def absent(name: str) -> None:
-        raise ImportError(f"No module named {name}")
-
-    monkeypatch.setattr(_captions.importlib, "import_module", absent)
+    monkeypatch.setitem(sys.modules, "pycocoevalcap", None)
     with pytest.raises(DeloError, match=r"pip install 'delo-llava\[captions\]'"):
         PLAIN.check([])
 

@@ -37,12 +37,16 @@ def test_a_fit_machine_passes_and_two_processes_meet(tmp_path: Path, capsys: Any
     assert "two processes met" in said
 
 
-def test_versions_are_compared_with_the_lock(tmp_path: Path) -> None:
+def test_versions_are_compared_with_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A package that only an extra needs may be absent."""
     lock = tmp_path / "requirements.lock"
-    lock.write_text("# pins\nrich==0.1\nno-such-package==1.0\n")
+    lock.write_text("# pins\nrich==0.1\nno_such.package==1.0\nof-an-extra==1.0\n")
+    lines = ["rich>=0.1", "no-such-package>=1; python_version>'3'", "of-an-extra>=1; extra == 'more'"]
+    monkeypatch.setattr(doctor, "requires", lambda name: lines)
     absent, other = doctor._versions(lock)
-    assert "no-such-package" in absent.text and absent.level == "warning"
-    assert "rich" in other.text and "locked 0.1" in other.text and "pip install -r" in other.remedy
+    assert absent.text == "not installed: no_such.package" and absent.level == "warning"
+    assert "rich" in other.text and "locked 0.1" in other.text
+    assert other.remedy == "pip install -c requirements.lock -e ."
     assert worst(doctor._versions(tmp_path / "none")).level == "warning"
 
 

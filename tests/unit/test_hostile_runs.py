@@ -235,7 +235,7 @@ def test_an_adapter_in_a_models_folder_cannot_change_the_base(model: Path) -> No
 
 
 def test_the_state_of_pretraining_comes_back_bit_by_bit_and_is_no_pickle(tmp_path: Path) -> None:
-    from delo_llava.mini.pretrain.loop import STATE, Stage
+    from tools.mini_base.pretrain.loop import STATE, Stage
 
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, betas=(0.9, 0.98))

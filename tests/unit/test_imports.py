@@ -14,9 +14,9 @@ ROOT = Path(delo_llava.__file__).parent
 
 #: The rooms of the library from the ground up; each may import only what stands before it.
 ORDER = (
-    "errors", "cache", "strict", "files", "tasks", "registry", "schema", "data", "config", "backbones",
-    "features", "adapters", "methods", "engines", "training", "runs", "cluster", "mini", "data_tools",
-    "commands", "cli",
+    "errors", "cache", "extras", "strict", "files", "tasks", "registry", "schema", "data", "config",
+    "backbones", "features", "adapters", "methods", "engines", "training", "runs", "cluster", "mini",
+    "data_tools", "commands", "cli",
 )  # fmt: skip
 
 #: The application: these alone may know the harness.
@@ -28,6 +28,7 @@ ONLY = {
     "data": {"errors", "cache", "strict", "tasks", "registry", "schema"},
     "features": {"errors", "strict", "data"},
     "adapters": {"errors", "strict", "data", "features"},
+    "mini": {"errors", "cache", "extras", "tasks"},
 }
 
 #: Libraries and the one place where each may be imported, relative to the package.

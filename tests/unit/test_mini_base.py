@@ -20,7 +20,8 @@ from delo_llava.data.collate import Collator
 from delo_llava.errors import DeloError
 from delo_llava.mini import build, entities, render
 from delo_llava.mini.entities import split_of
-from delo_llava.mini.pretrain import (
+from delo_llava.tasks import Record
+from tools.mini_base.pretrain import (
     corpus,
     family,
     follow,
@@ -31,9 +32,8 @@ from delo_llava.mini.pretrain import (
     tokenizer_bytes,
     tower,
 )
-from delo_llava.mini.pretrain.loop import Plan, Stage, train
-from delo_llava.mini.pretrain.talk import Talk
-from delo_llava.tasks import Record
+from tools.mini_base.pretrain.loop import Plan, Stage, train
+from tools.mini_base.pretrain.talk import Talk
 
 NAMES = {name: name.removeprefix("mini-") for name in SHIPPED}
 CARD = Talk("card", (("spell the card.", "TABLE"),))
@@ -301,7 +301,7 @@ def test_loop_resumes_where_it_was_killed(tmp_path):
         return stage_loss(cut, seen)(step)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("delo_llava.mini.pretrain.loop.SAVE_EVERY", 0.0)
+        patch.setattr("tools.mini_base.pretrain.loop.SAVE_EVERY", 0.0)
         with pytest.raises(KeyboardInterrupt):
             train(Stage(tmp_path / "b"), cut, dies, dict, plan)
     rest, resumed = build(), []
@@ -312,7 +312,7 @@ def test_loop_resumes_where_it_was_killed(tmp_path):
 
 @pytest.mark.parametrize(("name", "start"), [("llava", "scratch"), ("qwen", "mini-llava")])
 def test_tiny_recipe_runs_and_a_finished_stage_is_not_run_again(name, start, tmp_path, monkeypatch):
-    main = import_module("delo_llava.mini.pretrain.__main__")
+    main = import_module("tools.mini_base.pretrain.__main__")
     command = ["pretrain", "--output", tmp_path, "--family", name, "--start", start, "--scale", "0.0005"]
     monkeypatch.setattr("sys.argv", [str(word) for word in (*command, "--threads", 1)])
     monkeypatch.setattr(main, "PICTURES", 40)

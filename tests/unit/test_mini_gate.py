@@ -11,9 +11,10 @@ from tiny_models import session
 from torch import nn
 
 from delo_llava.data.collate import Collator
-from delo_llava.mini import adapt, build, card, gate
-from delo_llava.mini.adapt import COMPLETE, NO_CONTEXT, NO_IMAGE, Training
+from delo_llava.mini import build
 from delo_llava.tasks import Record
+from tools.mini_base import adapt, card, gate
+from tools.mini_base.adapt import COMPLETE, NO_CONTEXT, NO_IMAGE, Training
 
 
 @pytest.fixture(scope="module")

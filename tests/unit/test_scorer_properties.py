@@ -3,6 +3,7 @@
 import random
 import re
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise, product
 
 import pytest
@@ -161,13 +162,16 @@ def test_iou_against_counting_cells() -> None:
 
 
 def naive_distance(first: str, second: str) -> int:
-    """Levenshtein's recursion, by rows."""
-    row = list(range(len(second) + 1))
-    for i, a in enumerate(first, start=1):
-        before, row[0] = row[0], i
-        for j, b in enumerate(second, start=1):
-            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (a != b))
-    return row[-1]
+    """Levenshtein's recursion, from the ends of both texts."""
+
+    @cache
+    def of(i: int, j: int) -> int:
+        if not i or not j:
+            return i + j
+        exchanged = of(i - 1, j - 1) + (first[i - 1] != second[j - 1])
+        return min(of(i - 1, j) + 1, of(i, j - 1) + 1, exchanged)
+
+    return of(len(first), len(second))
 
 
 def test_anls_against_a_naive_distance() -> None:

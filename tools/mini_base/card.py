@@ -1,6 +1,6 @@
 """The data card of mini6 or mini8: what it is made of, whose it is, how hard it is.
 
-`python -m delo_llava.mini.card --recipe mini8 --gate llava.json qwen.json`
+`python -m tools.mini_base.card --recipe mini8 --gate llava.json qwen.json`
 """
 
 import argparse
@@ -14,9 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from delo_llava.extras import require_extra
 from delo_llava.mini import entities
 from delo_llava.mini.build import COLLECTIONS, COUNTS, Collection, ensure
 from delo_llava.mini.tasks.base import Example, Records
+from tools.mini_base.command import run
 
 SOURCES = (
     (
@@ -196,7 +198,7 @@ context, an instruction and an answer. For each record a draw decides which sour
 picture, the context, or both, never neither; the other source is hidden (a smudge, a hatched or blurred
 shape, a map without its dot) or says nothing to the point. So each modality matters and each partly suffices.
 {more}
-This file is written by `python -m delo_llava.mini.card`; edit that, not this."""
+This file is written by `python -m tools.mini_base.card`; edit that, not this."""
 ATTRIBUTION = """\
 All emojis designed by OpenMoji – the open-source emoji and icon project. License: CC BY-SA 4.0. They are
 drawn at build time and not stored in the repository; the built `naming` pictures are adaptations under the
@@ -223,16 +225,17 @@ DISJOINT = {
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: write the card."""
-    parser = argparse.ArgumentParser(prog="python -m delo_llava.mini.card", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.mini_base.card", description=__doc__)
     parser.add_argument(
         "--data", type=Path, help="folder that holds (or gets) the built tasks; the cache by default"
     )
     parser.add_argument("--recipe", choices=list(COLLECTIONS), default="mini6")
     parser.add_argument(
-        "--gate", type=Path, nargs="+", default=[], help="results of `python -m delo_llava.mini.gate`"
+        "--gate", type=Path, nargs="+", default=[], help="results of `python -m tools.mini_base.gate`"
     )
     parser.add_argument("--output", type=Path, help="docs/<recipe>.md by default")
     options = parser.parse_args(argv)
+    require_extra("mini-base", "The data card")
     gates = [json.loads(path.read_text(encoding="utf-8")) for path in options.gate]
     output = options.output or Path("docs") / f"{options.recipe}.md"
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -241,4 +244,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from delo_llava.mini.pretrain import follow, language, mixture, tower
-from delo_llava.mini.pretrain.family import Family, Tongue
-from delo_llava.mini.pretrain.language import PROMPT_WEIGHT, Batch, by_skill, encode, weighted_loss
-from delo_llava.mini.pretrain.loop import Plan, Stage, train
-from delo_llava.mini.pretrain.pictures import Pool
-from delo_llava.mini.pretrain.talk import Talk, Truth
+from tools.mini_base.pretrain import follow, language, mixture, tower
+from tools.mini_base.pretrain.family import Family, Tongue
+from tools.mini_base.pretrain.language import PROMPT_WEIGHT, Batch, by_skill, encode, weighted_loss
+from tools.mini_base.pretrain.loop import Plan, Stage, train
+from tools.mini_base.pretrain.pictures import Pool
+from tools.mini_base.pretrain.talk import Talk, Truth
 
 Rows = list[tuple[Talk, int | None]]
 """Talks with the index of their picture in the pool, or None."""

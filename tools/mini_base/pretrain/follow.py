@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from delo_llava.mini.pretrain import family_llava
+from tools.mini_base.pretrain import family_llava
 
 PICTURES, STEPS, ROWS = 12_000, 1_500, 1024
 

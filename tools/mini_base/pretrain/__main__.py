@@ -1,4 +1,4 @@
-"""`python -m delo_llava.mini.pretrain --output DIR`: tokenizer, tower, text, joint and export, each
+"""`python -m tools.mini_base.pretrain --output DIR`: tokenizer, tower, text, joint and export, each
 resumable and each on its own.
 
 The tower and the text stage need nothing of each other: run them as two processes of one thread each, then
@@ -15,8 +15,10 @@ from typing import Any
 import torch
 
 from delo_llava.backbones.base import SHIPPED
-from delo_llava.mini.pretrain import corpus, export, family, joint, language, pictures, tower
-from delo_llava.mini.pretrain.loop import Plan, Stage
+from delo_llava.extras import require_extra
+from tools.mini_base.command import run
+from tools.mini_base.pretrain import corpus, export, family, joint, language, pictures, tower
+from tools.mini_base.pretrain.loop import Plan, Stage
 
 VOCABULARY = 2500
 PICTURES, HELD_OUT = 36_000, 1_500
@@ -67,7 +69,7 @@ def finish(options: argparse.Namespace, made: family.Family, model: Any, tongue:
     chosen = {name: getattr(options, name) for name in ("family", "start", "scale", "seed")}
     recipe = {
         "command": " ".join(
-            ["python -m delo_llava.mini.pretrain --output DIR", *(f"--{k} {v}" for k, v in chosen.items())]
+            ["python -m tools.mini_base.pretrain --output DIR", *(f"--{k} {v}" for k, v in chosen.items())]
         ),
         **chosen,
         "vocabulary": VOCABULARY,
@@ -81,7 +83,7 @@ def finish(options: argparse.Namespace, made: family.Family, model: Any, tongue:
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="delo_llava.mini.pretrain", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.mini_base.pretrain", description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--family", choices=family.NAMES, default="llava")
     parser.add_argument(
@@ -102,6 +104,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse the command line and run the stages asked for, in order."""
     options = parse()
+    require_extra("mini-base", "Pretraining")
     torch.set_num_threads(options.threads)
     made, seed, output = family.find(options.family), options.seed, options.output
     started = options.start != "scratch"
@@ -122,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from delo_llava.backbones.base import Backbone
 from delo_llava.errors import DeloError
-from delo_llava.mini.pretrain.talk import Talk
+from tools.mini_base.pretrain.talk import Talk
 
 NAMES = ("llava", "qwen")
 WIDTH, LAYERS, HEADS, INTERMEDIATE = 128, 4, 4, 384
@@ -164,5 +164,5 @@ class Family(ABC):
 
 def find(name: str) -> Family:
     """The family of that name."""
-    family: Family = import_module(f"delo_llava.mini.pretrain.family_{name}").FAMILY
+    family: Family = import_module(f"tools.mini_base.pretrain.family_{name}").FAMILY
     return family

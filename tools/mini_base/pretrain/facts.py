@@ -2,7 +2,7 @@
 
 from delo_llava.mini import entities
 from delo_llava.mini.entities import COLOURS, FORMS, REGIONS
-from delo_llava.mini.pretrain.talk import NUMBERS, Rng, Talk, Turns, choose, note, pick, some
+from tools.mini_base.pretrain.talk import NUMBERS, Rng, Talk, Turns, choose, note, pick, some
 
 
 def number_hint(rng: Rng, value: int) -> str:

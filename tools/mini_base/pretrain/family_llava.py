@@ -21,8 +21,8 @@ from transformers import (
 )
 
 from delo_llava.backbones.llava import BACKBONE
-from delo_llava.mini.pretrain import tokenizer
-from delo_llava.mini.pretrain.family import (
+from tools.mini_base.pretrain import tokenizer
+from tools.mini_base.pretrain.family import (
     HEADS,
     INTERMEDIATE,
     LAYERS,

@@ -12,8 +12,8 @@ from functools import lru_cache
 import numpy as np
 
 from delo_llava.mini.entities import COLOURS, FORMS, NUMBER_NAMES, REGIONS
-from delo_llava.mini.pretrain.facts import caption, emoji_talk, land_talk, number_hint, part_of, shape_turns
-from delo_llava.mini.pretrain.talk import (
+from tools.mini_base.pretrain.facts import caption, emoji_talk, land_talk, number_hint, part_of, shape_turns
+from tools.mini_base.pretrain.talk import (
     FAMILIES,
     FIELDS,
     LETTERS,

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from delo_llava.mini import entities
-from delo_llava.mini.pretrain import mixture, talk
+from tools.mini_base.pretrain import mixture, talk
 
 EVERYDAY = (
     "number", "shown", "hint", "comes", "after", "before", "look", "at", "picture", "image", "photo",

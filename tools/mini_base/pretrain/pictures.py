@@ -16,7 +16,7 @@ from PIL import Image
 
 from delo_llava.mini import entities, render
 from delo_llava.mini.entities import COLOURS, FORMS, NUMBER_NAMES, split_of
-from delo_llava.mini.pretrain.talk import Rng, Truth, pick, safe_capitals, train_countries, train_emoji
+from tools.mini_base.pretrain.talk import Rng, Truth, pick, safe_capitals, train_countries, train_emoji
 
 KINDS = {"digit": 0.19, "card": 0.16, "emoji": 0.25, "shape": 0.2, "grid": 0.07, "land": 0.08, "dot": 0.05}
 HIDDEN = 0.2

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from delo_llava.mini.entities import COLOURS, FORMS, GROUPS, NUMBER_NAMES, REGIONS
-from delo_llava.mini.pretrain.family import TOKENS, Family
-from delo_llava.mini.pretrain.loop import Plan, Stage, train
-from delo_llava.mini.pretrain.pictures import Pool
-from delo_llava.mini.pretrain.talk import LETTERS, Truth, train_emoji
+from tools.mini_base.pretrain.family import TOKENS, Family
+from tools.mini_base.pretrain.loop import Plan, Stage, train
+from tools.mini_base.pretrain.pictures import Pool
+from tools.mini_base.pretrain.talk import LETTERS, Truth, train_emoji
 
 IGNORE = -100
 PAIRS = [(c, f) for c in COLOURS for f in FORMS]

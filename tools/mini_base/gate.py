@@ -13,7 +13,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from delo_llava.mini.adapt import (
+from delo_llava.mini.build import COLLECTIONS, ensure
+from delo_llava.mini.entities import Split
+from delo_llava.tasks import Record
+from tools.mini_base.adapt import (
     COMPLETE,
     NO_CONTEXT,
     NO_IMAGE,
@@ -26,9 +29,7 @@ from delo_llava.mini.adapt import (
     new_adapter,
     read,
 )  # fmt: skip
-from delo_llava.mini.build import COLLECTIONS, ensure
-from delo_llava.mini.entities import Split
-from delo_llava.tasks import Record
+from tools.mini_base.command import run as run_command
 
 PATTERNS: dict[str, Presence] = {"complete": COMPLETE, "no image": NO_IMAGE, "no context": NO_CONTEXT}
 log = logging.getLogger(__name__)
@@ -182,7 +183,7 @@ def run(base: Base, data: Data, parts: list[str], training: Training) -> dict[st
 
 def main(argv: list[str] | None = None) -> None:
     """Command line: adapt, judge, print, and write the JSON file."""
-    parser = argparse.ArgumentParser(prog="python -m delo_llava.mini.gate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m tools.mini_base.gate", description=__doc__)
     parser.add_argument("--recipe", choices=list(COLLECTIONS), default="mini6")
     parser.add_argument("--base", default="mini-llava", help="folder or shipped name of the base")
     parser.add_argument(
@@ -214,4 +215,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

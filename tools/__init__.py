@@ -1,0 +1,1 @@
+"""Workshops that made what this project ships; run from a checkout, no part of the wheel."""
