@@ -35,7 +35,8 @@ class Collection:
     Attributes:
         version: the folder's name, with the number of the data's edition.
         seeds: task -> what its random numbers are drawn from, in the order in which the tasks are learned. A
-            task that two collections share has one seed, so its records are the same in both.
+            task that two collections share has one seed, so its records are the same in both. A seed names
+            the edition in which the task was first drawn: a later one keeps every record that may stay.
     """
 
     name: str
@@ -49,10 +50,10 @@ class Collection:
 
 
 _SIX = ("science", "ocr", "naming", "yesno", "attribute", "geography")
-MINI6 = Collection("mini6", "mini6-v1", {task: f"mini6-v1/{task}" for task in _SIX})
+MINI6 = Collection("mini6", "mini6-v2", {task: f"mini6-v1/{task}" for task in _SIX})
 _NEW = ("unanswerable", "grounding")
 _SEEDS = {**MINI6.seeds, **{task: f"mini8-v1/{task}" for task in _NEW}}
-MINI8 = Collection("mini8", "mini8-v1", {t: _SEEDS[t] for t in (*_SIX[:4], *_NEW, *_SIX[4:])})
+MINI8 = Collection("mini8", "mini8-v2", {t: _SEEDS[t] for t in (*_SIX[:4], *_NEW, *_SIX[4:])})
 COLLECTIONS = {c.name: c for c in (MINI6, MINI8)}
 
 
@@ -108,13 +109,21 @@ def _publish(draft: Path, folder: Path) -> None:
 
 
 def build_task(root: Path, task: str, seed: str, counts: Mapping[Split, int]) -> None:
-    """Write one task's JSON files and pictures below `root`; its random numbers follow from `seed`."""
+    """Write one task's JSON files and pictures below `root`; its random numbers follow from `seed`.
+
+    A picture that an earlier split shows is left out and the next one taken: maps without their dot differ in
+    their paper's colour only, and some colours are drawn twice.
+    """
     records: Records = import_module(f"delo_llava.mini.tasks.{task}").records
+    shown: set[bytes] = set()
     for split in SPLITS:
         images = root / task / "images" / split
         images.mkdir(parents=True, exist_ok=True)
         number = int(hashlib.sha256(f"{seed}/{split}".encode()).hexdigest()[:16], 16)
-        examples = islice(records(split, np.random.default_rng(number)), counts[split])
+        drawn = records(split, np.random.default_rng(number))
+        fresh = (example for example in drawn if example.image.tobytes() not in shown)
+        examples = list(islice(fresh, counts[split]))
+        shown |= {example.image.tobytes() for example in examples}
         rows = [_write(root, task, split, index, example) for index, example in enumerate(examples)]
         (root / task / f"{split}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 

@@ -105,7 +105,8 @@ def test_the_gate_runs_from_its_command_line(family, tmp_path, monkeypatch):
     gate.main([str(o) for o in options])
     result = json.loads(output.read_text())
     assert set(result) >= {"individual", "missing", "sequential", "verdicts", "training"}
-    assert list(result["individual"]) == ["ocr", "grounding"] and result["recipe"] == "mini8"
+    assert list(result["individual"]) == ["ocr", "grounding"]
+    assert (result["recipe"], result["data"]) == ("mini8", "mini8-v2")
 
 
 def test_a_task_of_another_collection_is_refused(capsys):
@@ -116,9 +117,10 @@ def test_a_task_of_another_collection_is_refused(capsys):
 
 def test_the_card_tells_of_every_base_that_was_judged(tmp_path):
     """The mini8 card has a section for each result, and says where answers are that nothing tells."""
-    result = {"recipe": "mini8", "split": "val", "training": {"steps": 1}, "verdicts": []}
+    result = {"recipe": "mini8", "data": "mini8-v0", "split": "val", "training": {"steps": 1}, "verdicts": []}
     gates = [result | {"base": name, "individual": {"ocr": {"complete": 0.5}}} for name in ("a", "b")]
     root = build.ensure(build.MINI8, tmp_path, {"train": 4, "val": 2, "test": 8})
     text = card.card(build.MINI8, root, gates)
     assert "## Scores on a\n" in text and "## Scores on b\n" in text and "| ocr | 0.500 |" in text
-    assert text.startswith("# mini8 (mini8-v1)\n\nEight small multimodal tasks") and "/ neither" in text
+    assert "Measured on the val split of mini8-v0 with plain LoRA" in text
+    assert text.startswith("# mini8 (mini8-v2)\n\nEight small multimodal tasks") and "/ neither" in text

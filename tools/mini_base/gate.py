@@ -207,7 +207,8 @@ def main(argv: list[str] | None = None) -> None:
     base = Base.load(options.base)
     data = Data.read(ensure(collection, options.data), options.split, tuple(tasks))
     result = run(base, data, options.parts, Training(options.steps, options.batch, options.rate))
-    result |= {"recipe": options.recipe, "base": options.base, "split": options.split}
+    result |= {"recipe": options.recipe, "data": collection.version}
+    result |= {"base": options.base, "split": options.split}
     result["verdicts"] = verdicts(result)
     options.output.write_text(json.dumps(result, indent=1), encoding="utf-8")
     for table in tables(result):
