@@ -48,8 +48,8 @@ class Capabilities:
         chooses_task: the method picks the task per sample, so `matched` results exist beside `oracle` ones.
         needs_task: the method cannot answer without the true task, so only `oracle` results exist.
         isolated: what a stage trains answers for its own tasks alone, whatever is trained later.
-        answers_as_trained: after a stage, the model that answers is the function that was trained; False where
-            answers put the stages together in another way.
+        answers_as_trained: after a stage, the model that answers is the function that was trained; False
+            where answers put the stages together in another way.
         transductive: an answer may depend on the other samples of its batch (a paper's batch form, as an
             option).
         encoders: what frozen features come from besides the base's own tower and embeddings.
