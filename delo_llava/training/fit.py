@@ -164,46 +164,7 @@ def fit(
         Preempted: a rank was asked to leave; the observer has saved the stage.
     """
     with watched(ranks, config.train.patience) as at:
-        return _fit(model, method, mixture, config, ranks, kit, seed, resumed, observe, at)
-
-
-def _fit(
-    model: nn.Module,
-    method: Method,
-    mixture: Mixture,
-    config: RunConfig,
-    ranks: Ranks,
-    kit: Kit,
-    seed: int,
-    resumed: Resumed | None,
-    observe: Observe,
-    at: Callable[[str], None],
-) -> Fitted:
-    own = mixture[0].examples
-    passes = StagePasses(own, config, ranks, lambda: kit.collator(config))
-    batches = StageBatches(config, mixture, seed)
-    at("preparing")
-    if resumed is not None:
-        resumed.load_weights(model)
-        method.load_state_dict(model, resumed.method)
-    else:
-        method.prepare(model, passes, ranks.sum)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    groups, ledger = method.groups(model, config.train), Ledger()
-    if groups:
-        dummy = DummyImage(model, kit.backbone) if zero_stage(config) == 3 else None
-        engine, module = _engine(model, method, groups, config, ranks)
-        try:
-            ledger = _train(engine, module, batches, config, ranks, kit, seed, resumed, observe, at)
-        except BaseException:
-            engine.close(whole=False)  # the other ranks may not be there to put parameters together
-            raise
-        engine.close()
-        if dummy is not None:
-            dummy.remove()
-    at("finishing")
-    method.finish(model, passes, ranks.sum)
-    return Fitted(model, method, len(own), len(batches.steps) if groups else 0, ledger, trainable)
+        return _Fit(model, method, config, ranks, kit, seed, resumed, observe, at).run(mixture)
 
 
 def seed_everything(seed: int) -> None:
@@ -213,49 +174,82 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def _engine(
-    model: nn.Module, method: Method, groups: list[dict[str, Any]], config: RunConfig, ranks: Ranks
-) -> tuple[Engine, MethodModule]:
-    module = MethodModule(model, method, touch_all=zero_stage(config) < 3)
-    accumulation = plan_accumulation(config.train.global_batch, config.train.micro_batch, ranks.world)
-    return build_engine(module, groups, config, ranks, accumulation), module
+@dataclass(frozen=True)
+class _Fit:
+    """What `fit` was given; `at` tells the watchdog where this rank stands."""
 
+    model: nn.Module
+    method: Method
+    config: RunConfig
+    ranks: Ranks
+    kit: Kit
+    seed: int
+    resumed: Resumed | None
+    observe: Observe
+    at: Callable[[str], None]
 
-def _train(
-    engine: Engine,
-    module: MethodModule,
-    batches: StageBatches,
-    config: RunConfig,
-    ranks: Ranks,
-    kit: Kit,
-    seed: int,
-    resumed: Resumed | None,
-    observe: Observe,
-    at: Callable[[str], None],
-) -> Ledger:
-    """The steps of the stage; what was frozen before them is proven to be the same afterwards."""
-    start, ledger = _start(resumed, engine, seed, ranks)
-    collator = kit.collator(config)
-    observer = observe(Running(engine, collator, ledger, len(batches.steps), len(batches.examples), start))
-    before = fingerprint(frozen_parameters(module.model))
-    mine = batches.mine(ranks, collator, module.method, start)
-    run_steps(
-        engine, module, mine, batches.clock, config.train, ranks, observer, start=start, ledger=ledger, at=at
-    )
-    require_unchanged(before, fingerprint(frozen_parameters(module.model)))
-    return ledger
+    def run(self, mixture: Mixture) -> Fitted:
+        """Statistics, steps, statistics."""
+        model, method, config, ranks = self.model, self.method, self.config, self.ranks
+        own = mixture[0].examples
+        passes = StagePasses(own, config, ranks, lambda: self.kit.collator(config))
+        batches = StageBatches(config, mixture, self.seed)
+        self.at("preparing")
+        if self.resumed is not None:
+            self.resumed.load_weights(model)
+            method.load_state_dict(model, self.resumed.method)
+        else:
+            method.prepare(model, passes, ranks.sum)
+        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        groups = method.groups(model, config.train)
+        ledger = self._engaged(groups, batches) if groups else Ledger()
+        self.at("finishing")
+        method.finish(model, passes, ranks.sum)
+        return Fitted(model, method, len(own), len(batches.steps) if groups else 0, ledger, trainable)
 
+    def _engaged(self, groups: list[dict[str, Any]], batches: StageBatches) -> Ledger:
+        """The steps in an engine, which is gone afterwards."""
+        stage = zero_stage(self.config)
+        dummy = DummyImage(self.model, self.kit.backbone) if stage == 3 else None
+        module = MethodModule(self.model, self.method, touch_all=stage < 3)
+        train = self.config.train
+        accumulation = plan_accumulation(train.global_batch, train.micro_batch, self.ranks.world)
+        engine = build_engine(module, groups, self.config, self.ranks, accumulation)
+        try:
+            ledger = self._steps(engine, module, batches)
+        except BaseException:
+            engine.close(whole=False)  # the other ranks may not be there to put parameters together
+            raise
+        engine.close()
+        if dummy is not None:
+            dummy.remove()
+        return ledger
 
-def _start(resumed: Resumed | None, engine: Engine, seed: int, ranks: Ranks) -> tuple[int, Ledger]:
-    """The first step to train and what is known of the steps before it; sets the random states."""
-    start = 0 if resumed is None else resumed.step
-    seed_everything(seed + 1 + ranks.rank + RANK_SEEDS * start)
-    if resumed is None:
-        return 0, Ledger()
-    resumed.load_engine(engine)
-    resumed.load_random()
-    ledger = resumed.ledger()
-    ledger.resumed.append(start)
-    if not ranks.first:
-        ledger.bad_images = {}  # the first rank keeps those of all; this one's own come again
-    return start, ledger
+    def _steps(self, engine: Engine, module: MethodModule, batches: StageBatches) -> Ledger:
+        """The steps of the stage; what was frozen before them is proven to be the same afterwards."""
+        start, ledger = self._start(engine)
+        collator = self.kit.collator(self.config)
+        running = Running(engine, collator, ledger, len(batches.steps), len(batches.examples), start)
+        observer = self.observe(running)
+        before = fingerprint(frozen_parameters(module.model))
+        mine = batches.mine(self.ranks, collator, module.method, start)
+        run_steps(
+            engine, module, mine, batches.clock, self.config.train, self.ranks, observer,
+            start=start, ledger=ledger, at=self.at,
+        )  # fmt: skip
+        require_unchanged(before, fingerprint(frozen_parameters(module.model)))
+        return ledger
+
+    def _start(self, engine: Engine) -> tuple[int, Ledger]:
+        """The first step to train and what is known of the steps before it; sets the random states."""
+        start = 0 if self.resumed is None else self.resumed.step
+        seed_everything(self.seed + 1 + self.ranks.rank + RANK_SEEDS * start)
+        if self.resumed is None:
+            return 0, Ledger()
+        self.resumed.load_engine(engine)
+        self.resumed.load_random()
+        ledger = self.resumed.ledger()
+        ledger.resumed.append(start)
+        if not self.ranks.first:
+            ledger.bad_images = {}  # the first rank keeps those of all; this one's own come again
+        return start, ledger
