@@ -1,8 +1,7 @@
 """Plug-ins by file name: a method, scorer, recipe … is one new file, found without importing the others.
 
 A file counts wherever it lies: in its package, in a folder of that kind below one that $DELO_LLAVA_PLUGINS
-    names
-(`methods/`, `backbones/`, `recipes/` …), or behind an entry point `delo_llava.<kind>` of an installed
+names (`methods/`, `backbones/`, `recipes/` …), or behind an entry point `delo_llava.<kind>` of an installed
 package.
 """
 
@@ -11,6 +10,7 @@ import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
@@ -64,16 +64,17 @@ def plugin_names(kind: str) -> list[str]:
 def load_plugin(kind: str, name: str) -> object:
     """The object (or, for data kinds, the `Path`) registered under `name`; imports that one module only.
 
-    Shipped plug-ins win over third-party ones of the same name.
-
     Raises:
-        DeloError: unknown kind or name, or a plug-in that cannot be imported or lacks its attribute.
+        DeloError: unknown kind or name, a name that two plug-ins have, or one that cannot be imported or
+            lacks its attribute.
     """
     place = _kind(kind)
-    path = _files(place).get(name)
+    path, declared = _files(place).get(name), _entry_points(kind)
+    if path is not None and name in declared:
+        raise _two_of_one_name(f"{path} and the entry point {declared[name].value}")
     if path is not None:
         return path if place.attribute is None else _attribute(kind, name, place)
-    if name in (declared := _entry_points(kind)):
+    if name in declared:
         return _load_entry_point(kind, declared[name], as_path=place.attribute is None)
     raise DeloError(
         f"There is no {kind} called {name!r}.",
@@ -112,12 +113,23 @@ def _files(place: PluginKind) -> dict[str, Path]:
     except ModuleNotFoundError:
         return {}
     shipped = spec.submodule_search_locations if spec and spec.submodule_search_locations else []
-    # What comes last counts: the package's own.
-    folders = [*(root / place.folder for root in plugin_folders()), *map(Path, shipped)]
-    found = {path.stem: path for folder in folders for path in folder.glob(f"*{place.suffix}")}
-    if place.suffix == ".py":
-        found |= {path.parent.name: path for folder in folders for path in folder.glob("*/__init__.py")}
-    return {name: path for name, path in found.items() if not name.startswith("_") and name != "base"}
+    found: dict[str, Path] = {}
+    for folder in [*map(Path, shipped), *(root / place.folder for root in plugin_folders())]:
+        for name, path in _in_folder(folder, place.suffix):
+            if found.setdefault(name, path) != path:
+                raise _two_of_one_name(f"{path} and {found[name]}")
+    return found
+
+
+def _two_of_one_name(given: str) -> DeloError:
+    return DeloError("Two plug-ins have one name.", given=given, fix="rename your own")
+
+
+def _in_folder(folder: Path, suffix: str) -> Iterator[tuple[str, Path]]:
+    named = [(path.stem, path) for path in folder.glob(f"*{suffix}")]
+    if suffix == ".py":
+        named += [(path.parent.name, path) for path in folder.glob("*/__init__.py")]
+    return ((name, path) for name, path in named if not name.startswith("_") and name != "base")
 
 
 def plugin_folders() -> list[Path]:

@@ -21,6 +21,7 @@ from delo_eval.harness.run import stages_named
 from delo_llava.backbones.base import resolve_device
 from delo_llava.data.collate import IGNORE, Collator
 from delo_llava.data.layouts import IMAGE_PLACEHOLDER
+from delo_llava.data.pixels import as_seen
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -177,8 +178,15 @@ class DeloLlava(lmms):
         return question.record, question.presence
 
     def _saved(self, picture: Any) -> Path:
-        """A picture as the file that records name, once for each content."""
-        plain = picture.convert("RGB")
+        """A picture as the file that records name, once for each content.
+
+        Raises:
+            DeloError: it cannot be shown faithfully.
+        """
+        try:
+            plain = as_seen(picture)
+        except ValueError as error:
+            raise DeloError(f"A picture of lmms-eval's cannot be shown: {error}", given=picture) from error
         name = hashlib.sha256(repr(plain.size).encode() + plain.tobytes()).hexdigest()
         path = self._folder / f"{name}.png"
         if not path.exists():

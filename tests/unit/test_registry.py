@@ -92,8 +92,20 @@ def test_third_parties_come_in_by_entry_points(shelf: Path, monkeypatch: pytest.
     monkeypatch.setattr(registry, "entry_points", lambda group: points[group])
     assert plugin_names("toy") == ["broken", "empty", "far", "red"]
     assert load_plugin("toy", "far") == pytest.approx(6.283185307179586)
-    assert load_plugin("toy", "red") == "red object", "a shipped plug-in wins"
+    with pytest.raises(DeloError, match=r"red\.py and the entry point math:pi"):
+        load_plugin("toy", "red")
     assert load_plugin("sheet", "away") == Path("/")
+
+
+def test_a_plug_in_with_a_shipped_name_is_refused(
+    shelf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = registry.KINDS["toy"].folder
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "red.py").write_text("TOY = 'another'")
+    monkeypatch.setenv(registry.PLUGINS_ENV, str(tmp_path))
+    with pytest.raises(DeloError, match=f"{tmp_path}.*red.py and .*red.py"):
+        load_plugin("toy", "red")
 
 
 def test_a_broken_entry_point_is_told(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,14 +143,11 @@ def test_a_folder_of_plug_ins_is_found_and_imported(
     mine = tmp_path / "mine" / "toys"
     mine.mkdir(parents=True)
     (mine / "green.py").write_text("TOY = 'green object'\n")
-    (mine / "red.py").write_text("TOY = 'not the shipped one'\n")
     (mine / "house").mkdir()
     (mine / "house" / "__init__.py").write_text("TOY = 'a folder'\n")
     monkeypatch.setenv(registry.PLUGINS_ENV, str(tmp_path / "mine"))
     assert {"green", "house", "red"} < set(plugin_names("toy"))
-    assert [load_plugin("toy", name) for name in ("green", "house", "red")] == [
-        "green object", "a folder", "red object",
-    ]  # fmt: skip
+    assert [load_plugin("toy", name) for name in ("green", "house")] == ["green object", "a folder"]
     monkeypatch.setenv(registry.PLUGINS_ENV, str(tmp_path / "nowhere"))
     with pytest.raises(DeloError, match="not there"):
         plugin_names("toy")
