@@ -4,6 +4,7 @@
     … --part 3/8                   the same, and an eighth of the long tests (CI: another one each day)
     … --long                       everything
     … --note_durations             write tests/durations.json, which the order is made from
+    tests/contract --long --note_support    write docs/support.md
 
 Two workers take whole files, so that what a file's fixtures made is made once; a long file that begins last
 leaves one worker idle, so files begin in the order of their seconds.
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import support_table
 
 DURATIONS = Path(__file__).parent / "durations.json"
 BEGAN = pytest.StashKey[float]()
@@ -28,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--part", metavar="K/N", help="run the K-th of N parts of the tests marked long, K from 1"
     )
     parser.addoption("--note_durations", action="store_true", help=f"write {DURATIONS.name}")
+    parser.addoption("--note_support", action="store_true", help="write the table of what works with what")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -75,6 +78,8 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
+    if call.when == "setup":
+        item.user_properties += [("support", cell) for cell in support_table.cells_of(item)]
     if call.when == "teardown":
         item.user_properties.append(("cpu", _cpu() - item.stash[BEGAN]))
 
@@ -96,5 +101,9 @@ class Durations:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--note_durations") and not hasattr(config, "workerinput"):
+    if hasattr(config, "workerinput"):
+        return
+    if config.getoption("--note_durations"):
         config.pluginmanager.register(Durations())
+    if config.getoption("--note_support"):
+        config.pluginmanager.register(support_table.Recorder())

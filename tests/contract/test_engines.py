@@ -76,6 +76,7 @@ def alone(method: str) -> Path:
     return place()
 
 
+@pytest.mark.support("ZeRO {zero}")
 @pytest.mark.parametrize("zero", ZEROS)
 @pytest.mark.parametrize("name", METHODS)
 def test_two_ranks_learn_what_one_process_learns(name: str, zero: str) -> None:
@@ -85,6 +86,7 @@ def test_two_ranks_learn_what_one_process_learns(name: str, zero: str) -> None:
     assert largest_difference(one, two) < BOUND
 
 
+@pytest.mark.support("resume")
 @pytest.mark.parametrize("zero", ["none", *ZEROS])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_that_was_left_goes_on_to_the_same_bits(name: str, zero: str) -> None:

@@ -20,7 +20,15 @@ CASES = [
     for name in METHODS
     for kind in FAMILIES
 ]
-every = pytest.mark.parametrize(("name", "kind"), CASES)
+
+
+def every(test: Any) -> Any:
+    """For every method on every family."""
+    return pytest.mark.support("{kind}")(pytest.mark.parametrize(("name", "kind"), CASES)(test))
+
+
+#: Column of the table of support -> quantisation and further words.
+BITS = {"4 bit": ("nf4",), "16 bit": ("none", "--dtype=bfloat16")}
 every_method = pytest.mark.parametrize("name", METHODS)
 MIXED = [*items("task0")[:2], *items("task1")[1:3], items("task0")[3]]
 
@@ -112,9 +120,11 @@ def test_recomputed_activations_change_nothing(name: str) -> None:
             assert torch.allclose(value, other.end[key], atol=1e-6), key
 
 
+@pytest.mark.support("{bits}")
+@pytest.mark.parametrize("bits", BITS)
 @every_method
-def test_layers_are_the_method_s_own_in_four_bits_too(name: str) -> None:
-    full, quantised = story(name), story(name, "llava", "nf4")
+def test_layers_are_the_method_s_own_in_four_and_sixteen_bits(name: str, bits: str) -> None:
+    full, quantised = story(name), story(name, "llava", *BITS[bits])
     assert [done.own for done in full.trained] == [done.own for done in quantised.trained]
     for one, other in zip(full.trained, quantised.trained, strict=True):
         assert {n: t.shape for n, t in one.end.items()} == {n: t.shape for n, t in other.end.items()}
@@ -133,6 +143,7 @@ def test_the_bare_base_answers_before_any_training(name: str) -> None:
     assert torch.equal(out[:, prompt.skip :], alone[:, told.inputs["input_ids"].shape[1] :])
 
 
+@pytest.mark.support("beams")
 @every
 @pytest.mark.parametrize("beams", [1, 2])
 def test_a_row_is_answered_alike_in_any_company(name: str, kind: str, beams: int) -> None:
