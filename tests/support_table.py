@@ -27,11 +27,11 @@ COLUMNS = {
 }
 HEAD = """# What works with what
 
-Written by the tests: `pytest tests/contract --long --note_support`. A tick is a passed test of the contract; where a
-cell says why not, that combination is refused before a model is loaded.
+Written by the tests: `pytest tests/contract --long --note_support`. A tick is a passed test of the contract;
+where a cell says why not, that combination is refused before a model is loaded.
 
-- ZeRO: two ranks learn what one process learns. resume: a run that was left or killed inside a stage goes on to the
-  same bits, in one process and under every ZeRO stage.
+- ZeRO: two ranks learn what one process learns. resume: a run that was left or killed inside a stage goes on
+  to the same bits, in one process and under every ZeRO stage.
 - 4 bit, 16 bit: over NF4 and bfloat16 bases the same layers of the method's own train.
 - families: start, training, files, answers in any company, missing modalities.
 - beams: a row is answered alike in any company. merge: the merged model answers as the unmerged one.

@@ -215,6 +215,10 @@ class Method(ABC):
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
         self.options, self.run, self.backbone = options, run, backbone
 
+    def refuses(self) -> Mapping[str, str]:
+        """Settings that the method, with its options, cannot work with -> why; a key such as `zero=3`."""
+        return {}
+
     # ---- what is trained on
     def stages(self, sequence: TaskSequence) -> tuple[StagePlan, ...]:
         """The stages of a sequence; by default one per task. None at all is legal."""

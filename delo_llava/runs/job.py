@@ -60,9 +60,26 @@ def make_job(config: RunConfig) -> Job:
     check_engine(config)
     kind: Any = load_plugin("method", config.method)
     method = kind(kind.Config(**config.methods.get(config.method, {})), config, backbone)
+    check_refused(method, config)
     plans = method.stages(sequence)
     check_stages(plans, sequence)
     return Job(config, sequence, backbone, base, method, plans)
+
+
+def check_refused(method: "Method", config: RunConfig) -> None:
+    """Let no run begin with a setting that its method cannot work with.
+
+    Raises:
+        DeloError: naming the setting and the reason.
+    """
+    for setting, reason in method.refuses().items():
+        name, _, value = setting.partition("=")
+        if str(getattr(config, name)) == value:
+            raise DeloError(
+                f"`{config.method}` does not work with --{name} {value}: {reason}",
+                given=f"--method {config.method} --{name} {value}",
+                fix=f"choose another --{name}; docs/support.md shows what works with what",
+            )
 
 
 def check_plan(config: RunConfig) -> int:

@@ -1,16 +1,22 @@
 """What every method must do, on every model family; a new method is covered as soon as its file exists."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
-from contract_support import TASKS, Bench, Story, hashes, items, records, story
+import training_support as support
+from contract_support import TASKS, Bench, Story, hashes, items, recipe, records, story
 from safetensors.torch import load_file
 
 from delo_llava.adapters.own import TENSORS
+from delo_llava.config import load_config
+from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method, Stage
 from delo_llava.registry import load_plugin, plugin_names
+from delo_llava.runs.job import make_job
 
 METHODS = plugin_names("method")
 #: LLaVA always; the others by --long or in turn.
@@ -202,3 +208,11 @@ def test_the_baselines_match_delo_s_trainable_parameters() -> None:
     per_rank = trainable("individual", rank=1)
     for name in ("lora", "individual"):
         assert abs(trainable(name) - trainable("delo")) <= per_rank / 2 + 1
+
+
+def test_what_a_method_cannot_work_with_is_refused_before_loading(tmp_path: Path) -> None:
+    words = support.words(recipe(), tiny_models.session("llava"), tmp_path / "run")
+    config = load_config(None, [*words, "--method=delo", "--delo.conditional=factor", "--zero=3"])
+    with pytest.raises(DeloError, match=r"`delo` does not work with --zero 3: conditional=factor"):
+        make_job(config)
+    assert make_job(config.model_copy(update={"zero": "2"})).method.refuses().keys() == {"zero=3"}

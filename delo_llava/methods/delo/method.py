@@ -121,6 +121,10 @@ class Delo(Method):
         self._seen: tuple[Queries, Tensor] | None = None
         self._use = RoutingUse()
 
+    def refuses(self) -> Mapping[str, str]:
+        exact = self.options.conditional == "factor"
+        return {"zero=3": "conditional=factor reads all pools at once, which ZeRO-3 shards"} if exact else {}
+
     def views(self, items: Sequence[Item], clock: Clock) -> Mapping[str, View]:
         """The complete rows with one modality dropped, for the consistency loss: the student's view."""
         return {DROPPED: dropped_view(items, self._seed)} if self.options.consistency else {}
