@@ -40,7 +40,8 @@ def require_trained_tokens(counts: dict[str, float], record_ids: list[str]) -> N
 
 
 def judge_nonfinite(train: TrainConfig, step: int, record_ids: list[str], skipped: int) -> None:
-    """Whether a step that was left out, as its loss or gradient is not finite, may be passed over.
+    """Whether a step that was left out, as its loss or gradient is not finite, may be passed over; every rank
+    is given the same and judges alike.
 
     Args:
         record_ids: the records whose loss is not finite, or all of the step if only the gradient is not.
@@ -56,11 +57,12 @@ def judge_nonfinite(train: TrainConfig, step: int, record_ids: list[str], skippe
         f"Loss or gradient is not finite at step {step}{limit}",
         given=f"records {_ids(record_ids)}",
         fix="lower train.lr, check these records, or leave such steps out: --train.on_nonfinite=skip",
+        everywhere=True,
     )
 
 
 def judge_bad_images(names: dict[str, str], limit: int) -> None:
-    """Stop when too many records of a stage have images that cannot be read.
+    """Stop when too many records of a stage have images that cannot be read; every rank is given the same.
 
     Raises:
         DeloError: naming them.
@@ -70,6 +72,7 @@ def judge_bad_images(names: dict[str, str], limit: int) -> None:
             f"{len(names)} records have images that cannot be used; data.max_bad_images allows {limit}",
             given=_ids([f"{name}: {why}" for name, why in sorted(names.items())]),
             fix="mend the files, or raise data.max_bad_images",
+            everywhere=True,
         )
 
 

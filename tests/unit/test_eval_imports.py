@@ -29,7 +29,7 @@ ONLY: dict[str, set[str]] = {
 
 #: Rooms that read answer files and tables of anyone, and what of the library they may know.
 PLAIN = {"scorers", "metrics", "published"}
-GROUND = {"errors", "registry", "schema", "strict", "tasks"}
+GROUND = {"errors", "extras", "registry", "schema", "strict", "tasks"}
 
 #: Libraries that are slow, large or optional, and the only modules that may import them.
 ONE_PLACE = {
