@@ -1,13 +1,13 @@
-"""How the tests are run: long files first, and what is long by a flag.
+"""How the tests are run: the longest first, and what is long by a flag.
 
-    pytest -n 2 --dist loadfile    what a newcomer runs (launch/test.sh)
+    bash launch/test.sh            what a newcomer runs
     … --part 3/8                   the same, and an eighth of the long tests (CI: another one each day)
     … --long                       everything
     … --note_durations             write tests/durations.json, which the order is made from
-    tests/contract --long --note_support    write docs/support.md
+    pytest tests/contract --long --note_support    write docs/support.md
 
-Two workers take whole files, so that what a file's fixtures made is made once; a long file that begins last
-leaves one worker idle, so files begin in the order of their seconds.
+Two workers take whole groups – a file, or one method's part of a file of the contract – so that what its
+tests share is made once. A long group that begins last leaves one worker idle, so the longest begin first.
 """
 
 import hashlib
@@ -37,8 +37,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = [item for item in items if item.get_closest_marker("long") is None or _is_due(config, item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
-    order = sorted(range(len(chosen)), key=lambda i: (-known.get(_file(chosen[i]), 0.0), _file(chosen[i]), i))
-    items[:] = [chosen[i] for i in order]
+    groups = {item: _group(item) for item in chosen}
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+    items[:] = sorted(chosen, key=lambda item: (-known.get(groups[item], 0.0), groups[item]))
 
 
 def _is_due(config: pytest.Config, item: pytest.Item) -> bool:
@@ -53,14 +55,20 @@ def _is_due(config: pytest.Config, item: pytest.Item) -> bool:
     if not 1 <= number <= parts:
         raise pytest.UsageError("--part K/N: K lies between 1 and N")
     # All of a method's tests come together, and so do all of a function's: they share what was trained.
+    key = _method(item) or item.nodeid.partition("[")[0]
+    return int(hashlib.sha256(key.encode()).hexdigest(), 16) % parts == number - 1
+
+
+def _method(item: pytest.Item) -> str | None:
+    """The method that a test of the contract is about."""
     called = getattr(item, "callspec", None)
-    key = called.params.get("name") if called is not None else None
-    digest = hashlib.sha256(str(key or item.nodeid.partition("[")[0]).encode()).hexdigest()
-    return int(digest, 16) % parts == number - 1
+    return called.params.get("name") if called is not None and "tests/contract/" in item.nodeid else None
 
 
-def _file(item: pytest.Item) -> str:
-    return item.nodeid.partition("::")[0]
+def _group(item: pytest.Item) -> str:
+    """What one worker takes whole."""
+    file = item.nodeid.partition("::")[0]
+    return ":".join([file, *filter(None, [_method(item)])])
 
 
 def _cpu() -> float:
@@ -80,19 +88,21 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     if call.when == "setup":
         item.user_properties += [("support", cell) for cell in support_table.cells_of(item)]
+        item.user_properties.append(("group", _group(item)))
     if call.when == "teardown":
         item.user_properties.append(("cpu", _cpu() - item.stash[BEGAN]))
 
 
 class Durations:
-    """Adds up the CPU seconds of each file."""
+    """Adds up the CPU seconds of each group."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
-            self.seconds[report.nodeid.partition("::")[0]] += dict(report.user_properties)["cpu"]
+            told = dict(report.user_properties)
+            self.seconds[told["group"]] += told["cpu"]
 
     def pytest_sessionfinish(self) -> None:
         known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
