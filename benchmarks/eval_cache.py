@@ -21,6 +21,7 @@ from typing import Any
 
 from delo_eval.harness.folder import Request
 from delo_eval.harness.questions import Questions, cells_of
+from delo_llava.files import user_path
 
 TARGETS = {
     "second evaluation / first": 0.02,
@@ -127,7 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, help="folder of a finished run; by default one is trained")
+    parser.add_argument("--run", type=user_path, help="folder of a finished run; by default one is trained")
     parser.add_argument("--steps", type=int, default=6, help="optimiser steps a task of that training")
     parser.add_argument("--limit", type=int, default=20, help="questions a task where stages are compared")
     arguments = parser.parse_args()

@@ -21,6 +21,7 @@ from delo_llava.cluster.measure import measure_step
 from delo_llava.cluster.memory import MemoryModel, Setup
 from delo_llava.cluster.models import planned_model
 from delo_llava.config import load_config
+from delo_llava.files import user_path
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     parser.add_argument("--quant", nargs="+", default=["none", "nf4"])
     parser.add_argument("--rows", nargs="+", type=int, default=[8])
     parser.add_argument("--words", type=int, default=150)
-    parser.add_argument("--output", type=Path, default=Path("plan_memory.json"))
+    parser.add_argument("--output", type=user_path, default=Path("plan_memory.json"))
     options = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     rows = [

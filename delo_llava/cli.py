@@ -14,6 +14,7 @@ from delo_llava import __version__
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError, report_and_exit
 from delo_llava.extras import require_extra
+from delo_llava.files import at_home
 from delo_llava.registry import load_plugin, plugin_names, plugin_summary
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ are --METHOD.KEY=VALUE. --print_config writes the resolved configuration and sto
 keys and their defaults before recipe and file:
 """
 
+PRINT_CONFIG = ("--print_config", "--print-config")
 #: Seconds that other ranks leave rank 0 to tell a fault that all of them see.
 TELL_FIRST = 3.0
 
@@ -85,7 +87,7 @@ def resolve(words: Sequence[str]) -> "RunConfig":
 
     file, words = _take(words, "--config")
     _, words = _take(words, "--local_rank")
-    layers = config_layers(Path(file) if file else None, words)
+    layers = config_layers(at_home(file) if file else None, words)
     defaults = recipe_defaults(str(layers.get("task_seq", _default_sequence())))
     config = core_config(layers, defaults)
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
@@ -127,9 +129,9 @@ def told(command: Callable[..., int], *arguments: object) -> int:
 
 def _train(words: Sequence[str]) -> int:
     """Resolve the configuration and run the sequence."""
-    only_print = "--print_config" in words
-    config = resolve([word for word in words if word != "--print_config"])
-    if only_print:
+    rest = [word for word in words if word not in PRINT_CONFIG]
+    config = resolve(rest)
+    if len(rest) < len(words):
         from delo_llava.config import dump_config
 
         _say(dump_config(config))

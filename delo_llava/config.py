@@ -10,7 +10,17 @@ from pydantic import BaseModel, BeforeValidator, Field
 from delo_llava.data.missing import MissingSpec
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
-from delo_llava.schema import Section, checked, dotted_keys, merged, parse_yaml, read_yaml
+from delo_llava.schema import (
+    MAX_INTEGER,
+    NameOrPath,
+    Section,
+    UserPath,
+    Word,
+    checked,
+    dotted_keys,
+    merged,
+    read_yaml,
+)
 
 __all__ = [
     "MissingSpec",
@@ -45,7 +55,7 @@ class DataConfig(Section):
             to `max_bad_images` records of a stage; never replaced by another.
     """
 
-    root: Path | None = None
+    root: UserPath | None = None
     template: str | None = None
     sub: float = Field(default=1.0, gt=0.0, le=1.0)
     max_length: int = Field(default=2048, ge=16)
@@ -134,14 +144,14 @@ class RunConfig(Section):
         methods: settings of each method by its name; validated by the method's own `Config`.
     """
 
-    task_seq: str = "mini6"
-    model: str = "mini-llava"
+    task_seq: NameOrPath = "mini6"
+    model: NameOrPath = "mini-llava"
     method: str = "delo"
-    output: Path | None = None
-    seed: int = Field(default=0, ge=0)
+    output: UserPath | None = None
+    seed: int = Field(default=0, ge=0, le=MAX_INTEGER)
     quant: Literal["nf4", "none"] = "nf4"
     zero: str = "2"
-    ds_config: Path | None = None
+    ds_config: UserPath | None = None
     allow_ds_optimizer: bool = False
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -206,14 +216,13 @@ def core_config(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
     """
     tree = merged(_without_overruled(_methods_collected(defaults or {}), given), given)
     config = checked(RunConfig, tree, where="the configuration", also=plugin_names("method"))
-    for task, section in config.per_task.items():
-        checked(TrainConfig, section, where="the configuration", prefix=f"per_task.{task}.")
+    per_task = {name: _task_section(name, section) for name, section in config.per_task.items()}
     _known("method", config.method)
     if config.zero != "none" and config.ds_config is None:
         _known("zero", config.zero, extra=["none"])
     for name in config.methods:
         _known("method", name)
-    return config.model_copy(update={"output": config.run_dir})
+    return config.model_copy(update={"output": config.run_dir, "per_task": per_task})
 
 
 def with_methods(config: RunConfig) -> RunConfig:
@@ -235,7 +244,8 @@ def dump_config(config: RunConfig) -> str:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """Nested keys from `--a.b=c`, `--a.b c` and, for true, `--a.b`; values are YAML, dashes underscores.
+    """Nested keys from `--a.b=c`, `--a.b c` and, for true, `--a.b`; values are `Word`s, dashes of a key
+    underscores.
 
     Raises:
         DeloError: a word without a key in front of it, or a key used as both value and section.
@@ -253,16 +263,8 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             )
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
-        _set(result, key.replace("-", "_"), _value(key, text))
+        _set(result, key.replace("-", "_"), Word(text))
     return result
-
-
-def _value(key: str, text: str) -> object:
-    """A command-line value, read as YAML so that lists, numbers, booleans and null can be written."""
-    try:
-        return parse_yaml(text) if text else ""
-    except (yaml.YAMLError, ValueError) as error:
-        raise DeloError(f"The value of --{key} cannot be read.", given=text, fix="quote it") from error
 
 
 def _set(tree: dict[str, Any], key: str, value: object) -> None:
@@ -311,6 +313,12 @@ def _known(kind: str, name: str, extra: Sequence[str] = ()) -> None:
     allowed = [*plugin_names(kind), *extra]
     if name not in allowed:
         raise DeloError(f"There is no {kind} called {name!r}.", given=name, allowed=allowed)
+
+
+def _task_section(name: str, section: Mapping[str, Any]) -> dict[str, Any]:
+    """What one task sets of `train`, read and validated."""
+    known = checked(TrainConfig, section, where="the configuration", prefix=f"per_task.{name}.")
+    return {key: known.model_dump()[key] for key in section}
 
 
 def _method_section(name: str, section: Mapping[str, Any]) -> dict[str, Any]:

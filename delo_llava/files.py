@@ -1,5 +1,6 @@
 """Files written in one step, flushed to the disk; hashes of files, remembered by size and time."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -12,6 +13,26 @@ from delo_llava.errors import DeloError
 from delo_llava.strict import read_json
 
 _DRAFT = re.compile(r"\..+\.\d+\.tmp")
+
+
+def at_home(path: Path | str) -> Path:
+    """`path` as typed, but that a leading `~` is the home folder, as shells mean it.
+
+    Raises:
+        ValueError: `~somebody`, who is unknown here.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{path}: whose home folder?") from error
+
+
+def user_path(text: str) -> Path:
+    """A path on a command line (argparse's `type`)."""
+    try:
+        return at_home(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def sha256_file(path: Path) -> str:

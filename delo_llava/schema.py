@@ -1,15 +1,17 @@
-"""Reading YAML and checking it against a pydantic model; a fault is told with the closest key."""
+"""YAML and words of a command line against a pydantic model; a fault is told with the closest key."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from delo_llava.errors import DeloError
+from delo_llava.files import at_home
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -20,10 +22,65 @@ MAX_VALUES = 100_000
 TAGS = {"str", "int", "float", "bool", "null", "map", "seq", "merge"}
 
 
-class Section(BaseModel):
+#: The largest whole number that every JSON reader gets exactly.
+MAX_INTEGER = 2**53
+
+#: A path, and a name or a path: as typed, but that `~` is the home folder.
+UserPath = Annotated[Path, AfterValidator(at_home)]
+NameOrPath = Annotated[str, AfterValidator(lambda given: str(at_home(given)) if given[:1] == "~" else given)]
+
+
+class Word(str):
+    """A value as it was typed on a command line; its key's type decides how it is read."""
+
+
+class Worded(BaseModel):
+    """Base of every section of settings: a `Word` is a text or a path as it is, anything else as YAML."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def read_words(cls, given: Any) -> Any:
+        """`given` with its words read; what cannot be read stays, and is refused with its key."""
+        if not isinstance(given, Mapping):
+            return given
+        types = {name: field.annotation for name, field in cls.model_fields.items()}
+        return {key: _read(value, types.get(key)) for key, value in given.items()}
+
+
+class Section(Worded):
     """Base of every configuration section: immutable, no unknown keys, `zero: 2` accepted for "2"."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
+
+
+def _read(value: object, annotation: object) -> object:
+    """One value; a word stands for itself where only text is allowed, and `null` for None where that is."""
+    if not isinstance(value, Word):
+        return value
+    kinds = set(_kinds(annotation))
+    if value == "null" and NoneType in kinds:
+        return None
+    if kinds <= {str, Path, NoneType}:
+        return str(value)
+    try:
+        read = parse_yaml(value) if value else ""
+    except (yaml.YAMLError, ValueError):
+        return str(value)
+    # `Literal["match"] | int`: what YAML makes of a word counts only if it is no text.
+    return str(value) if isinstance(read, str) else read
+
+
+def _kinds(annotation: object) -> Iterator[type]:
+    """The plain types that an annotation allows."""
+    if get_origin(annotation) is Literal:
+        yield from {type(choice) for choice in get_args(annotation)}
+    elif get_origin(annotation) is Annotated:
+        yield from _kinds(get_args(annotation)[0])
+    elif isinstance(kind := get_origin(annotation) or annotation, type) and kind is not UnionType:
+        yield kind
+    else:
+        for candidate in get_args(annotation) or (object,):
+            yield from _kinds(candidate)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

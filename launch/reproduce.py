@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from delo_eval.compare.seeds import summarise_seeds
+from delo_llava.files import user_path
 
 SETTINGS = {
     "missing70": ["--missing.ratio=0.7", "--missing.kind=both"],
@@ -37,7 +38,7 @@ def _arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/table"))
+    parser.add_argument("--output", type=user_path, default=Path("runs/table"))
     parser.add_argument("--task_seq", default="mini6")
     parser.add_argument("--methods", nargs="+", default=["delo", "lora", "individual"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

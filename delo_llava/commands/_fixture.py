@@ -1,15 +1,17 @@
 """`delo-llava data fixture`: a small set in a recipe's exact layout, for trials without the real data."""
 
 import argparse
-from pathlib import Path
 
 from delo_llava.commands.base import say
+from delo_llava.files import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The recipe, where to write, and how much."""
     parser.add_argument("recipe", help="a shipped recipe's name")
-    parser.add_argument("--output", type=Path, required=True, help="an empty or new folder: the data root")
+    parser.add_argument(
+        "--output", type=user_path, required=True, help="an empty or new folder: the data root"
+    )
     parser.add_argument("--records", type=int, default=48, help="training records of each task")
     parser.set_defaults(data=run)
 

@@ -2,11 +2,11 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delo_llava.commands.base import say
 from delo_llava.errors import DeloError
+from delo_llava.files import user_path
 
 if TYPE_CHECKING:
     from delo_llava.data_tools.prepared import Preparation
@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     words.add_parser("mm_imdb_cmml", help="CMML JSON of MM-IMDb: dataset/*.{json,jpeg}, split.json")
     side = words.add_parser("side", help="a side file {key: text} of captions, OCR tokens or hints")
     join = words.add_parser("join", help="records with captions, OCR tokens or hints as their context")
-    join.add_argument("--side", type=Path, required=True, metavar="FILE", help="the texts")
+    join.add_argument("--side", type=user_path, required=True, metavar="FILE", help="the texts")
     for one in (side, join):
         one.add_argument("--kind", choices=KINDS, required=True, help="what the texts are")
     sub = words.add_parser("sub", help="a data root with a share of every training file")
@@ -31,8 +31,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--sub", type=float, required=True, help="share, as --data.sub")
     links = words.add_parser("links", help="links under the other known name: val.json, test.json")
     for one in (food, words.choices["mm_imdb_cmml"], side, join, sub, links):
-        one.add_argument("--from", type=Path, required=True, dest="source", metavar="PATH")
-        one.add_argument("--to", type=Path, required=True, dest="target", metavar="PATH")
+        one.add_argument("--from", type=user_path, required=True, dest="source", metavar="PATH")
+        one.add_argument("--to", type=user_path, required=True, dest="target", metavar="PATH")
         one.add_argument("--force", action="store_true", help="write over files that are there")
     for one in (food, words.choices["mm_imdb_cmml"], sub):
         one.add_argument("--seed", type=int, default=0, help="of every draw")

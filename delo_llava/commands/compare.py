@@ -2,9 +2,9 @@
 
 import argparse
 import importlib
-from pathlib import Path
 
 from delo_llava.commands.base import Command, say
+from delo_llava.files import user_path
 
 FORMATS = ("md", "latex", "json", "html")
 _ALIASES = {"markdown": "md", "tex": "latex"}
@@ -13,7 +13,7 @@ _ALIASES = {"markdown": "md", "tex": "latex"}
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Runs, whether differing ones may be shown, and where to write."""
     parser.add_argument(
-        "runs", nargs="+", type=Path, help="folders with a results.json; the first is the reference"
+        "runs", nargs="+", type=user_path, help="folders with a results.json; the first is the reference"
     )
     parser.add_argument(
         "--force", action="store_true", help="show rows that do not compare, each difference marked"
@@ -23,7 +23,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="add the rows of a published table (`delo-eval published list`)",
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, help="folder for leaderboard.md, leaderboard.tex, compare.json, compare.html"
+        "--output",
+        type=user_path,
+        help="folder for leaderboard.md, leaderboard.tex, compare.json, compare.html",
     )
     parser.add_argument(
         "--format", default=",".join(FORMATS), help="which of them, comma-separated (default: %(default)s)"

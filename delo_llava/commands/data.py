@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delo_llava.commands import _fixture, _prepare
 from delo_llava.commands.base import Command, say
+from delo_llava.files import user_path
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -35,8 +35,12 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
     _sequence_arguments(parser)
-    parser.add_argument("--report", type=Path, help="JSONL file for every fault (default: beside --state)")
-    parser.add_argument("--state", type=Path, help="memory of checked images (default: in the cache folder)")
+    parser.add_argument(
+        "--report", type=user_path, help="JSONL file for every fault (default: beside --state)"
+    )
+    parser.add_argument(
+        "--state", type=user_path, help="memory of checked images (default: in the cache folder)"
+    )
     workers = "processes that decode images, from 1 (default: one per core)"
     parser.add_argument("--workers", type=_processes, help=workers)
     parser.add_argument("--show", type=int, default=40, metavar="N", help="faults told on the terminal")
@@ -62,7 +66,7 @@ def _sequence_arguments(parser: argparse.ArgumentParser) -> None:
     """Which data, and how a run would read it."""
     parser.add_argument("recipe", help="a recipe's name or file")
     root = "data root, as in training (default: $DELO_LLAVA_DATA, else data/<name>)"
-    parser.add_argument("--root", "--data.root", dest="root", type=Path, help=root)
+    parser.add_argument("--root", "--data.root", dest="root", type=user_path, help=root)
     parser.add_argument("--model", help="whose tokenizer is used (default: the recipe's, if on this disk)")
     _settings(parser, "data.max_length", "data.template")
 
@@ -94,8 +98,10 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--id", action="append", default=[], help="a record's id, instead of -n and --start")
     parser.add_argument("--tokens", action="store_true", help="show every token by itself")
     parser.add_argument("--no-preview", action="store_true", help="draw no pictures on the terminal")
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with everything in it")
-    parser.add_argument("--png", type=Path, metavar="FILE", help="also write a contact sheet")
+    parser.add_argument(
+        "--html", type=user_path, metavar="FILE", help="also write a page with everything in it"
+    )
+    parser.add_argument("--png", type=user_path, metavar="FILE", help="also write a contact sheet")
     parser.set_defaults(data=_show)
 
 

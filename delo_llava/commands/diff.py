@@ -2,16 +2,16 @@
 
 import argparse
 import importlib
-from pathlib import Path
 
 from delo_llava.commands.base import Command
+from delo_llava.files import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Two runs."""
-    parser.add_argument("first", type=Path, help="folder with a results.json")
-    parser.add_argument("second", type=Path)
-    parser.add_argument("--output", type=Path, help="also write the differences to this JSON file")
+    parser.add_argument("first", type=user_path, help="folder with a results.json")
+    parser.add_argument("second", type=user_path)
+    parser.add_argument("--output", type=user_path, help="also write the differences to this JSON file")
 
 
 def run(options: argparse.Namespace) -> int:

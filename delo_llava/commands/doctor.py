@@ -4,14 +4,15 @@ import argparse
 from pathlib import Path
 
 from delo_llava.commands.base import Command
+from delo_llava.files import user_path
 
 STYLE = {"ok": "green", "warning": "yellow", "error": "bold red"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Where to look."""
-    parser.add_argument("--folder", type=Path, default=Path("runs"), help="where runs will be written")
-    parser.add_argument("--lock", type=Path, help="another lock file to compare versions with")
+    parser.add_argument("--folder", type=user_path, default=Path("runs"), help="where runs will be written")
+    parser.add_argument("--lock", type=user_path, help="another lock file to compare versions with")
     parser.add_argument("--no-network", action="store_true", help="leave the processes' meeting out")
 
 

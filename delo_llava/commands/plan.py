@@ -1,10 +1,10 @@
 """Plan a job before it is submitted: memory by part, what fits which GPU, steps, traffic, disk, time."""
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from delo_llava.commands.base import Command
+from delo_llava.files import user_path
 
 if TYPE_CHECKING:
     from delo_llava.config import RunConfig
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The machine and what is known of the data; all other words are keys of the configuration."""
     parser.epilog = "Other words are those of `train`: --model, --task_seq, --method, --zero, --train.…=…"
-    parser.add_argument("--config", type=Path, help="a YAML file of the run")
+    parser.add_argument("--config", type=user_path, help="a YAML file of the run")
     parser.add_argument("--nodes", type=int, default=1)
     parser.add_argument("--gpus", type=int, default=1, help="GPUs of a node")
     parser.add_argument("--tokens", type=int, help="longest sequence, image included (default: max_length)")
     parser.add_argument("--image_tokens", type=int, help="tokens of an image, where its size decides them")
     parser.add_argument("--records", help="training records: N of every task, or task=N,task=N")
     parser.add_argument("--samples_per_second", type=float, help="measured throughput of all GPUs together")
-    parser.add_argument("--from_run", type=Path, help="a run whose measured throughput is scaled")
-    parser.add_argument("--json", type=Path, help="also write the plan there")
+    parser.add_argument("--from_run", type=user_path, help="a run whose measured throughput is scaled")
+    parser.add_argument("--json", type=user_path, help="also write the plan there")
 
 
 def run(options: argparse.Namespace) -> int:

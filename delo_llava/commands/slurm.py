@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from delo_llava.commands.base import Command, say
 from delo_llava.errors import DeloError
+from delo_llava.files import user_path
 
 if TYPE_CHECKING:
     from delo_llava.cluster.slurm import SlurmJob
@@ -28,8 +29,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--account")
     add("--methods", nargs="+", default=(), help="with --seeds: a job array over methods × seeds")
     add("--seeds", nargs="+", type=int, default=())
-    add("--output", type=Path, help="the run's folder; of an array, the parent of its runs")
-    add("--logs", type=Path, default=Path("logs"), help="folder of SLURM's output files")
+    add("--output", type=user_path, help="the run's folder; of an array, the parent of its runs")
+    add("--logs", type=user_path, default=Path("logs"), help="folder of SLURM's output files")
     add(
         "--setup", action="append", default=[], help="a shell line before the job (module load …); repeatable"
     )
@@ -38,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--warning", type=int, default=300, help="seconds before the time limit at which the job saves")
     add("--sbatch", action="append", default=[], help="a further #SBATCH option, name=value; repeatable")
     add("--evaluate", action="store_true", help="evaluate saved stages instead of training")
-    add("--script", type=Path, help="where to write it (default: print it)")
+    add("--script", type=user_path, help="where to write it (default: print it)")
     add("--submit", action="store_true", help="hand it to sbatch")
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from delo_llava.errors import DeloError
-from delo_llava.schema import Section
+from delo_llava.schema import MAX_INTEGER, Section
 from delo_llava.tasks import Record, Split
 
 #: Boolean N×2: column 0 is the image, column 1 the context text (`tasks.MODALITIES`); True means present.
@@ -29,7 +29,7 @@ class MissingSpec(Section):
 
     ratio: float = Field(default=0.0, ge=0.0, le=1.0)
     kind: Literal["image", "text", "both"] = "both"
-    seed: int = 0
+    seed: int = Field(default=0, ge=-MAX_INTEGER, le=MAX_INTEGER)
     image: Literal["absent", "dummy"] = "absent"
 
 

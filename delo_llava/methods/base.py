@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from peft.utils import get_peft_model_state_dict
-from pydantic import BaseModel, ConfigDict
+from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from delo_llava.adapters.carrier import checkpoint_contexts
@@ -25,6 +25,7 @@ from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples, Item, View
 from delo_llava.methods._groups import parameter_groups
+from delo_llava.schema import Worded
 from delo_llava.tasks import TaskSequence, TaskSpec
 
 #: Names in `Method.state_dict` that begin so are one rank's part of a sum over ranks.
@@ -34,7 +35,7 @@ SUMMED = "sum/"
 Reduce = Callable[[Tensor], Tensor]
 
 
-class MethodConfig(BaseModel):
+class MethodConfig(Worded):
     """Base of every method's options: unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid")

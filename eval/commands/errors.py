@@ -1,18 +1,20 @@
 """Sort the wrong answers of a run by kind (empty, wrong format, off by one, ...) and show confusions."""
 
 import argparse
-from pathlib import Path
 
 from delo_llava.commands.base import Command, say
+from delo_llava.files import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Which predictions."""
-    parser.add_argument("--run", required=True, type=Path, help="folder with predictions/ and results.json")
+    parser.add_argument(
+        "--run", required=True, type=user_path, help="folder with predictions/ and results.json"
+    )
     parser.add_argument("--stage", type=int, help="index from 0 (default: the last finished one)")
     parser.add_argument("--pattern", default="run", help="missing pattern (default: %(default)s)")
     parser.add_argument("--mode", choices=("matched", "oracle"), help="default: as the method is judged")
-    parser.add_argument("--output", type=Path, help="JSON file (default: <run>/errors.json)")
+    parser.add_argument("--output", type=user_path, help="JSON file (default: <run>/errors.json)")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,17 +1,19 @@
 """Write report.html of a run anew: one page, no network, readable on a phone and in print."""
 
 import argparse
-from pathlib import Path
 
 from delo_llava.commands.base import Command, say
+from delo_llava.files import user_path
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Which run, and which evaluation of it."""
-    parser.add_argument("--run", "--run_dir", dest="run", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--run", "--run_dir", dest="run", type=user_path, required=True, help="folder of the run"
+    )
     parser.add_argument(
         "--output",
-        type=Path,
+        type=user_path,
         help="folder of another evaluation of it (delo-eval --output); default: the run's own",
     )
 

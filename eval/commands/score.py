@@ -3,11 +3,11 @@
 import argparse
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from delo_llava.commands.base import Command, say
 from delo_llava.errors import DeloError
+from delo_llava.files import user_path
 
 if TYPE_CHECKING:
     from delo_eval.answers.scoring import Scored
@@ -33,16 +33,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", help="<recipe>/<task>, such as coin/gqa; with --scorer any task's name")
     parser.add_argument("--scorer", help="a scorer's name (`delo-llava list scorers`); default: the recipe's")
     parser.add_argument(
-        "--references", type=Path, help="test or annotation file; default: the recipe's test file"
+        "--references", type=user_path, help="test or annotation file; default: the recipe's test file"
     )
-    parser.add_argument("--root", type=Path, help="data root of the recipe")
+    parser.add_argument("--root", type=user_path, help="data root of the recipe")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--scoring", choices=("native", "compat"), help="one rule only; default: both")
     parser.add_argument(
         "--allow-missing", action="store_true", help="count questions without answer wrong, and say so"
     )
-    parser.add_argument("--output", type=Path, help="JSON with the scores")
-    parser.add_argument("--records", type=Path, help="JSON lines with the score of every question")
+    parser.add_argument("--output", type=user_path, help="JSON with the scores")
+    parser.add_argument("--records", type=user_path, help="JSON lines with the score of every question")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -18,6 +18,7 @@ from delo_eval.matrix.results import read_results
 from delo_eval.matrix.table import final_table, stage_table
 from delo_llava.data.missing import PATTERNS
 from delo_llava.errors import DeloError
+from delo_llava.files import user_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,7 +137,9 @@ def _parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="delo-eval", description=__doc__, allow_abbrev=False)
     # torchrun takes --run for an abbreviation of its own --run_path, wherever it stands: hence a second name.
-    parser.add_argument("--run", "--run_dir", dest="run", type=Path, required=True, help="folder of the run")
+    parser.add_argument(
+        "--run", "--run_dir", dest="run", type=user_path, required=True, help="folder of the run"
+    )
     parser.add_argument(
         "--stage", default="last", help="index from 0, a task's name, last (default), all, or zero-shot"
     )
@@ -149,7 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         "--batch_size", type=int, help="questions decoded at once; results do not depend on it"
     )
     parser.add_argument(
-        "--output", type=Path, help="folder for predictions, plots and results.json; default: the run's own"
+        "--output",
+        type=user_path,
+        help="folder for predictions, plots and results.json; default: the run's own",
     )
     parser.add_argument(
         "--no-cache", action="store_true", help="answer everything again; by default known answers are reused"

@@ -3,18 +3,19 @@
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
 from delo_llava import config as config_module
 from delo_llava.config import RunConfig, config_layers, core_config, dump_config, load_config, parse_overrides
 from delo_llava.errors import DeloError
+from delo_llava.schema import Word, Worded
 
 
-class ToyConfig(BaseModel):
+class ToyConfig(Worded):
     model_config = ConfigDict(extra="forbid")
     rank: int = Field(default=4, ge=1)
     scope: str = "own"
@@ -66,11 +67,65 @@ def test_override_forms() -> None:
     ]
     given = parse_overrides(words)
     assert given == {
-        "a": {"b": 1, "c": "x"}, "flag": True, "list": [1, 2], "none": None, "neg": -1, "a_b": "y", "e": "",
+        "a": {"b": "1", "c": "x"}, "flag": "true", "list": "[1, 2]", "none": "null", "neg": "-1", "a_b": "y",
+        "e": "",
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("words", [["--zero=2"], ["--zero", "2"], ["--zero='2'"]])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "481516",
+        "2026-11-27",
+        "0123",
+        "no",
+        "on",
+        "1e3",
+        "runs/a: b",
+        "runs/a #1",
+        "[1]",
+        "{x}",
+        "a, b",
+        "!x",
+        "''",
+    ],
+)
+def test_paths_and_names_are_taken_as_typed(text: str) -> None:
+    config = load_config(None, [f"--output={text}", f"--task_seq={text}", f"--data.template={text}"])
+    assert (config.output, config.task_seq, config.data.template) == (Path(text), text, text)
+
+
+def test_the_home_folder_is_written_as_in_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home-of/me")
+    config = load_config(None, ["--output=~/x", "--data.root=~", "--model=~/m", "--task_seq=a~b"])
+    assert (str(config.output), str(config.data.root)) == ("/home-of/me/x", "/home-of/me")
+    assert (config.model, config.task_seq) == ("/home-of/me/m", "a~b")
+    with pytest.raises(DeloError, match="whose home folder"):
+        load_config(None, ["--output=~nobody-known/x"])
+
+
+class Sized(Worded):
+    rank: Literal["match"] | int | None = 1
+
+
+def test_other_values_are_yaml() -> None:
+    words = ["--train.max_steps=null", "--train.tensorboard", "--train.betas=[0.5, 0.9]", "--train.lr=1E-4"]
+    train = load_config(None, words).train
+    assert (train.max_steps, train.tensorboard, train.betas, train.lr) == (None, True, (0.5, 0.9), 1e-4)
+    assert load_config(None, ["--data.root=null"]).data.root is None
+    for text, rank in (("8", 8), ("match", "match"), ("null", None)):
+        assert Sized.model_validate({"rank": Word(text)}).rank == rank
+    assert load_config(None, ["--per_task.gqa.lr=0.5"]).per_task == {"gqa": {"lr": 0.5}}
+
+
+@pytest.mark.parametrize("key", ["seed", "missing.seed"])
+def test_a_seed_survives_json(key: str) -> None:
+    assert load_config(None, [f"--{key}={2**53}"])
+    with pytest.raises(DeloError, match="less than or equal to"):
+        load_config(None, [f"--{key}={2**53 + 1}"])
+
+
+@pytest.mark.parametrize("words", [["--zero=2"], ["--zero", "2"]])
 def test_a_number_for_a_name_is_its_text(words: list[str]) -> None:
     assert load_config(None, words).zero == "2"
 
@@ -106,7 +161,8 @@ def test_lists_may_be_written_with_commas() -> None:
         (["--eval.patterns=run,imge"], r"`eval\.patterns\.1`[\s\S]*did you mean image\?"),
         (["lr=1"], r"--key=value"),
         (["--seed=1", "--seed.x=2"], r"cannot be a section"),
-        (["--seed=[1"], r"cannot be read"),
+        (["--seed=[1"], r"`seed`.*integer[\s\S]*\[1"),
+        (["--zero='2'"], r"did you mean 2\?"),
     ],
 )
 def test_bad_words_are_told_with_the_closest(words: list[str], told: str) -> None:
@@ -173,7 +229,7 @@ def test_core_config_loads_no_method(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError(f"{kind} {name} was loaded")
 
     monkeypatch.setattr(config_module, "load_plugin", refuse)
-    assert core_config(config_layers(None, ["--delo.rank=2"])).methods == {"delo": {"rank": 2}}
+    assert core_config(config_layers(None, ["--delo.rank=2"])).methods == {"delo": {"rank": "2"}}
 
 
 def test_one_process_engine_and_own_file_need_no_zero_key(tmp_path: Path) -> None:

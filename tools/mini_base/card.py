@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from delo_llava.extras import require_extra
+from delo_llava.files import user_path
 from delo_llava.mini import entities
 from delo_llava.mini.build import COLLECTIONS, COUNTS, Collection, ensure
 from delo_llava.mini.tasks.base import Example, Records
@@ -239,13 +240,13 @@ def main(argv: list[str] | None = None) -> None:
     """Command line: write the card."""
     parser = argparse.ArgumentParser(prog="python -m tools.mini_base.card", description=__doc__)
     parser.add_argument(
-        "--data", type=Path, help="folder that holds (or gets) the built tasks; the cache by default"
+        "--data", type=user_path, help="folder that holds (or gets) the built tasks; the cache by default"
     )
     parser.add_argument("--recipe", choices=list(COLLECTIONS), default="mini6")
     parser.add_argument(
-        "--gate", type=Path, nargs="+", default=[], help="results of `python -m tools.mini_base.gate`"
+        "--gate", type=user_path, nargs="+", default=[], help="results of `python -m tools.mini_base.gate`"
     )
-    parser.add_argument("--output", type=Path, help="docs/<recipe>.md by default")
+    parser.add_argument("--output", type=user_path, help="docs/<recipe>.md by default")
     options = parser.parse_args(argv)
     require_extra("mini-base", "The data card")
     gates = [json.loads(path.read_text(encoding="utf-8")) for path in options.gate]

@@ -13,6 +13,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from delo_llava.files import user_path
 from delo_llava.mini.build import COLLECTIONS, ensure
 from delo_llava.mini.entities import Split
 from delo_llava.tasks import Record
@@ -187,9 +188,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--recipe", choices=list(COLLECTIONS), default="mini6")
     parser.add_argument("--base", default="mini-llava", help="folder or shipped name of the base")
     parser.add_argument(
-        "--data", type=Path, help="folder that holds (or gets) the built tasks; the cache by default"
+        "--data", type=user_path, help="folder that holds (or gets) the built tasks; the cache by default"
     )
-    parser.add_argument("--output", type=Path, default=Path("gate.json"))
+    parser.add_argument("--output", type=user_path, default=Path("gate.json"))
     parser.add_argument("--split", choices=("val", "test"), default="val")
     parser.add_argument("--tasks", nargs="+", help="some of the recipe's; all in its order by default")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))

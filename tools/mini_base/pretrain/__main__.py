@@ -16,6 +16,7 @@ import torch
 
 from delo_llava.backbones.base import SHIPPED
 from delo_llava.extras import require_extra
+from delo_llava.files import user_path
 from tools.mini_base.command import run
 from tools.mini_base.pretrain import corpus, export, family, joint, language, pictures, tower
 from tools.mini_base.pretrain.loop import Plan, Stage
@@ -84,7 +85,7 @@ def finish(options: argparse.Namespace, made: family.Family, model: Any, tongue:
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tools.mini_base.pretrain", description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--output", type=user_path, required=True)
     parser.add_argument("--family", choices=family.NAMES, default="llava")
     parser.add_argument(
         "--start",
