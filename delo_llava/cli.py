@@ -3,16 +3,15 @@
 import argparse
 import importlib
 import logging
-import os
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from delo_llava import __version__
+from delo_llava.endings import told
 from delo_llava.engines import signals
-from delo_llava.errors import DeloError, report_and_exit
+from delo_llava.errors import DeloError
 from delo_llava.extras import require_extra
 from delo_llava.files import at_home
 from delo_llava.registry import load_plugin, plugin_names, plugin_summary
@@ -30,8 +29,6 @@ keys and their defaults before recipe and file:
 """
 
 PRINT_CONFIG = ("--print_config", "--print-config")
-#: Seconds that other ranks leave rank 0 to tell a fault that all of them see.
-TELL_FIRST = 3.0
 
 
 class _Harness(Protocol):
@@ -59,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[:1] == ["train"]:
         return main_train(words[1:])
     if words[:1] == ["eval"]:
-        return told(_eval, words[1:])
+        return told(_eval, words[1:], goes_on=True)
     return told(_command, words)
 
 
@@ -70,7 +67,7 @@ def main_train(argv: Sequence[str] | None = None) -> int:
         _say(TRAIN_USAGE + _key_table())
         return 0
     signals.install()
-    return told(_train, words)
+    return told(_train, words, goes_on=True)
 
 
 def resolve(words: Sequence[str]) -> "RunConfig":
@@ -97,34 +94,6 @@ def resolve(words: Sequence[str]) -> "RunConfig":
     if config.train.tensorboard:
         require_extra("track", "train.tensorboard")
     return with_methods(config)
-
-
-def told(command: Callable[..., int], *arguments: object) -> int:
-    """Run a command; a `DeloError` is printed and ends it, told by rank 0 alone if all ranks see it.
-
-    Returns:
-        its exit code; 75 if a signal asked it to leave and the same command will go on.
-    """
-    try:
-        return command(*arguments)
-    except signals.Preempted as asked:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"{asked}\n")
-        return signals.EXIT_CODE
-    except DeloError as error:
-        if int(os.environ.get("RANK", "0")) > 0:
-            # Rank 0's exit ends this rank too: only a fault of this rank alone gets past.
-            time.sleep(TELL_FIRST)
-            if error.everywhere:
-                return error.exit_code
-        report_and_exit(error)
-        return error.exit_code
-    except OSError as error:
-        fix = "check room and rights; a run goes on after its last finished stage with the same command"
-        report_and_exit(
-            DeloError(f"The system refused: {error.strerror or error}.", given=error.filename, fix=fix)
-        )
-        return DeloError.exit_code
 
 
 def _train(words: Sequence[str]) -> int:

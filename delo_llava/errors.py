@@ -1,7 +1,6 @@
 """One error type for everything a user can get wrong: what was given, what is allowed, how to fix it."""
 
 import re
-import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -60,9 +59,3 @@ def printable(text: str) -> str:
     """`text` with control characters written out: ids and answers come from data and model, and may hold
     sequences that a terminal obeys."""
     return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
-
-
-def report_and_exit(error: DeloError) -> None:
-    """Print the error to stderr and leave with its exit code (used by command-line entry points only)."""
-    sys.stderr.write(f"error: {printable(error.render())}\n")
-    raise SystemExit(error.exit_code)

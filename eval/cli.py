@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from delo_llava.cli import told
 from delo_llava.commands.base import run_command
+from delo_llava.endings import told
 from delo_llava.engines import signals
 from delo_llava.registry import plugin_names
 
@@ -17,4 +17,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     signals.install()
     from delo_eval.harness.run import main as evaluate
 
-    return told(evaluate, words)
+    return told(evaluate, words, goes_on=True)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from delo_eval.compare.seeds import summarise_seeds
+from delo_llava.endings import told
 from delo_llava.files import user_path
 
 SETTINGS = {
@@ -67,4 +68,4 @@ def _run(args: argparse.Namespace, setting: str, method: str, seed: int, extra: 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(told(main, goes_on=True))

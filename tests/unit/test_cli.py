@@ -13,7 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from delo_llava import __version__, cli
+from delo_llava import __version__, cli, endings
 from delo_llava.config import load_config
 from delo_llava.errors import DeloError
 
@@ -212,8 +212,8 @@ def test_other_ranks_let_the_first_tell(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(cli.time, "sleep", waits.append)
-    for rank, expected in (("0", []), ("1", [cli.TELL_FIRST])):
+    monkeypatch.setattr(endings.time, "sleep", waits.append)
+    for rank, expected in (("0", []), ("1", [endings.TELL_FIRST])):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit) as caught:
             cli.main_train(["--quant=nf3"])

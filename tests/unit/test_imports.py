@@ -16,7 +16,7 @@ ROOT = Path(delo_llava.__file__).parent
 ORDER = (
     "errors", "cache", "extras", "strict", "files", "tasks", "registry", "schema", "data", "config",
     "backbones", "features", "adapters", "methods", "engines", "training", "runs", "cluster", "mini",
-    "data_tools", "commands", "cli",
+    "data_tools", "endings", "commands", "cli",
 )  # fmt: skip
 
 #: The application: these alone may know the harness.

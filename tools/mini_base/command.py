@@ -1,13 +1,11 @@
 """What the commands of this folder share: how they end."""
 
+import sys
 from collections.abc import Callable
 
-from delo_llava.errors import DeloError, report_and_exit
+from delo_llava.endings import told
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a command; what a user can put right is told without a traceback."""
-    try:
-        main()
-    except DeloError as error:
-        report_and_exit(error)
+    """Run a command and leave with its exit code; started again, it goes on where it was."""
+    sys.exit(told(lambda: main() or 0, goes_on=True))
