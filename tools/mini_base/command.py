@@ -8,4 +8,9 @@ from delo_llava.endings import told
 
 def run(main: Callable[[], None]) -> None:
     """Run a command and leave with its exit code; started again, it goes on where it was."""
-    sys.exit(told(lambda: main() or 0, goes_on=True))
+
+    def command() -> int:
+        main()
+        return 0
+
+    sys.exit(told(command, goes_on=True))
