@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import logging
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +23,15 @@ if TYPE_CHECKING:
 TRAIN_USAGE = """usage: delo-llava train [--config FILE] [--print_config] [--KEY=VALUE ...]
 
 Train a task sequence and evaluate after each task; on several devices: `deepspeed launch/train.py` with
-the same words. Values are laid over each other: code < recipe < FILE < command line. A method's options
-are --METHOD.KEY=VALUE. --print_config writes the resolved configuration and stops.
+the same words. Values are laid over each other: code < recipe < FILE < command line.
 
-keys and their defaults before recipe and file:
+  delo-llava train --task_seq mini6 --method delo --seed 1 --output runs/x --missing.ratio 0.7
+  delo-llava train --config my.yaml --train.lr=1e-4 --print_config     # write what would be run, and stop
+
+keys, with their defaults before recipe and file:
+"""
+METHOD_USAGE = """
+options of the method `{name}` (of others: --help --method NAME):
 """
 
 PRINT_CONFIG = ("--print_config", "--print-config")
@@ -64,8 +70,7 @@ def main_train(argv: Sequence[str] | None = None) -> int:
     """Entry point of `delo-llava train` and, on each rank, of `launch/train.py`; returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(words):
-        _say(TRAIN_USAGE + _key_table())
-        return 0
+        return told(_train_help, words)
     signals.install()
     return told(_train, words, goes_on=True)
 
@@ -79,13 +84,13 @@ def resolve(words: Sequence[str]) -> "RunConfig":
         DeloError: an unknown key, value or recipe, data or a package that is missing, or official scoring
             where none is.
     """
-    from delo_llava.config import check_tasks, config_layers, core_config, with_methods
+    from delo_llava.config import RunConfig, check_tasks, config_layers, core_config, with_methods
     from delo_llava.data.recipe import load_sequence, recipe_defaults
 
     file, words = _take(words, "--config")
     _, words = _take(words, "--local_rank")
     layers = config_layers(at_home(file) if file else None, words)
-    defaults = recipe_defaults(str(layers.get("task_seq", _default_sequence())))
+    defaults = recipe_defaults(str(layers.get("task_seq", RunConfig.model_fields["task_seq"].default)))
     config = core_config(layers, defaults)
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     check_tasks(config, sequence.names)
@@ -169,28 +174,16 @@ def _take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
     return value, rest
 
 
-def _default_sequence() -> str:
-    """The sequence that is run when none is named."""
+def _train_help(words: Sequence[str]) -> int:
+    """Say what can be set, and the options of the method named beside `--help`, or of the default one."""
+    from delo_llava import keys
     from delo_llava.config import RunConfig
 
-    return str(RunConfig.model_fields["task_seq"].default)
-
-
-def _key_table() -> str:
-    """Every key with its default, one a line."""
-    import yaml
-
-    from delo_llava.config import RunConfig
-    from delo_llava.schema import dotted_keys
-
-    defaults = RunConfig().model_dump(mode="json")
-    lines = []
-    for key in dotted_keys(RunConfig):
-        value: object = defaults
-        for part in key.split("."):
-            value = cast(dict[str, object], value)[part]
-        lines.append(f"  --{key}={yaml.safe_dump(value, default_flow_style=True).split(chr(10))[0]}\n")
-    return "".join(lines)
+    width = shutil.get_terminal_size().columns
+    name = _take(words, "--method")[0] or str(RunConfig.model_fields["method"].default)
+    options = keys.render(keys.method_keys(name), width)
+    _say(TRAIN_USAGE + keys.render(keys.run_keys(), width) + METHOD_USAGE.format(name=name) + options)
+    return 0
 
 
 def _say(text: str) -> None:

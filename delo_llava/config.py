@@ -53,6 +53,7 @@ class DataConfig(Section):
         group_by_length: build batches of similar length.
         on_bad_image: an image that training cannot read is an `error`, or its record is left out (`skip`), up
             to `max_bad_images` records of a stage; never replaced by another.
+        max_bad_images: how many records of a stage may be left out so.
     """
 
     root: UserPath | None = None
@@ -69,16 +70,23 @@ class TrainConfig(Section):
 
     Attributes:
         epochs: passes over the task's records; `max_steps`, when given, ends the stage earlier.
+        max_steps: optimiser steps of a stage at most.
         global_batch: records per optimiser step over all ranks; accumulation is derived from it.
         micro_batch: records per forward pass of one rank.
         lr, projector_lr: peak learning rates of the language layers and the projector (None: the same).
+        weight_decay: AdamW's, for every trained parameter.
         warmup: share of the steps spent warming up linearly, before a cosine to zero.
         clip: largest gradient norm; 0 switches clipping off.
+        betas, eps: AdamW's.
+        gradient_checkpointing: compute activations again in the backward pass: less memory, more time.
         log_every: steps between two lines of metrics.
+        tensorboard: also write metrics for TensorBoard (the extra `track`).
         save_every: steps between two checkpoints inside a stage (0: only when a signal asks the run to
-            leave); the newest `keep` of them stay until the stage's adapter is published.
+            leave).
+        keep: the newest checkpoints of a stage that stay until its adapter is published.
         on_nonfinite: a loss or gradient that is not finite ends the run (`stop`), or its step is left out
             (`skip`), up to `max_nonfinite` steps of a stage.
+        max_nonfinite: how many steps of a stage may be left out so.
         patience: seconds without progress after which a rank that is waited for is named and the run ends.
         on_oom: out of memory ends the run (`stop`), or the stage goes on from its last checkpoint with half
             the micro-batch and twice the accumulation (`halve`).
@@ -110,7 +118,10 @@ class EvalConfig(Section):
     """How every stage is evaluated.
 
     Attributes:
+        batch_size: records that are answered together.
+        split: `test`, or `val` where the sequence has validation files.
         limit: records per task, for trials; None means all.
+        num_beams: 1 decodes greedily.
         patterns: missing patterns evaluated after every stage; `run` is the run's own specification.
         last_patterns: patterns evaluated after the last stage on top of them.
         oracle: also evaluate with the true task given, for methods that choose one.
@@ -136,11 +147,16 @@ class RunConfig(Section):
     Attributes:
         task_seq: name of a shipped recipe, or a recipe file.
         model: name of a shipped model, a checkpoint folder, or a hub id.
+        method: what learns: `delo-llava list methods` says what each one is.
+        seed: of initial weights, order of records, dropout; independent of `missing.seed`.
+        quant: `nf4` keeps the frozen base in 4 bit, `none` in `dtype`.
+        device, dtype, attn: `auto` takes CUDA where it is, bfloat16 there and float32 on a CPU, and the
+            fastest attention that the model has.
         output: the run's folder; None means `runs/<task_seq>-<method>-s<seed>`.
         zero: key of a file in `ds_configs/`, or `none` for the one-process engine.
         ds_config: a DeepSpeed file of the user's own, instead of `zero`.
         allow_ds_optimizer: accept `optimizer` and `scheduler` sections in DeepSpeed files.
-        per_task: settings of `train` that differ for single tasks, by task name; see `for_task`.
+        per_task: settings of `train` that differ for single tasks, by task name: `--per_task.gqa.lr=1e-4`.
         methods: settings of each method by its name; validated by the method's own `Config`.
     """
 

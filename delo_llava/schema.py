@@ -190,14 +190,14 @@ def checked(
 def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every settable key of a model and its sections, as `a.b`."""
     for name, field in model.model_fields.items():
-        section = _section(field.annotation)
+        section = section_of(field.annotation)
         if section is None:
             yield prefix + name
         else:
             yield from dotted_keys(section, f"{prefix}{name}.")
 
 
-def _section(annotation: object) -> type[BaseModel] | None:
+def section_of(annotation: object) -> type[BaseModel] | None:
     """The model behind an annotation (`X`, `X | None`, `list[X]`), or None for a plain value."""
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
@@ -235,7 +235,7 @@ def _unknown_key(
     owner: type[BaseModel] | None = model
     for part in path:
         owner = (
-            _section(owner.model_fields[part].annotation) if owner and part in owner.model_fields else None
+            section_of(owner.model_fields[part].annotation) if owner and part in owner.model_fields else None
         )
     elsewhere = [prefix + key for key in dotted_keys(model) if key.rsplit(".", 1)[-1] == name]
     return DeloError(

@@ -14,7 +14,7 @@ ROOT = Path(delo_llava.__file__).parent
 
 #: The rooms of the library from the ground up; each may import only what stands before it.
 ORDER = (
-    "errors", "cache", "extras", "strict", "files", "tasks", "registry", "schema", "data", "config",
+    "errors", "cache", "extras", "strict", "files", "tasks", "registry", "schema", "data", "config", "keys",
     "backbones", "features", "adapters", "methods", "engines", "training", "runs", "cluster", "mini",
     "data_tools", "endings", "commands", "cli",
 )  # fmt: skip
