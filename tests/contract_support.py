@@ -14,6 +14,7 @@ import torch
 import training_support as support
 from torch import Tensor, nn
 
+from delo_llava.adapters.carrier import find_carrier
 from delo_llava.backbones.base import find_backbone
 from delo_llava.config import RunConfig, load_config
 from delo_llava.data.collate import Batch, Collator
@@ -147,7 +148,7 @@ class Bench:
     def logits(self, model: nn.Module, rows: list[Item], trained: bool = False) -> Tensor:
         """Logits of the answering model; one that was just `trained` may have no name to choose by."""
         batch = self.batch(rows)
-        plain = trained and self.method.capabilities.needs_task
+        plain = trained and self.method.capabilities.needs_task and find_carrier(model) is None
         tasks = [record.task for record, _ in rows]
         answering = nullcontext(Prompt.of(batch)) if plain else self.method.answering(model, batch, tasks)
         with torch.no_grad(), answering as prompt:

@@ -92,7 +92,7 @@ class CarriedTuner(BaseTuner):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if first:
             config: Any = self.peft_config[adapter_name]
-            self.carrier.attach(model, config.projector if self.layers()[1] else "")
+            self.carrier.attach(model, config.projector)  # image queries are made there, adapted or not
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:

@@ -210,7 +210,7 @@ class Footprint:
 class Method(ABC):
     """One continual-learning method over a frozen base model."""
 
-    capabilities: ClassVar[Capabilities] = Capabilities()
+    capabilities: Capabilities = Capabilities()  # of an instance, where its options change them
     Config: ClassVar[type[MethodConfig]] = MethodConfig
 
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:

@@ -72,6 +72,7 @@ def plan_for(
         used,
         queries,
         pool_size=E,
+        text_start=E,
         projector_slots=projector_slots,
         own_tokens=own,
         lengths=list(lengths),

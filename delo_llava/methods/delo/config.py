@@ -22,20 +22,22 @@ class DeloConfig(LinearsConfig):
         scope: `own` updates image tokens from the image pools and the others from the text pools; `all` adds
             both everywhere.
         gate: `ste`, `none` or `softmax`; temperature: of its softmax.
+        pools: `modality` keeps a pool for each modality, `shared` one for both (the selectors stay apart).
         conditional: `table`, `none` or `factor`: how the choice of B depends on that of A.
         latent: width of the router's down-projection, and rank of the learned cross-modal map.
-        cross_modal: `identity`, `linear` or `ridge`.
+        cross_modal: `identity`, `linear`, `ridge`, or `none`.
     """
 
     r: int = 4
     pool_size: int = 16
     alpha: float = 8.0
     scope: Literal["own", "all"] = "own"
+    pools: Literal["modality", "shared"] = "modality"
     gate: Literal["ste", "none", "softmax"] = "ste"
     temperature: float = 1.0
     conditional: Literal["table", "none", "factor"] = "table"
     latent: int = 64
-    cross_modal: Literal["identity", "linear", "ridge"] = "identity"
+    cross_modal: Literal["identity", "linear", "ridge", "none"] = "identity"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,10 +50,11 @@ class DeloConfig(LinearsConfig):
             )
         choices = {
             "scope": ("own", "all"),
+            "pools": ("modality", "shared"),
             "gate": ("ste", "none", "softmax"),
             "conditional": ("table", "none", "factor"),
         }
-        for name, allowed in (choices | {"cross_modal": ("identity", "linear", "ridge")}).items():
+        for name, allowed in (choices | {"cross_modal": ("identity", "linear", "ridge", "none")}).items():
             if getattr(self, name) not in allowed:
                 raise DeloError(f"Unknown {name}", given=getattr(self, name), allowed=allowed)
 
@@ -59,6 +62,11 @@ class DeloConfig(LinearsConfig):
     def scale(self) -> float:
         """s = alpha / r."""
         return self.alpha / self.r
+
+    def pool_starts(self, projector: bool = False) -> tuple[int, int]:
+        """Where the text pool begins in a linear's table of factors, and the factors of the table."""
+        text = self.pool_size if self.pools == "modality" and not projector else 0
+        return text, text + self.pool_size
 
 
 def trainable_parameter_count(config: DeloConfig, linears: Mapping[str, tuple[int, int]]) -> int:
@@ -69,8 +77,8 @@ def trainable_parameter_count(config: DeloConfig, linears: Mapping[str, tuple[in
         linears: name -> (d_in, d_out) of every adapted linear, language and projector.
 
     Returns:
-        Pools E·(d_in + d_out) per linear and modality, plus the router (none when nothing can train it) and
-        the learned map.
+        Pools E·(d_in + d_out) per linear and modality (per linear, where the modalities share one), plus the
+        router (none when nothing can train it) and the learned map.
     """
     e, r, latent, d = config.pool_size, config.r, config.latent, config.hidden_size
     slots = [
@@ -78,7 +86,9 @@ def trainable_parameter_count(config: DeloConfig, linears: Mapping[str, tuple[in
         for name, widths in linears.items()
         for _ in range(1 if config.is_projector(name) else 2)
     ]
-    total = sum(e * sum(widths) for _, widths in slots)
+    total = sum(
+        config.pool_starts(config.is_projector(name))[1] * sum(widths) for name, widths in linears.items()
+    )
     if config.cross_modal == "linear":
         total += 4 * d * latent
     if config.gate == "none":

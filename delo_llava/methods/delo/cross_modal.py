@@ -1,6 +1,7 @@
 """Cross-modal guided routing, symmetric: a missing modality's query is a map φ of the present one's
 (specification 5.2, 10).
 
+`none` does without it: the query of what is missing is zero, and its factors those of the selectors' biases.
 `identity` is what the released code does for text; `linear` is learned with the task, identity plus a
 low-rank term that starts at zero; `ridge` is solved in closed form from sums over complete samples of all
 tasks so far, and forgets nothing.
@@ -16,7 +17,7 @@ from delo_llava.errors import DeloError
 from delo_llava.features.queries import Queries
 from delo_llava.features.ridge import RidgeStatistics
 
-CrossModalKind = Literal["identity", "linear", "ridge"]
+CrossModalKind = Literal["identity", "linear", "ridge", "none"]
 
 
 class Routed(NamedTuple):
@@ -40,7 +41,7 @@ class CrossModal(nn.Module):
     name.
 
     Args:
-        kind: `identity`, `linear` or `ridge`.
+        kind: `identity`, `linear`, `ridge` or `none`.
         hidden: d, the length of a query.
         rank: of the learned term of `linear`.
     """
@@ -85,6 +86,10 @@ class CrossModal(nn.Module):
             queries: of the batch, B×d each.
             presence: bool B×2 (image, text). A row with neither routes by its instruction.
         """
+        if self.kind == "none":
+            zero = torch.zeros_like(queries.image)
+            image, text = (torch.where(presence[:, [i]], query, zero) for i, query in enumerate(queries[:2]))
+            return Routed(image, text, zero, zero)
         proxy_image, proxy_text = self.map(queries.text, "image"), self.map(queries.image, "text")
         has_image, has_text = presence[:, :1], presence[:, 1:]
         image = torch.where(has_image, queries.image, torch.where(has_text, proxy_image, queries.instruction))

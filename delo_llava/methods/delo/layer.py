@@ -19,8 +19,9 @@ from delo_llava.methods.delo.plan import RoutePlan, RouteTable
 class DeloLayer(CarriedLayer):
     """A frozen linear with one pair of pools per adapter.
 
-    A pool is an embedding table, [image factors | text factors] × width: its look-up is the gather, and as a
-    module of its own it is what ZeRO-3 gathers and releases (parameters in a ParameterDict would not be).
+    A pool is an embedding table, [image factors | text factors] × width (one pool of factors where the
+    modalities share it): its look-up is the gather, and as a module of its own it is what ZeRO-3 gathers and
+    releases (parameters in a ParameterDict would not be).
     """
 
     adapter_layer_names = ("delo_A", "delo_B")
@@ -36,7 +37,7 @@ class DeloLayer(CarriedLayer):
     def update_layer(self, name: str, config: DeloConfig) -> None:
         """Add the pools of adapter `name`: A ~ N(0, 1/d_in), B = 0, fp32, drawn on the CPU so that a seed
         fixes them."""
-        factors = config.pool_size * (1 if self.projector else 2)
+        factors = config.pool_starts(self.projector)[1]
         a = torch.randn(factors, self.in_features, device="cpu") * self.in_features**-0.5
         b = torch.zeros(factors, self.out_features, device="cpu")
         self.rank, self.scale[name] = config.r, config.scale

@@ -9,16 +9,15 @@ docs/delo.md.
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import get_peft_model
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from delo_llava.adapters.carrier import frozen_queries, routing
+from delo_llava.adapters.carrier import find_carrier, frozen_queries, routing
 from delo_llava.adapters.store import open_adapters, save_adapter
-from delo_llava.backbones.base import Backbone, adapted_linears
+from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Item, View, dropped_view
@@ -33,7 +32,6 @@ from delo_llava.methods.base import (
     Clock,
     Footprint,
     Method,
-    MethodConfig,
     Passes,
     Past,
     Prompt,
@@ -42,79 +40,38 @@ from delo_llava.methods.base import (
     TaskChoice,
     answer_loss_sum,
 )
-from delo_llava.methods.delo.config import DeloConfig, trainable_parameter_count
+from delo_llava.methods.delo.config import DeloConfig
 from delo_llava.methods.delo.cross_modal import CrossModal
 from delo_llava.methods.delo.losses import align_loss_sum, consistency_loss_sum
+from delo_llava.methods.delo.options import DeloOptions, adapter_config, trainable_parameters
 from delo_llava.methods.delo.plan import RoutePlan
 from delo_llava.methods.delo.tuner import set_trainable, tuner
 from delo_llava.methods.delo.use import RoutingUse
 
 #: Name of the view for the consistency loss.
 DROPPED = "dropped"
-
-
-class DeloOptions(MethodConfig):
-    """Options of DeLo; symbols of the paper in brackets.
-
-    Attributes:
-        pool_size: factors per pool [E].
-        rank: factors chosen per sample, the rank of each modality's update [r].
-        alpha_over_rank: the update is scaled by this [s]; the release's undivided alpha = 2 over factors
-            drawn from N(0, 1) is too large a step (trap T13).
-        latent: width of the router's shared down-projection of a query.
-        scope: `own` applies a modality's update to that modality's tokens, `all` to every token.
-        gate: `ste` gives routers a gradient without changing the function; `none` is index-only; `softmax`
-            weights the factors.
-        temperature: of the gate's softmax [tau].
-        conditional: how the choice of B depends on that of A: `table`, `factor` (the exact form, larger) or
-            `none`.
-        cross_modal: the map from the present modality's query to the missing one's: `identity`, `linear` or
-            `ridge`.
-        ridge: relative ridge of the closed-form map.
-        ridge_samples: complete samples per task that enter the ridge statistics.
-        matcher: how the task is chosen: `cosine` to the keys, or `lda` with a shared covariance.
-        views: the evidence used for the choice.
-        align: weight of the alignment loss [lambda_a]; 0 turns it off.
-        consistency: weight of the consistency loss [lambda_c]; 0 turns it off. It costs one more forward, on
-            complete rows with one modality dropped.
-    """
-
-    pool_size: int = Field(16, ge=1)
-    rank: int = Field(4, ge=1)
-    alpha_over_rank: float = Field(2.0, gt=0)
-    latent: int = Field(64, ge=1)
-    scope: Literal["own", "all"] = "own"
-    gate: Literal["ste", "none", "softmax"] = "ste"
-    temperature: float = Field(1.0, gt=0)
-    conditional: Literal["table", "factor", "none"] = "table"
-    cross_modal: Literal["identity", "linear", "ridge"] = "ridge"
-    ridge: float = Field(1e-2, gt=0)
-    ridge_samples: int = Field(512, ge=1)
-    matcher: Literal["cosine", "lda"] = "lda"
-    views: tuple[Literal["image", "text", "instruction"], ...] = ("image", "text", "instruction")
-    align: float = Field(0.0, ge=0)
-    consistency: float = Field(0.0, ge=0)
-
-    @model_validator(mode="after")
-    def _rank_fits_pool(self) -> "DeloOptions":
-        if self.rank > self.pool_size:
-            raise ValueError(
-                f"rank {self.rank} is larger than pool_size {self.pool_size}; choose rank <= pool_size"
-            )
-        return self
+#: The adapter of pools that all tasks share.
+ADAPTER = "default"
+#: Option `task` -> what the harness must know.
+CAPABILITIES = {
+    "chosen": Capabilities(chooses_task=True, isolated=True),
+    "oracle": Capabilities(needs_task=True, isolated=True),
+    "shared": Capabilities(),
+}
 
 
 class Delo(Method):
     """DeLo over a frozen base. One adapter per task; a stage trains its own and reads nothing of the others
-    but sums.
+    but sums (unless the tasks share their pools).
     """
 
-    capabilities = Capabilities(chooses_task=True, isolated=True)
+    capabilities = CAPABILITIES["chosen"]
     Config = DeloOptions
 
     def __init__(self, options: DeloOptions, run: RunConfig, backbone: Backbone) -> None:
         super().__init__(options, run, backbone)
         self.options: DeloOptions = options
+        self.capabilities = CAPABILITIES[options.task]
         self._keys: TaskKeyMemory | None = None
         self._ridge: RidgeStatistics | None = None
         self._task, self._seed = "", 0
@@ -131,11 +88,15 @@ class Delo(Method):
 
     def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
         hidden = self.backbone.hidden_size(base)
-        model = get_peft_model(
-            base, adapter_config(self.options, base, self.backbone), adapter_name=stage.name
-        )
-        set_trainable(model, stage.name)
-        self._task, self._seed, self._keys = stage.name, stage.seed, self._memory(hidden)
+        shared = self.options.task == "shared"
+        self._task, self._seed = ADAPTER if shared else stage.name, stage.seed
+        self._keys = self._memory(hidden)
+        if shared and stage.past:
+            model = open_adapters(base, _last(stage.past), DeloConfig, trainable=True)
+        else:
+            config = adapter_config(self.options, base, self.backbone)
+            model = get_peft_model(base, config, adapter_name=self._task)
+        set_trainable(model, self._task)
         if self.options.cross_modal == "ridge":
             past = list(stage.past.values())
             self._ridge = RidgeStatistics.load(past[-1].folder) if past else RidgeStatistics.empty(hidden)
@@ -193,10 +154,10 @@ class Delo(Method):
     def footprint(self, base: nn.Module) -> Footprint:
         width, options = self.backbone.hidden_size(base), self.options
         # Key sums of three views, and second moments where they are kept; the ridge map's own moments.
-        sums = 3 * width + 3 * width**2 * (options.matcher == "lda")
+        sums = (3 * width + 3 * width**2 * (options.matcher == "lda")) * (options.task == "chosen")
         sums += 3 * width**2 * (options.cross_modal == "ridge")
         parameters = trainable_parameters(options, base, self.backbone)
-        return Footprint(parameters, "gathered", 2 * options.rank, 8 * sums, every_task=True)
+        return Footprint(parameters, "gathered", 2 * options.rank, 8 * sums, options.task != "shared")
 
     def _consistency(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
         """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no
@@ -212,52 +173,54 @@ class Delo(Method):
 
     def after_backward(self, model: nn.Module, batch: Batch, clock: Clock) -> None:
         """Add the micro-batch to the task's keys: its own samples only, never the dropped views (trap T6)."""
-        assert self._keys is not None and self._seen is not None
-        self._keys.observe(self._task, *self._seen)
+        if self._keys is not None and self._seen is not None:
+            self._keys.observe(self._task, *self._seen)
         self._seen = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The keys' sums of this rank since the stage began, and the ridge statistics, which ranks share."""
-        assert self._keys is not None
-        keys = self._keys.pending(self._task).tensors()
+        keys = {} if self._keys is None else self._keys.pending(self._task).tensors()
         ridge = {} if self._ridge is None else self._ridge.tensors()
         named = {f"{SUMMED}keys/{name}": tensor for name, tensor in keys.items()}
         return named | {f"ridge/{name}": tensor for name, tensor in ridge.items()}
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
-        assert self._keys is not None
-
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
-        pending = self._keys.pending(self._task)
         for name, tensor in under(f"{SUMMED}keys/").items():
-            pending.tensors()[name].copy_(tensor)
+            assert self._keys is not None
+            self._keys.pending(self._task).tensors()[name].copy_(tensor)
         if self._ridge is not None:
             self._ridge = RidgeStatistics(**under("ridge/"))
             self._fit(model)
 
     def finish(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
-        assert self._keys is not None
-        self._keys.settle(self._task, reduce)
+        if self._keys is not None:
+            self._keys.settle(self._task, reduce)
 
     def save(self, model: nn.Module, stage: Stage, folder: Path) -> None:
-        assert self._keys is not None
-        save_adapter(model, stage.name, folder)
-        self._keys.save_task(folder, stage.name)
+        save_adapter(model, self._task, folder)
+        if self._keys is not None:
+            self._keys.save_task(folder, stage.name)
         if self._ridge is not None:
             self._ridge.save(folder)
 
     def load(self, base: nn.Module, past: Mapping[str, Past]) -> nn.Module:
         if not past:
             return base
+        if self.options.task == "shared":
+            return open_adapters(base, _last(past), DeloConfig)
         adapters = {name: stage.folder for name, stage in past.items()}
         self._keys = self._memory(self.backbone.hidden_size(base))
-        self._keys.load(adapters)
+        if self._keys is not None:
+            self._keys.load(adapters)
         return open_adapters(base, adapters, DeloConfig)
 
-    def choose(self, model: nn.Module, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
+    def choose(self, model: nn.Module, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice | None:
         """Per sample, among trained tasks; a view that the options leave out is never used."""
+        if not self.capabilities.chooses_task:
+            return None
         if self._keys is None or not self._keys.tasks:
             raise DeloError("No task was trained yet, so none can be chosen", fix="train a stage first")
         queries = frozen_queries(model, RouteInputs.from_batch(batch), batch.inputs)
@@ -270,18 +233,23 @@ class Delo(Method):
     def answering(
         self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
     ) -> Iterator[Prompt]:
-        """Route by `tasks`; without them (the bare base of the zero-shot row) nothing is routed."""
-        if tasks is None:
+        """Route by `tasks`, or by what all tasks share; on the bare base (the zero-shot row) nothing is
+        routed.
+        """
+        shared = self.options.task == "shared"
+        if find_carrier(model) is None or (tasks is None and not shared):
             yield Prompt.of(batch)
             return
-        with routing(model, RouteInputs.from_batch(batch, tasks=list(tasks), expand=beams)) as route:
+        pools = ADAPTER if shared or tasks is None else list(tasks)
+        with routing(model, RouteInputs.from_batch(batch, tasks=pools, expand=beams)) as route:
             yield Prompt.of(batch)
         if route.plan is not None:
             # Beams repeat each row, which is one sample all the same.
             chosen = route.plan.selection.rows(
                 torch.arange(0, route.inputs.rows, beams, device=batch.presence.device)
             )
-            self._use.add(chosen, tasks, batch.presence, route.plan.pool_size)
+            # Pools that all share are counted by the task of the samples that used them.
+            self._use.add(chosen, tasks or batch.tasks, batch.presence, route.plan.pool_size)
 
     def routing_use(self, model: nn.Module) -> dict[str, Any] | None:
         pools = self._use.take()
@@ -290,26 +258,16 @@ class Delo(Method):
         language, projector = tuner(model).layer_names()
         return {"layers": {"image": [*projector, *language], "text": language}, "pools": pools}
 
-    def _memory(self, hidden: int) -> TaskKeyMemory:
+    def _memory(self, hidden: int) -> TaskKeyMemory | None:
+        """An empty key memory, None where no task is chosen."""
+        if self.options.task != "chosen":
+            return None
         return TaskKeyMemory(hidden, covariance=self.options.matcher == "lda")
 
 
-def adapter_config(options: DeloOptions, base: nn.Module, backbone: Backbone) -> DeloConfig:
-    """The PEFT configuration for every language and projector linear of `base`."""
-    return DeloConfig(
-        r=options.rank, pool_size=options.pool_size, alpha=options.alpha_over_rank * options.rank,
-        scope=options.scope,
-        gate=options.gate, temperature=options.temperature, conditional=options.conditional,
-        latent=options.latent,
-        cross_modal=options.cross_modal, target_modules=backbone.language_pattern,
-        projector_modules=backbone.projector_pattern, projector=backbone.projector_name,
-        hidden_size=backbone.hidden_size(base),
-    )  # fmt: skip
-
-
-def trainable_parameters(options: DeloOptions, base: nn.Module, backbone: Backbone) -> int:
-    """Trainable parameters of one task; the LoRA baselines are matched to it."""
-    return trainable_parameter_count(adapter_config(options, base, backbone), adapted_linears(base, backbone))
+def _last(past: Mapping[str, Past]) -> dict[str, Path]:
+    """The folder of the latest stage, by the name of what all tasks share."""
+    return {ADAPTER: list(past.values())[-1].folder}
 
 
 def _routed_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, RoutePlan]:

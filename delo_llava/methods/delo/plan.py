@@ -69,6 +69,8 @@ class RoutePlan:
             made of.
         tasks: task of each row; used: the distinct ones, in the order their pools are stacked.
         queries: frozen queries; presence: bool B×2.
+        pool_size: E; text_start: where the text pool begins in a linear's table, 0 where both modalities
+            share one.
         language, projector: what layers read.
         token_weight: B×S×2r, 1 where a factor acts on a token; None when every token gets both updates.
         packing: of the images in the projector.
@@ -81,6 +83,7 @@ class RoutePlan:
     queries: Queries
     presence: Tensor
     pool_size: int
+    text_start: int
     projector_slots: int
     language: RouteTable
     projector: RouteTable | None = None
@@ -98,6 +101,7 @@ class RoutePlan:
         queries: Queries,
         *,
         pool_size: int,
+        text_start: int,
         projector_slots: int,
         own_tokens: bool,
         lengths: list[int],
@@ -112,8 +116,9 @@ class RoutePlan:
             queries,
             inputs.presence,
             pool_size,
+            text_start,
             projector_slots,
-            _language_table(selection, position, pool_size, projector_slots),
+            _language_table(selection, position, text_start, pool_size, projector_slots),
         )
         if own_tokens:
             is_image = inputs.segments == SEGMENT_IMAGE
@@ -136,7 +141,7 @@ class RoutePlan:
         table."""
         selection, chosen = self.selection.rows(rows), [self.tasks[i] for i in rows.tolist()]
         position = torch.tensor([self.used.index(t) for t in chosen], device=rows.device)
-        table = _language_table(selection, position, self.pool_size, self.projector_slots)
+        table = _language_table(selection, position, self.text_start, self.pool_size, self.projector_slots)
         weight = None if self.token_weight is None else self.token_weight.index_select(0, rows)
         return replace(
             self,
@@ -152,12 +157,16 @@ class RoutePlan:
         )
 
 
-def _language_table(selection: Selection, position: Tensor, pool_size: int, skip: int) -> RouteTable:
-    """Image and text factors side by side; pools are stacked [task][image E | text E]."""
-    start = (position * 2 * pool_size).view(-1, 1, 1)
+def _language_table(
+    selection: Selection, position: Tensor, text_start: int, pool_size: int, skip: int
+) -> RouteTable:
+    """Image and text factors side by side; pools are stacked [task][image E | text E], or [task][E] where
+    they are shared.
+    """
+    start = (position * (text_start + pool_size)).view(-1, 1, 1)
 
     def joined(image: Tensor, text: Tensor) -> tuple[Tensor, ...]:
-        both = torch.cat([image[:, skip:] + start, text + start + pool_size], -1)
+        both = torch.cat([image[:, skip:] + start, text + start + text_start], -1)
         return both.transpose(0, 1).contiguous().unbind(0)
 
     gates = None

@@ -127,6 +127,7 @@ class DeloModel(CarriedTuner):
             used,
             queries,
             pool_size=config.pool_size,
+            text_start=config.pool_starts()[0],
             projector_slots=len(self.layers()[1]),
             own_tokens=config.scope == "own",
             lengths=inputs.image_tokens.tolist(),
@@ -178,7 +179,7 @@ class DeloModel(CarriedTuner):
                 allowed=["table", "none"],
             )
         image = [w[: config.pool_size] for w in weights]
-        return image, [w[config.pool_size :] for w in weights[len(projector) :]]
+        return image, [w[config.pool_starts()[0] :] for w in weights[len(projector) :]]
 
 
 def _router(config: DeloConfig, language: list[DeloLayer], projector: list[DeloLayer]) -> Router:
