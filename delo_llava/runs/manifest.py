@@ -18,6 +18,8 @@ def folder_files(folder: Path) -> list[Path]:
 def write_manifest(folder: Path) -> None:
     """Record size and sha256 of every file of `folder`, after flushing them; the manifest is written last.
 
+    Whoever may read the folder may read its files (safetensors writes them for their owner alone).
+
     Raises:
         DeloError: the folder is empty.
     """
@@ -25,6 +27,7 @@ def write_manifest(folder: Path) -> None:
     if not files:
         raise DeloError("Nothing was written into a folder that was to be published", given=folder)
     for file in files:
+        file.chmod(file.parent.stat().st_mode & 0o666)
         fsync(file)
     entries = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_file(file)}

@@ -1,6 +1,8 @@
 """The run folder: atomic publishing, manifests that name what changed, tensors that may not be published."""
 
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,19 @@ def test_a_published_folder_is_whole_and_noted(store: RunStore) -> None:
     assert listed["more/note.json"] == {"bytes": 2, "sha256": sha256_file(folder / "more" / "note.json")}
     assert store.stage("one")["manifest"] == sha256_file(folder / "manifest.json")
     store.verify_published(["one"])
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_whoever_may_read_the_run_may_read_its_adapters(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        store = RunStore(tmp_path / "run")
+        store.create()
+        folder = publish(store, "one")
+    finally:
+        os.umask(before)
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    assert len(files) == 3 and {stat.S_IMODE(p.stat().st_mode) for p in files} == {mode}
 
 
 def test_a_block_that_fails_leaves_nothing(store: RunStore) -> None:
