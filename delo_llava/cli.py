@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import logging
 import shutil
 import sys
 from collections.abc import Sequence
@@ -49,11 +48,6 @@ class _Scorer(Protocol):
 
     def in_mode(self, scoring: str) -> "_Scorer": ...
     def check(self, references: Sequence[object]) -> None: ...
-
-
-# On some CPUs bitsandbytes warns that it has no ready-made kernel from a hub; we never fetch code at run
-# time.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

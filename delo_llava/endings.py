@@ -1,10 +1,12 @@
 """How a command ends: every exception that reaches the top becomes a sentence and an exit code."""
 
 import errno
+import logging
 import os
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -61,6 +63,7 @@ def told(command: Callable[..., int], *arguments: object, goes_on: bool = False)
             1 for what nobody foresaw, with a traceback.
     """
     plain_streams()
+    quiet_libraries()
     try:
         code = command(*arguments)
         sys.stdout.flush()
@@ -131,6 +134,14 @@ def plain_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def quiet_libraries() -> None:
+    """Leave out what libraries say to their own developers: that names which PEFT calls in transformers will
+    go, and that bitsandbytes would fetch a kernel from a hub (we never fetch code at run time).
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def _end(text: str, goes_on: bool, code: int) -> NoReturn:

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,13 @@ def test_a_file_in_another_encoding_is_told(capsys: pytest.CaptureFixture[str]) 
         b"caf\xe9".decode()
     code, text = ended(capsys, caught.value)
     assert code == 2 and "UTF-8" in text and "iconv" in text
+
+
+def test_libraries_do_not_speak_to_their_own_developers() -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        endings.quiet_libraries()
+        place = {"filename": "x.py", "lineno": 1}
+        warnings.warn_explicit("going", FutureWarning, module="transformers.modeling_utils", **place)  # type: ignore[arg-type]
+        warnings.warn_explicit("going", FutureWarning, module="mine", **place)  # type: ignore[arg-type]
+    assert [str(w.message) for w in caught] == ["going"]
