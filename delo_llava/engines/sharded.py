@@ -86,6 +86,10 @@ class ShardedTrained:
                         kept = value.view(-1)[piece.at : piece.at + piece.length]
                         kept.masked_fill_(mask.to(kept.device), 0.0)
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Over the ranks of the engine."""
+        return self._ranks.sum(tensor)
+
     def _mine(self) -> list[tuple[str, Piece]]:
         """Names of the parameters of which this rank holds a part, with the part."""
         return [(n, self._pieces[id(p)]) for n, p in self._parameters.items() if id(p) in self._pieces]

@@ -158,6 +158,9 @@ class Trained(Protocol):
     def reset_moments(self, where: Mapping[str, Tensor]) -> None:
         """Forget the optimiser's moments where a mask of the parameter's shape is true."""
 
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of a tensor over ranks: for what each rank saw of a step beside its gradient."""
+
 
 @dataclass(frozen=True)
 class TaskChoice:
