@@ -92,7 +92,7 @@ def batched(run: Path, count: int) -> dict[str, float]:
     torch.set_num_threads(1)
     opened = open_run(run, Request(limit=count))
     stage = len(list((run / "adapters").iterdir())) - 1
-    cells = cells_of(opened.sequence, stage, ["run"], needs_task=False)
+    cells = cells_of(opened.sequence, opened.plan, stage, ["run"], needs_task=False)
     questions = [(cell, Questions(opened.config).of(cell)) for cell in cells]
     times: dict[int, list[float]] = {1: [], opened.config.eval.batch_size: []}
     said: dict[int, list[str]] = {}

@@ -114,6 +114,14 @@ class TaskSpec:
 
 
 @dataclass(frozen=True)
+class StagePlan:
+    """A stage to come: its name (also of its folder) and the tasks whose records it trains on."""
+
+    name: str
+    tasks: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TaskSequence:
     """Ordered tasks plus what the recipe says of source, licence and default hyper-parameters.
 

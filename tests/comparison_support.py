@@ -10,6 +10,7 @@ import numpy as np
 from delo_eval.answers.predictions import prediction_file
 from delo_eval.matrix.accuracy import AccuracyMatrix
 from delo_eval.matrix.derived import cell_score
+from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.results import Results, results_json, write_results
 from delo_eval.scorers.base import Reference, Scorer
 from delo_eval.scorers.exact_match import SCORER
@@ -63,7 +64,7 @@ def write_run(
         changes: keys of results.json to replace.
     """
     config = config or RunConfig(method="lora")
-    matrix = AccuracyMatrix(TASKS)
+    matrix = AccuracyMatrix(Plan.one_each(TASKS))
     for stage in range(stages):
         for task in TASKS[: stage + 1]:
             scores = final[task] if stage else np.ones(len(final[task]))

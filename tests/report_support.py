@@ -10,6 +10,7 @@ from delo_eval.answers.predictions import prediction_file
 from delo_eval.answers.routing_use import merge_use_parts, use_file, write_use_part
 from delo_eval.matrix.accuracy import AccuracyMatrix
 from delo_eval.matrix.derived import choice_statistics
+from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.results import Results, results_json, write_results
 from delo_llava.config import RunConfig, dump_config
 from delo_llava.files import write_text_atomic
@@ -33,7 +34,7 @@ def hostile_run(folder: Path) -> Path:
     config = RunConfig(task_seq=str(recipe), method="delo", output=folder, data={"root": data})
     write_text_atomic(folder / "config.yaml", dump_config(config))
     tasks = (*TASKS, "later")
-    results, rows = Results(AccuracyMatrix(tasks)), []
+    results, rows = Results(AccuracyMatrix(Plan.one_each(tasks))), []
     for stage, task in enumerate(TASKS):
         for asked in TASKS[: stage + 1]:
             found = [_row(asked, i, stage) for i in range(COUNT)]

@@ -26,6 +26,7 @@ from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples, Item, View
 from delo_llava.methods._groups import parameter_groups
 from delo_llava.schema import Worded
+from delo_llava.tasks import StagePlan as StagePlan
 from delo_llava.tasks import TaskSequence, TaskSpec
 
 #: Names in `Method.state_dict` that begin so are one rank's part of a sum over ranks.
@@ -62,14 +63,6 @@ class Capabilities:
     answers_as_trained: bool = True
     transductive: bool = False
     encoders: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class StagePlan:
-    """A stage to come: its name (also of its folder) and the tasks whose records it trains on."""
-
-    name: str
-    tasks: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -171,6 +164,16 @@ class TaskChoice:
     tasks: tuple[str, ...]
     index: Tensor
     scores: Tensor
+
+    @property
+    def names(self) -> list[str]:
+        """The task of each sample; without evidence the first one, to which a tie would go too."""
+        return [self.tasks[max(0, i)] for i in self.index.tolist()]
+
+    @property
+    def fallback(self) -> list[bool]:
+        """Which samples gave no evidence, so that their task is no choice."""
+        return [i < 0 for i in self.index.tolist()]
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ from delo_llava.data.recipe import load_sequence
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin
-from delo_llava.tasks import TaskSequence
+from delo_llava.tasks import StagePlan, TaskSequence
 
 if TYPE_CHECKING:
     from delo_llava.backbones.base import Backbone
-    from delo_llava.methods.base import Method, StagePlan
+    from delo_llava.methods.base import Method
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,7 @@ class Job:
     backbone: "Backbone"
     base: str
     method: "Method"
-    plans: "tuple[StagePlan, ...]"
-
-    def row(self, index: int) -> int:
-        """The row of the accuracy matrix that a stage fills: that of the last task trained so far."""
-        trained = [name for plan in self.plans[: index + 1] for name in plan.tasks]
-        return max(map(self.sequence.names.index, trained))
+    plans: tuple[StagePlan, ...]
 
 
 def make_job(config: RunConfig) -> Job:
@@ -111,7 +106,7 @@ def check_engine(config: RunConfig) -> None:
         read_deepspeed_file(config)
 
 
-def check_stages(plans: "Sequence[StagePlan]", sequence: TaskSequence) -> None:
+def check_stages(plans: Sequence[StagePlan], sequence: TaskSequence) -> None:
     """Refuse stages that a run's folder cannot hold.
 
     Raises:

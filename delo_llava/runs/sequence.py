@@ -24,8 +24,8 @@ from delo_llava.strict import read_json
 
 if TYPE_CHECKING:
     from delo_llava.engines.ranks import Ranks
-    from delo_llava.methods.base import StagePlan
     from delo_llava.runs.stage import StageTrainer
+    from delo_llava.tasks import StagePlan
     from delo_llava.training.guards import Planner
     from delo_llava.training.logging import RunProgress
 
@@ -145,16 +145,16 @@ class _Sequence:
     def _stage(self, index: int, trained: bool, trainer: "StageTrainer", progress: "RunProgress") -> None:
         from delo_llava.runs.stage import free_memory, make_stage
 
-        name, row = self.plans[index].name, self.job.row(index)
+        name = self.plans[index].name
         self.ranks.leave_if_asked(f"before {name}")
         if not trained:
             trainer.train(make_stage(index, self.job, self.store), progress)
             free_memory()
         if self.evaluate is None or self._evaluated(name):
             return
-        self._evaluate(row, f"{index + 1}. {name}: evaluating", row + 1, progress)
+        self._evaluate(index, f"{index + 1}. {name}: evaluating", self._seen(index), progress)
         self.ranks.run_first(lambda: self.store.update_stage(name, evaluated=True))
-        self._say_results(progress, row)
+        self._say_results(progress, index)
 
     def _zero_shot(self, progress: "RunProgress") -> None:
         """The row before any training, which forward transfer needs."""
@@ -179,15 +179,19 @@ class _Sequence:
         from delo_llava.training.logging import RunProgress
 
         counts = [self._step_count(plan) for plan in self.plans[done:]]
-        rows = [
-            self.job.row(i)
+        cells = [
+            self._seen(i)
             for i, plan in enumerate(self.plans)
             if self.evaluate and not self._evaluated(plan.name)
         ]
         zero_shot = (
             0 if self.evaluate is None or self.store.read_run().get(ZERO_SHOT) else len(self.sequence.tasks)
         )
-        return RunProgress(sum(counts), sum(row + 1 for row in rows) + zero_shot, self.ranks.first)
+        return RunProgress(sum(counts), sum(cells) + zero_shot, self.ranks.first)
+
+    def _seen(self, index: int) -> int:
+        """How many tasks are trained up to stage `index`."""
+        return len({task for plan in self.plans[: index + 1] for task in plan.tasks})
 
     def _step_count(self, plan: "StagePlan") -> int:
         """Optimiser steps of a stage on its own records; reads them, so their faults are told before any
@@ -225,7 +229,7 @@ class _Sequence:
         from delo_llava.training.logging import matrix_row
 
         if self.ranks.first and self.store.results.is_file():
-            progress.say(matrix_row(self._results(), stage))
+            progress.say(matrix_row(self._results(), stage, self.plans[stage].name))
 
     def _results(self) -> dict[str, Any]:
         fix = "move it away and evaluate again: delo-eval --stage all"
@@ -240,5 +244,5 @@ class _Sequence:
         marker = {"tasks": self.sequence.names, "evaluated": self.evaluate is not None, "time": time.time()}
         self.ranks.run_first(lambda: write_json_atomic(self.store.complete, marker))
         if self.ranks.first and self.store.results.is_file():
-            progress.say(matrix_summary(self._results()))
+            progress.say(matrix_summary(self._results(), [plan.name for plan in self.plans]))
             progress.say(f"results: {self.store.results}")

@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -176,10 +176,11 @@ def clock(seconds: float | None) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def matrix_row(results: Mapping[str, Any], stage: int) -> str:
-    """Row `stage` of the accuracy matrix in percent, one line per way of choosing the task that was run."""
-    tasks = results["tasks"]
-    lines = []
+def matrix_row(results: Mapping[str, Any], stage: int, name: str) -> str:
+    """The row of stage `stage`, called `name`, in percent: a line per way of choosing the task that was
+    run.
+    """
+    tasks, lines = results["tasks"], []
     for mode, rows in results["matrix"].items():
         if rows and rows[stage] and any(score is not None for score in rows[stage]):
             scores = [
@@ -187,19 +188,24 @@ def matrix_row(results: Mapping[str, Any], stage: int) -> str:
                 for name, score in zip(tasks, rows[stage], strict=True)
                 if score is not None
             ]
-            lines.append(f"after {stage + 1}. {tasks[stage]} ({mode}): {' · '.join(scores)}")
+            lines.append(f"after {stage + 1}. {name} ({mode}): {' · '.join(scores)}")
     return "\n".join(lines)
 
 
-def matrix_summary(results: Mapping[str, Any]) -> str:
-    """The whole matrix and its metrics, one block per way of choosing the task."""
-    tasks, blocks = results["tasks"], []
-    width = max(8, *(len(name) for name in tasks)) + 1
-    for mode, rows in results["matrix"].items():
+def matrix_summary(results: Mapping[str, Any], stages: Sequence[str]) -> str:
+    """The whole matrix and its metrics, one block per way of choosing the task; without `stages` (their
+    names) the base's row.
+    """
+    tasks, grids = results["tasks"], results["matrix"]
+    if not stages:
+        stages, grids = ["base"], {"matched": [(results["zero_shot"] or {}).get("run")]}
+    width = max(8, *map(len, [*tasks, *stages])) + 1
+    blocks = []
+    for mode, rows in grids.items():
         if not rows or not any(score is not None for row in rows for score in row or []):
             continue
         lines = [f"{mode}:", " " * width + "".join(f"{name:>{width}}" for name in tasks)]
-        for name, row in zip(tasks, rows, strict=True):
+        for name, row in zip(stages, rows, strict=True):
             cells = ["" if score is None else f"{score:.1f}" for score in row or []]
             lines.append(f"{name:<{width}}" + "".join(f"{cell:>{width}}" for cell in cells))
         metrics = results["metrics"].get(mode) or {}

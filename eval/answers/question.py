@@ -27,6 +27,8 @@ class Answer:
         task_used: the chosen task, None for methods that do not choose.
         task_without_instruction: the choice from image and context alone.
         choice_scores: score per trained task, higher is likelier.
+        fallback: which of `task_used` and `task_without_instruction` are no choice, as the sample showed
+            nothing to judge a task by, but the first trained task.
         image_fault: why the record's image could not be used; the answer is empty then, and wrong.
     """
 
@@ -36,3 +38,4 @@ class Answer:
     task_without_instruction: str | None = None
     choice_scores: dict[str, float | None] | None = None
     image_fault: str | None = None
+    fallback: tuple[str, ...] = ()

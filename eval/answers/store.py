@@ -175,9 +175,14 @@ def _parsed(line: bytes) -> StoredAnswer | None:
         body: dict[str, Any] = json.loads(line)
         if body.pop("check") != _check(body):
             return None
-        return body["key"], body["record_id"], Answer(**body["answer"])
+        return body["key"], body["record_id"], _answer(body["answer"])
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
+
+
+def _answer(body: dict[str, Any]) -> Answer:
+    """An answer from JSON, which has no tuples; lines from before there were fallbacks have none."""
+    return Answer(**{**body, "fallback": tuple(body.get("fallback", ()))})
 
 
 def _check(body: dict[str, Any]) -> str:

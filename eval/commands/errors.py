@@ -29,10 +29,11 @@ def run(options: argparse.Namespace) -> int:
     from delo_llava.errors import DeloError
 
     (found,) = load_runs([options.run])
-    stage = found.stages - 1 if options.stage is None else options.stage
-    if not 0 <= stage < found.stages:
-        raise DeloError("This stage is not evaluated.", given=stage, allowed=range(found.stages))
-    mode, tasks = options.mode or found.mode, found.results["tasks"][: stage + 1]
+    stage = found.stage if options.stage is None else options.stage
+    if not min(0, found.stage) <= stage <= found.stage:
+        allowed = range(min(0, found.stage), found.stage + 1)
+        raise DeloError("This stage is not evaluated.", given=stage, allowed=allowed)
+    mode, tasks = options.mode or found.mode, found.plan.judged(stage)
     errors = run_errors(found.folder, stage, tasks, pattern=options.pattern, oracle=mode == "oracle")
     title = f"wrong answers after stage {stage}, pattern {options.pattern}, {mode}"
     show(errors_table(errors, title), *confusion_lines(errors))

@@ -51,7 +51,7 @@ def compare(
     apart = differences(protocols)
     if apart and not force:
         raise refusal(apart)
-    tasks = tuple(first.results["tasks"][: first.stages])
+    tasks = first.tasks
     return Comparison(
         tasks=tasks,
         rows=tuple(_ranked([_marked(row, apart, protocols, reference) for row in rows])),
@@ -66,7 +66,7 @@ def compare(
         stages={name: group[0].stages for name, group in by_name.items()},
         metric_ids=first.results["metric_ids"],
         scorer_ids=first.results["scorer_ids"],
-        notes=_notes(rows, first.stages, len(first.results["tasks"])),
+        notes=_notes(rows, tasks, len(first.results["tasks"])),
     )
 
 
@@ -93,11 +93,11 @@ def _ranked(rows: Sequence[BoardRow]) -> list[BoardRow]:
     return sorted(rows, key=lambda row: -row.metrics["ap"].mean if "ap" in row.metrics else float("inf"))
 
 
-def _notes(rows: Sequence[BoardRow], stages: int, tasks: int) -> tuple[str, ...]:
+def _notes(rows: Sequence[BoardRow], tasks: Sequence[str], total: int) -> tuple[str, ...]:
     """What holds for the whole table."""
     notes = []
-    if stages < tasks:
-        notes.append(f"Numbers stand on the first {stages} of {tasks} stages.")
+    if len(tasks) < total:
+        notes.append(f"Numbers stand on {len(tasks)} of {total} tasks: {', '.join(tasks)}.")
     if any(row.mode == "oracle" and row.published is None for row in rows):
         notes.append("Rows of mode `oracle` were told the true task of every record.")
     counts = {len(row.seeds) for row in rows if row.published is None}

@@ -41,7 +41,8 @@ class BoardRow:
         folders: of the runs, in the same order.
         seeds: of the runs, in the same order.
         mode: `matched` (own task choice, or none needed) or `oracle` (true task told).
-        scores: task -> score after the last finished stage; tasks it lacks are absent.
+        scores: task -> score after the last finished stage, or of the base where none is trained; tasks that
+            it lacks are absent.
         metrics: metric name -> value over the finished stages.
         patterns: further missing pattern -> AP under it.
         oracle_gap: task -> oracle − matched, in points; empty for methods that do not choose a task.
@@ -91,7 +92,7 @@ class Comparison:
     """Everything that is shown of several runs.
 
     Attributes:
-        tasks: columns, in training order of the first run.
+        tasks: columns: those that the first run has seen, in the order of the sequence.
         rows: best AP first.
         reference: name of the first run's row, to which marks and contrasts refer.
         paired: a paired bootstrap of every other row of runs against the reference.

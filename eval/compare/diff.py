@@ -24,14 +24,15 @@ class RunDiff:
     Attributes:
         names: of the two.
         sections: `config`, `conditions`, `versions`, `adapters` -> what differs there.
-        tasks: in the order of the first run.
+        tasks, stages: of the first run, in its order.
         matrices: mode -> second − first, in points, on the tasks' common cells; `None` where one has none.
-            Empty when the runs have other tasks.
+            Empty when the runs have other tasks or stages.
     """
 
     names: tuple[str, str]
     sections: Mapping[str, tuple[Difference, ...]]
     tasks: tuple[str, ...]
+    stages: tuple[str, ...]
     matrices: Mapping[Mode, list[Cells]]
 
     @property
@@ -58,12 +59,9 @@ def diff_runs(first: Path, second: Path) -> RunDiff:
         "versions": _apart(a, b, lambda run: flat("", run.results["versions"] or {})),
         "adapters": _apart(a, b, _adapters),
     }
-    tasks = a.results["tasks"]
-    same_tasks = tasks == b.results["tasks"]
-    grids = {
-        mode: _minus(a.results["matrix"][mode], b.results["matrix"][mode]) for mode in MODES if same_tasks
-    }
-    return RunDiff((a.name, b.name), sections, tuple(tasks), grids)
+    alike = a.plan == b.plan
+    grids = {mode: _minus(a.results["matrix"][mode], b.results["matrix"][mode]) for mode in MODES if alike}
+    return RunDiff((a.name, b.name), sections, a.plan.tasks, tuple(a.plan.names), grids)
 
 
 def shown(diff: RunDiff) -> list[RenderableType]:
@@ -86,8 +84,8 @@ def shown(diff: RunDiff) -> list[RenderableType]:
 def _matrix(diff: RunDiff, mode: str, grid: list[Cells]) -> Table:
     title = f"{mode}: {diff.names[1]} − {diff.names[0]}, points on (column) after training (row)"
     table = rich_table(Text(title), [Text(head) for head in ("", *diff.tasks)])
-    for task, row in zip(diff.tasks, grid, strict=True):
-        table.add_row(task, *("-" if cell is None else f"{cell:+.2f}" for cell in row))
+    for stage, row in zip(diff.stages, grid, strict=True):
+        table.add_row(stage, *("-" if cell is None else f"{cell:+.2f}" for cell in row))
     return table
 
 

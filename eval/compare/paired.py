@@ -73,7 +73,7 @@ def _outcomes(runs: Sequence[RunResults], task: str) -> tuple[Outcomes, bool]:
     scores = np.array(
         [[row[key] for row in own] for own, key in zip(rows, keys, strict=True)], dtype=np.float64
     )
-    cells = [run.last(run.results["matrix"][run.mode])[task] for run in runs]
+    cells = [run.scores()[task] for run in runs]
     off = [
         abs(100 * statistics.fmean(own) - cell) > _ROUNDING for own, cell in zip(scores, cells, strict=True)
     ]
@@ -125,7 +125,7 @@ def scorer_with_id(identifier: str) -> Scorer | None:
 
 def _rows(run: RunResults, task: str) -> list[Prediction]:
     """The run's rows after its last finished stage, by record id."""
-    rows = read_predictions(prediction_file(run.folder, run.stages - 1, RUN_PATTERN, task))
+    rows = read_predictions(prediction_file(run.folder, run.stage, RUN_PATTERN, task))
     if not rows:
         raise DeloError(f"{run.name} has no predictions")
     return sorted(rows, key=lambda row: str(row["record_id"]))

@@ -22,7 +22,7 @@ def published_rows(
     same_data = told.task_seq is not None and Path(str(reference["task_seq"])).stem == told.task_seq
     declared = {
         "tasks": list(table.tasks),
-        "stages": len(table.tasks),
+        "tasks_seen": list(table.tasks),
         "split": told.split,
         "limit": None,
         "scoring": told.scoring,

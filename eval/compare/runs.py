@@ -16,8 +16,17 @@ from delo_eval.compare.protocol import (
     protocol,
     without_missing_seed,
 )
-from delo_eval.matrix.accuracy import RUN_PATTERN
-from delo_eval.matrix.results import FILE, ResultsJson, judged_mode, read_results
+from delo_eval.matrix.accuracy import RUN_PATTERN, Beside, Cells
+from delo_eval.matrix.plan import Plan
+from delo_eval.matrix.results import (
+    FILE,
+    ResultsJson,
+    beside_row,
+    judged_mode,
+    read_results,
+    result_stage,
+    score_row,
+)
 from delo_llava.errors import DeloError
 from delo_llava.schema import read_yaml
 
@@ -47,21 +56,52 @@ class RunResults:
         return judged_mode(self.results)
 
     @property
+    def plan(self) -> Plan:
+        """The stages."""
+        return Plan.read(self.results)
+
+    @property
     def stages(self) -> int:
         """Number of finished stages."""
         return int(self.results["metrics"]["stages"][self.mode])
 
     @property
-    def protocol(self) -> Protocol:
-        """What must be the same in all rows, with the number of finished stages."""
-        return {**protocol(self.results), "stages": self.stages}
+    def stage(self) -> int:
+        """The stage whose row is the result: the last finished one, or the base where none is planned."""
+        return self.require_result()
 
-    def last(self, grid: Sequence[Sequence[float | None]]) -> dict[str, float]:
-        """Task -> cell of the last finished stage."""
-        if not self.stages:
-            return {}
-        cells = zip(self.results["tasks"], grid[self.stages - 1][: self.stages], strict=False)
-        return {task: cell for task, cell in cells if cell is not None}
+    def require_result(self) -> int:
+        """`stage`.
+
+        Raises:
+            DeloError: nothing is finished.
+        """
+        found = result_stage(self.results, self.mode)
+        if found is None:
+            raise DeloError("No stage of this run is evaluated.", given=self.folder, fix="evaluate it first")
+        return found
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of the result: all that were seen by then."""
+        return self.plan.judged(self.stage)
+
+    @property
+    def protocol(self) -> Protocol:
+        """What must be the same in all rows, with the tasks that the numbers stand on."""
+        return {**protocol(self.results), "tasks_seen": list(self.tasks)}
+
+    def scores(self, pattern: str = RUN_PATTERN) -> dict[str, float]:
+        """Task -> score of the result."""
+        return self._known(score_row(self.results, pattern, self.mode, self.stage))
+
+    def beside(self, name: Beside) -> dict[str, float]:
+        """Task -> what else is known of its score."""
+        return self._known(beside_row(self.results, name, RUN_PATTERN, self.mode, self.stage))
+
+    def _known(self, row: Cells) -> dict[str, float]:
+        cells = dict(zip(self.results["tasks"], row, strict=True))
+        return {task: cell for task in self.tasks if (cell := cells[task]) is not None}
 
 
 def load_runs(folders: Sequence[Path]) -> list[RunResults]:
@@ -76,8 +116,7 @@ def load_runs(folders: Sequence[Path]) -> list[RunResults]:
     names = _unique([folder.parts for folder in resolved])
     runs = [_load(folder, name) for folder, name in zip(resolved, names, strict=True)]
     for run in runs:
-        if not run.stages:
-            raise DeloError("No stage of this run is evaluated.", given=run.folder, fix="evaluate it first")
+        run.require_result()
     return runs
 
 
@@ -142,6 +181,7 @@ def row_of(group: Sequence[RunResults], name: str) -> BoardRow:
         patterns=_by_key(group, _patterns),
         oracle_gap=_by_key(group, lambda run: run.results.get("oracle_gap") or {}),
         extras=_by_key(group, _extras),
+        notes=(first.plan.about,) if first.plan.about else (),
     )
 
 
@@ -169,12 +209,11 @@ def _by_key(
 
 
 def _scores(run: RunResults) -> dict[str, float]:
-    return run.last(run.results["matrix"][run.mode])
+    return run.scores()
 
 
 def _errors(run: RunResults) -> dict[str, float]:
-    known = (run.results.get("standard_errors") or {}).get(RUN_PATTERN)
-    return run.last(known[run.mode]) if known else {}
+    return run.beside("standard_errors")
 
 
 def _metrics(run: RunResults) -> dict[str, float]:
@@ -184,7 +223,7 @@ def _metrics(run: RunResults) -> dict[str, float]:
 def _metric_errors(run: RunResults) -> dict[str, float]:
     """The error of the mean over tasks, whose records are independent: √(Σ e²)/T."""
     errors = list(_errors(run).values())
-    if len(errors) != run.stages:
+    if len(errors) != len(run.tasks):
         return {}
     error = sum(e**2 for e in errors) ** 0.5 / len(errors)
     return {"ap": error, "last": error}
@@ -192,17 +231,17 @@ def _metric_errors(run: RunResults) -> dict[str, float]:
 
 def _patterns(run: RunResults) -> dict[str, float]:
     """Pattern -> mean of the last row, where all of it was run."""
-    rows = {pattern: run.last(modes[run.mode]) for pattern, modes in run.results["patterns"].items()}
+    patterns = dict.fromkeys([*run.results["patterns"], *(run.results["zero_shot"] or {})])
+    rows = {pattern: run.scores(pattern) for pattern in patterns if pattern != RUN_PATTERN}
     return {
-        pattern: statistics.fmean(row.values()) for pattern, row in rows.items() if len(row) == run.stages
+        pattern: statistics.fmean(row.values()) for pattern, row in rows.items() if len(row) == len(run.tasks)
     }
 
 
 def _extras(run: RunResults) -> dict[str, float]:
     results = run.results
     counts = (results["trainable_parameters_per_task"] or {}).values()
-    following = (results.get("instruction_following") or {}).get(RUN_PATTERN)
-    obeyed = run.last(following[run.mode]) if following else {}
+    obeyed = run.beside("instruction_following")
     choice = ("task_choice_accuracy", "task_choice_accuracy_without_instruction")
     return _known(
         [

@@ -9,7 +9,8 @@ from typing import Any
 
 from delo_eval.compare.protocol import Protocol, differences, protocol, without_missing_seed
 from delo_eval.compare.runs import spread
-from delo_eval.matrix.results import ResultsJson, json_text, judged_mode, read_results
+from delo_eval.matrix.plan import Plan
+from delo_eval.matrix.results import ResultsJson, json_text, judged_mode, read_results, score_row
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 
@@ -28,10 +29,17 @@ def _pattern_ap(pattern: str) -> Callable[[ResultsJson], float | None]:
     """Mean of the last row when every test record has this missing pattern."""
 
     def value(results: ResultsJson) -> float | None:
-        row = results["patterns"].get(pattern, {}).get(judged_mode(results), [[None]])[-1]
-        return None if None in row else statistics.fmean(row)
+        row = score_row(results, pattern, judged_mode(results), Plan.read(results).last)
+        known = [score for score in row if score is not None]
+        return statistics.fmean(known) if len(known) == len(row) else None
 
     return value
+
+
+def _parameters(results: ResultsJson) -> float | None:
+    """Trainable parameters of a stage, on average; None where none is trained."""
+    counts = results["trainable_parameters_per_task"].values()
+    return statistics.fmean(counts) if counts else None
 
 
 #: Column title -> value of one run; None where a run has no such number.
@@ -43,9 +51,7 @@ COLUMNS: dict[str, Callable[[ResultsJson], float | None]] = {
     "without the instruction %": lambda results: results["task_choice_accuracy_without_instruction"],
     "AP, no image": _pattern_ap("image"),
     "AP, no context": _pattern_ap("text"),
-    "parameters per task": lambda results: statistics.fmean(
-        results["trainable_parameters_per_task"].values()
-    ),
+    "parameters per task": _parameters,
 }
 
 

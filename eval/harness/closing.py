@@ -46,10 +46,10 @@ def close_stage(
     """Score the answers, write predictions and results.json, and return the content of that."""
     stored.hashes.take_parts()
     before = read_results(run.output)
-    results = resume_results(run.output, run.config, tuple(run.sequence.names))
+    results = resume_results(run.output, run.config, run.plan)
     patterns = list(dict.fromkeys(cell.pattern for cell in cells))
     results.forget(stage, patterns)
-    trained = run.sequence.names[: stage + 1]
+    trained = run.plan.seen(stage)
     chosen: dict[str, list[Prediction]] = {pattern: [] for pattern in patterns}
     count, written = 0, []
     for cell in cells:
@@ -77,7 +77,7 @@ def close_stage(
     content = results_json(results, run.config, run_facts(run))
     with told_writing(run.output):
         write_results(run.output, content)
-        if stage == len(run.sequence.tasks) - 1:
+        if stage == run.plan.last:
             draw_changed(before, content, run.output / PLOTS)
     stored.hashes.save()
     if Path(run.model_path).is_dir():  # what a name on the hub stands for may change without a trace here

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from delo_eval.harness.folder import RunFolder
+from delo_eval.matrix.plan import Plan
 from delo_eval.scorers.base import Scorer
 from delo_llava.config import RunConfig
 from delo_llava.registry import load_plugin
@@ -17,7 +18,7 @@ def scorer_of(task: TaskSpec, config: RunConfig) -> Scorer:
 def run_facts(run: RunFolder) -> dict[str, Any]:
     """What training recorded in run.json and results.json repeats; None where it recorded nothing."""
     recorded = run.store.read_run()
-    stages = {task: run.store.stage(task) for task in run.sequence.names}
+    stages = {name: run.store.stage(name) for name in run.plan.names}
     worlds = [stage["world"] for stage in stages.values() if "world" in stage]
     return {
         "scorer_ids": {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks},
@@ -27,10 +28,20 @@ def run_facts(run: RunFolder) -> dict[str, Any]:
         "versions": recorded.get("versions"),
         "trainable_parameters_per_task": _recorded(stages, "trainable_parameters"),
         "train_seconds": [stage.get("train_seconds") for stage in stages.values()],
-        "missing_train": _recorded(stages, "missing"),
+        "missing_train": _missing(run.plan, stages),
     }
 
 
 def _recorded(stages: dict[str, dict[str, Any]], key: str) -> dict[str, Any]:
-    """One entry of every stage that has it, by task."""
-    return {task: stage[key] for task, stage in stages.items() if key in stage}
+    """One entry of every stage that has it, by its name."""
+    return {name: stage[key] for name, stage in stages.items() if key in stage}
+
+
+def _missing(plan: Plan, stages: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What was missing in the training records of each task; a stage of several records it by task."""
+    found: dict[str, Any] = {}
+    for planned in plan.stages:
+        known = stages[planned.name].get("missing")
+        if known is not None:
+            found |= {planned.tasks[0]: known} if len(planned.tasks) == 1 else known
+    return found

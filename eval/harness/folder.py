@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from delo_eval.matrix.accuracy import ZERO_SHOT
+from delo_eval.matrix.plan import Plan
 from delo_llava.config import RunConfig, config_layers, core_config
 from delo_llava.data.recipe import load_sequence
 from delo_llava.errors import DeloError
@@ -38,40 +39,41 @@ AS_STORED = Request()
 
 @dataclass
 class RunFolder:
-    """A stored run; `output` is where predictions and results go."""
+    """A stored run; `plan` has its stages, `output` is where predictions and results go."""
 
     store: RunStore
     config: RunConfig
     sequence: TaskSequence
+    plan: Plan
     output: Path
     patterns: tuple[str, ...] | None
 
     def patterns_of(self, stage: int) -> list[str]:
         """The patterns to evaluate after `stage`: the run's, and further ones after the last."""
         chosen = self.config.eval
-        last = stage == len(self.sequence.tasks) - 1
+        last = stage == self.plan.last
         return list(
             dict.fromkeys(self.patterns or [*chosen.patterns, *(chosen.last_patterns if last else [])])
         )
 
     def adapters(self, stage: int) -> dict[str, Path]:
-        """Task -> published folder of the stages up to `stage`, proven unchanged.
+        """Stage -> published folder of the stages up to `stage`, proven unchanged.
 
         Raises:
             DeloError: a stage that does not exist or is not trained, or a folder that is not what was
                 published.
         """
-        names = self.sequence.names
+        names = self.plan.names
         if not ZERO_SHOT <= stage < len(names):
             raise DeloError("There is no such stage.", given=stage, allowed=range(ZERO_SHOT, len(names)))
-        tasks = names[: stage + 1]
-        for task in tasks:
-            if not self.store.adapter(task).is_dir():
+        done = names[: stage + 1]
+        for name in done:
+            if not self.store.adapter(name).is_dir():
                 raise DeloError(
-                    f"Stage {names.index(task)} ({task}) is not trained yet.", given=self.store.root
+                    f"Stage {names.index(name)} ({name}) is not trained yet.", given=self.store.root
                 )
-        self.store.verify_published(tasks)
-        return {task: self.store.adapter(task) for task in tasks}
+        self.store.verify_published(done)
+        return {name: self.store.adapter(name) for name in done}
 
 
 def open_folder(run_dir: Path, request: Request = AS_STORED) -> RunFolder:
@@ -102,4 +104,5 @@ def open_folder(run_dir: Path, request: Request = AS_STORED) -> RunFolder:
         else run_dir / f"eval-{wanted.split}"
     )
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
-    return RunFolder(store, config, sequence, request.output or own, request.patterns)
+    plan = Plan.read({**store.read_run(), "tasks": sequence.names})
+    return RunFolder(store, config, sequence, plan, request.output or own, request.patterns)

@@ -5,11 +5,10 @@ it every last bit of the arithmetic, does not depend on how many ranks there are
 """
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import isfinite
-from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -106,15 +105,21 @@ class Answerer:
         return Answer("", "" if told else None, image_fault=fault)
 
     def _answer_with_choice(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
-        """Choose each row's task, answer as that task, and as the true one where the choice was another."""
+        """Choose each row's task, answer as that task, and as the true one where the choice was another.
+
+        A row without evidence is answered as the first trained task, and says so.
+        """
         batch = self._batch(questions)
         choice, blind = self._choice(batch), self._choice(batch, VIEWS_WITHOUT_INSTRUCTION)
-        used = [choice.tasks[i] for i in choice.index.tolist()]
+        used = choice.names
         predictions = self.decode(questions, used, max_new_tokens, batch)
         oracle = self._oracle(questions, used, predictions, max_new_tokens)
-        names = [blind.tasks[i] for i in blind.index.tolist()]
         scores = [_finite(dict(zip(choice.tasks, row, strict=True))) for row in choice.scores.tolist()]
-        return [Answer(*row) for row in zip(predictions, oracle, used, names, scores, strict=True)]
+        kinds = zip(choice.fallback, blind.fallback, strict=True)
+        fallbacks = [("task_used",) * full + ("task_without_instruction",) * part for full, part in kinds]
+        nothing = [None] * len(used)  # no image is at fault
+        rows = zip(predictions, oracle, used, blind.names, scores, nothing, fallbacks, strict=True)
+        return [Answer(*row) for row in rows]
 
     def _choice(self, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
         """The method's choice; a method that declares to choose must."""
@@ -175,25 +180,27 @@ def loaded(
     backbone: Backbone,
     model_path: str,
     method: Method,
-    adapters: dict[str, Path],
+    past: Mapping[str, Past],
+    trained: tuple[str, ...],
     device: torch.device,
 ) -> Iterator[Answerer]:
     """A model loaded for answering, freed at the end.
 
     Args:
-        adapters: task -> published folder, in the order of training; none is the bare base.
+        past: finished stages in the order of training; none is the bare base.
+        trained: the tasks that they trained.
     """
     base = backbone.load(
         model_path, quant=config.quant, dtype=config.dtype, attn=config.attn, device=str(device)
     )
     processor = backbone.load_processor(model_path)
     ready = Answerer(
-        model=method.load(base, {task: Past(folder) for task, folder in adapters.items()}).eval(),
+        model=method.load(base, past).eval(),
         method=method,
         collate=Collator(backbone, processor, config.data.max_length, config.missing.image, generation=True),
         tokenizer=processor.tokenizer,
         device=device,
-        trained=tuple(adapters),
+        trained=trained,
         beams=config.eval.num_beams,
         oracle=config.eval.oracle,
         skip_bad_images=config.data.on_bad_image == "skip",

@@ -69,7 +69,7 @@ class DeloLlava(lmms):
             raise DeloError(
                 "One stage is evaluated at a time.", given=stage, fix="name it, such as stage=last"
             )
-        known = opened.sequence.names[: stages[0] + 1]
+        known = opened.plan.seen(stages[0])
         if task is not None and task not in known:
             raise DeloError("This stage was not trained on that task.", given=task, allowed=known)
         if task is None and known and opened.method.capabilities.needs_task:
@@ -154,7 +154,7 @@ class DeloLlava(lmms):
         if not self._ready.trained or not self._ready.method.capabilities.chooses_task:
             return None
         choice = self._ready.method.choose(self._ready.model, batch)
-        return None if choice is None else [choice.tasks[i] for i in choice.index.tolist()]
+        return None if choice is None else choice.names
 
     def _batches(self, members: Sequence[int]) -> list[Sequence[int]]:
         return [members[i : i + self.batch_size] for i in range(0, len(members), self.batch_size)]

@@ -12,7 +12,7 @@ from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.harness.generate import Answerer, loaded
 from delo_llava.backbones.base import Backbone, find_backbone
 from delo_llava.config import with_methods
-from delo_llava.methods.base import Method
+from delo_llava.methods.base import Method, Past
 from delo_llava.registry import load_plugin
 
 
@@ -32,6 +32,19 @@ class StoredRun(RunFolder):
             plugin_module("backbone", type(self.backbone).__module__),
         )
 
+    def past(self, stage: int) -> dict[str, Past]:
+        """The finished stages up to `stage`, as `Method.load` takes them.
+
+        Raises:
+            DeloError: see `RunFolder.adapters`.
+        """
+        tasks = {task.name: task for task in self.sequence.tasks}
+        done = zip(self.plan.stages, self.adapters(stage).values(), strict=False)
+        return {
+            planned.name: Past(folder, tuple(tasks[name] for name in planned.tasks))
+            for planned, folder in done
+        }
+
 
 def open_run(run_dir: Path, request: Request = AS_STORED) -> StoredRun:
     """Read a run's stored configuration and find its method and base; no model is loaded.
@@ -45,10 +58,12 @@ def open_run(run_dir: Path, request: Request = AS_STORED) -> StoredRun:
     kind = cast(type[Method], load_plugin("method", config.method))
     method = kind(kind.Config(**config.methods.get(config.method, {})), config, backbone)
     return StoredRun(
-        found.store, config, found.sequence, found.output, found.patterns, backbone, path, method
-    )
+        found.store, config, found.sequence, found.plan, found.output, found.patterns,
+        backbone, path, method,
+    )  # fmt: skip
 
 
 def answerer(run: StoredRun, stage: int, device: torch.device) -> AbstractContextManager[Answerer]:
     """The run's model after `stage`, loaded for answering and freed at the end."""
-    return loaded(run.config, run.backbone, run.model_path, run.method, run.adapters(stage), device)
+    trained = run.plan.seen(stage)
+    return loaded(run.config, run.backbone, run.model_path, run.method, run.past(stage), trained, device)

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from delo_eval.answers.question import Question
-from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT
+from delo_eval.matrix.accuracy import RUN_PATTERN
+from delo_eval.matrix.plan import Plan
 from delo_llava.config import RunConfig
 from delo_llava.data.missing import effective, hash_rank, pattern_spec, record_presence
 from delo_llava.data.readers import read_records
@@ -20,17 +21,20 @@ class Cell:
     pattern: str
 
 
-def cells_of(sequence: TaskSequence, stage: int, patterns: Sequence[str], *, needs_task: bool) -> list[Cell]:
+def cells_of(
+    sequence: TaskSequence, plan: Plan, stage: int, patterns: Sequence[str], *, needs_task: bool
+) -> list[Cell]:
     """The cells of one stage: every trained task under every pattern, and the next for forward transfer.
 
-    The zero-shot row has all tasks. The next task is asked under the run's own pattern only, and not at all
-    of a method that needs the true task: it has nothing to answer an untrained task with.
+    The zero-shot row has all tasks. What the next stage trains is asked under the run's own pattern only, and
+    not at all of a method that needs the true task: it has nothing to answer an untrained task with.
     """
-    if stage == ZERO_SHOT:
-        return [Cell(task, pattern) for pattern in patterns for task in sequence.tasks]
-    cells = [Cell(task, pattern) for pattern in patterns for task in sequence.tasks[: stage + 1]]
+    tasks = {task.name: task for task in sequence.tasks}
+    judged = plan.judged(stage)
+    cells = [Cell(tasks[name], pattern) for pattern in patterns for name in judged]
     if RUN_PATTERN in patterns and not needs_task:
-        cells += [Cell(task, RUN_PATTERN) for task in sequence.tasks[stage + 1 : stage + 2]]
+        following = [name for name in plan.seen(stage + 1) if name not in judged]
+        cells += [Cell(tasks[name], RUN_PATTERN) for name in following]
     return cells
 
 

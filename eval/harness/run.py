@@ -51,17 +51,19 @@ def evaluate_stage(run_dir: Path, stage: int, **options: Any) -> dict[str, Any] 
 
 
 def stages_named(word: str, run: RunFolder) -> list[int]:
-    """The stages that `--stage` means: an index from 0, a task's name, `last`, `all` or `zero-shot`.
+    """The stages that `--stage` means: an index from 0, its name (most often a task's), `last`, `all` or
+    `zero-shot`; where no stage is planned, `last` and `all` are the base.
 
     Raises:
         DeloError: none of these, or nothing is trained yet.
     """
-    tasks = run.sequence.names
-    trained = [i for i, task in enumerate(tasks) if run.store.adapter(task).is_dir()]
-    if word in ("last", "all") and not trained:
+    names = run.plan.names
+    trained = [i for i, name in enumerate(names) if run.store.adapter(name).is_dir()]
+    if word in ("last", "all") and names and not trained:
         raise DeloError("No stage of this run is trained yet.", given=run.store.root)
-    named = {"zero-shot": [ZERO_SHOT], str(ZERO_SHOT): [ZERO_SHOT], "last": trained[-1:], "all": trained}
-    named |= {task: [i] for i, task in enumerate(tasks)} | {str(i): [i] for i in range(len(tasks))}
+    results = trained if names else [ZERO_SHOT]
+    named = {"zero-shot": [ZERO_SHOT], str(ZERO_SHOT): [ZERO_SHOT], "last": results[-1:], "all": results}
+    named |= {name: [i] for i, name in enumerate(names)} | {str(i): [i] for i in range(len(names))}
     if word not in named:
         raise DeloError("There is no such stage.", given=word, allowed=named)
     return named[word]
@@ -141,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         "--run", "--run_dir", dest="run", type=user_path, required=True, help="folder of the run"
     )
     parser.add_argument(
-        "--stage", default="last", help="index from 0, a task's name, last (default), all, or zero-shot"
+        "--stage", default="last", help="index from 0, its name (a task's), last (default), all, or zero-shot"
     )
     parser.add_argument(
         "--split", choices=("test", "val"), help="default: the run's own; another goes to <run>/eval-<split>"

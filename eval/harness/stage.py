@@ -59,7 +59,7 @@ def evaluate_stage(
     if ranks.world == 1 and (content := unchanged_stage(Path(run_dir), stage, request)) is not None:
         return content
     needs_task = run.method.capabilities.needs_task
-    cells = cells_of(run.sequence, stage, run.patterns_of(stage), needs_task=needs_task)
+    cells = cells_of(run.sequence, run.plan, stage, run.patterns_of(stage), needs_task=needs_task)
     cells.sort(key=lambda cell: run.sequence.names.index(cell.task.name))  # each task's records are read once
     questions = Questions(run.config)
     check_scorable(run.config, cells, questions)

@@ -57,7 +57,7 @@ def unchanged_stage(run_dir: Path, stage: int, request: Request = AS_STORED) -> 
     damaged = [name for name, sha in receipt["predictions"].items() if _sha(run.output / name) != sha]
     for name in damaged:
         logger.warning("%s is not as it was written; it is written again", run.output / name)
-    results = resume_results(run.output, run.config, tuple(run.sequence.names))
+    results = resume_results(run.output, run.config, run.plan)
     if damaged or receipt["results"] != _part_of(results, stage, run.patterns_of(stage)):
         return None
     results.eval_seconds[stage] = round(time.monotonic() - began, 3)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from delo_eval.matrix.plan import Plan
 from delo_eval.metrics.base import Grid
 from delo_llava.errors import DeloError
 
@@ -36,7 +37,7 @@ class AccuracyMatrix:
     """All scores of a run.
 
     Attributes:
-        tasks: names in training order; stage i (from 0) is the one that trained `tasks[i]`.
+        plan: the stages (rows, from 0) and the tasks (columns).
         scores: (mode, stage, task, pattern) -> percent. The zero-shot row has stage −1 and is kept once, as
             `matched`.
         counts: (task, pattern) -> how many records stand behind a score.
@@ -44,10 +45,15 @@ class AccuracyMatrix:
             instruction's format.
     """
 
-    tasks: tuple[str, ...]
+    plan: Plan
     scores: dict[CellKey, float] = field(default_factory=dict)
     counts: dict[tuple[str, str], int] = field(default_factory=dict)
     beside: dict[Beside, dict[CellKey, float]] = field(default_factory=lambda: {name: {} for name in BESIDE})
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names in the order of the sequence."""
+        return self.plan.tasks
 
     def set(
         self, mode: Mode, stage: int, task: str, score: float, *, count: int, pattern: str = RUN_PATTERN
@@ -60,8 +66,9 @@ class AccuracyMatrix:
         """
         if task not in self.tasks:
             raise DeloError("This task is not in the matrix.", given=task, allowed=self.tasks)
-        if not ZERO_SHOT <= stage < len(self.tasks):
-            raise DeloError("There is no such stage.", given=stage, allowed=range(ZERO_SHOT, len(self.tasks)))
+        if not ZERO_SHOT <= stage <= self.plan.last:
+            allowed = range(ZERO_SHOT, len(self.plan.stages))
+            raise DeloError("There is no such stage.", given=stage, allowed=allowed)
         if self.counts.setdefault((task, pattern), count) != count:
             raise DeloError(
                 f"Cells of {task}/{pattern} stand on other numbers of records: {self.counts[task, pattern]}.",
@@ -101,11 +108,11 @@ class AccuracyMatrix:
         return [cells.get((mode, stage, task, pattern)) for task in self.tasks]
 
     def grid(self, mode: Mode, pattern: str = RUN_PATTERN) -> list[Cells]:
-        """T×T scores, row = stage; None = not run."""
+        """S×T scores of S stages; None = not run."""
         return self._grid(self.scores, mode, pattern)
 
     def _grid(self, cells: Mapping[CellKey, float], mode: Mode, pattern: str) -> list[Cells]:
-        return [self._row(cells, mode, stage, pattern) for stage in range(len(self.tasks))]
+        return [self._row(cells, mode, stage, pattern) for stage in range(len(self.plan.stages))]
 
     def zero_shot(self, pattern: str = RUN_PATTERN) -> Cells | None:
         """Scores of the base model, or None when it was not run."""
@@ -119,20 +126,39 @@ class AccuracyMatrix:
         return sorted(found, key=lambda name: name != RUN_PATTERN)
 
     def finished_stages(self, mode: Mode, pattern: str = RUN_PATTERN) -> int:
-        """k: stages 0 … k−1 each have every task they were trained on."""
-        grid = self.grid(mode, pattern)
-        holes = (i for i, row in enumerate(grid) if None in row[: i + 1])
-        return next(holes, len(grid))
+        """k: stages 0 … k−1 each have every task that was seen."""
+        stages = range(len(self.plan.stages))
+        return next((i for i in stages if not self._whole(mode, i, pattern)), len(stages))
+
+    def result_stage(self, mode: Mode, pattern: str = RUN_PATTERN) -> int | None:
+        """The stage whose row is the result so far: the last finished one, or the base where none is planned.
+
+        None as long as there is none.
+        """
+        if self.plan.stages:
+            finished = self.finished_stages(mode, pattern)
+            return finished - 1 if finished else None
+        return ZERO_SHOT if self._whole(mode, ZERO_SHOT, pattern) else None
+
+    def _whole(self, mode: Mode, stage: int, pattern: str) -> bool:
+        """Whether every task that a stage is judged on was scored."""
+        return all((mode, stage, task, pattern) in self.scores for task in self.plan.judged(stage))
 
     def finished_part(self, mode: Mode) -> tuple[Grid, Grid | None]:
-        """The finished k×k part (nan = not run), and the first k cells of the zero-shot row.
+        """The rows of the finished stages (nan = not run), and the zero-shot row, for the tasks seen by then.
 
-        A sequence that is still running is scored as if it had only its first k tasks.
+        A sequence that is still running is scored as if it had only its first k stages. Where no stage is
+        planned, the base's row is the only one, and there is none to compare it with.
         """
-        k = self.finished_stages(mode)
-        zero = self.zero_shot()
-        part = np.array([row[:k] for row in self.grid(mode)[:k]], dtype=np.float64).reshape(k, k)
-        return part, None if zero is None else np.array(zero[:k], dtype=np.float64)
+        stage, zero = self.result_stage(mode), self.zero_shot()
+        if stage is None:
+            return np.empty((0, 0)), None
+        columns = [self.tasks.index(task) for task in self.plan.judged(stage)]
+        rows = [self.row(mode, i) for i in range(min(0, stage), stage + 1)]
+        part = np.array(rows, dtype=np.float64)[:, columns]
+        if stage < 0 or zero is None:
+            return part, None
+        return part, np.array(zero, dtype=np.float64)[columns]
 
     def to_json(self) -> dict[str, Any]:
         """The keys of `results.json` that hold the matrix; `null` = not run."""
@@ -140,6 +166,7 @@ class AccuracyMatrix:
         zero_patterns = [pattern for pattern in self.patterns if self.zero_shot(pattern) is not None]
         return {
             "tasks": list(self.tasks),
+            "plan": self.plan.to_json(),
             "matrix": self._both(RUN_PATTERN),
             "patterns": {pattern: self._both(pattern) for pattern in extra},
             "zero_shot": {pattern: self.zero_shot(pattern) for pattern in zero_patterns} or None,
@@ -150,7 +177,7 @@ class AccuracyMatrix:
         }
 
     def _beside_json(self, cells: Mapping[CellKey, float]) -> dict[str, dict[str, Any]] | None:
-        """Pattern -> `matched`, `oracle` (T×T) and `zero_shot` (T); None where nothing is known."""
+        """Pattern -> `matched`, `oracle` (S×T) and `zero_shot` (T); None where nothing is known."""
         known = {pattern for _, _, _, pattern in cells}
         return {
             pattern: {
@@ -166,13 +193,14 @@ class AccuracyMatrix:
         return {mode: self.grid(mode, pattern) for mode in MODES}
 
     def ran(self, mode: Mode) -> bool:
-        """Whether any trained stage was scored in this mode."""
-        return any(of == mode and stage != ZERO_SHOT for of, stage, _, _ in self.scores)
+        """Whether any stage was scored in this mode; the base counts where it is the result."""
+        base = not self.plan.stages
+        return any(of == mode and (base or stage != ZERO_SHOT) for of, stage, _, _ in self.scores)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "AccuracyMatrix":
         """The matrix in a `results.json` (or in what `to_json` gave)."""
-        matrix = cls(tuple(data["tasks"]))
+        matrix = cls(Plan.read(data))
         for pattern, counts in data["records"].items():
             matrix.counts.update({(task, pattern): count for task, count in counts.items()})
         for pattern, modes in {RUN_PATTERN: data["matrix"], **data["patterns"]}.items():

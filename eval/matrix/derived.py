@@ -1,5 +1,6 @@
 """What `results.json` derives from cells and predictions: metrics, statistics of task choices."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,20 +16,22 @@ def summarise(matrix: AccuracyMatrix) -> dict[str, Any]:
     """Every metric for both modes, over the stages that are finished.
 
     Returns:
-        `matched` and `oracle`: metric name -> value or None (undefined for one task, cells not run, mode not
-            run);
-        `stages`: k per mode, the number of finished stages they were computed on; `complete`: k equals T in
-            some mode.
+        `matched` and `oracle`: metric name -> value or None (undefined for one task or for these stages,
+            cells not run, mode not run);
+        `stages`: k per mode, the number of finished stages they were computed on; `complete`: all of them
+            are, in some mode, and the base was evaluated where none is planned.
     """
-    known = metrics()
+    whole = matrix.plan.one_task_each
+    known = {name: metric if whole or metric.of_result else None for name, metric in metrics().items()}
     result: dict[str, Any] = {}
     for mode in MODES:
         grid, zero_shot = matrix.finished_part(mode)
         result[mode] = {
-            name: metric(grid, zero_shot) if len(grid) else None for name, metric in known.items()
+            name: metric(grid, zero_shot) if metric and len(grid) else None for name, metric in known.items()
         }
     stages = {mode: matrix.finished_stages(mode) for mode in MODES}
-    return {**result, "stages": stages, "complete": max(stages.values()) == len(matrix.tasks)}
+    complete = matrix.plan.last in [matrix.result_stage(mode) for mode in MODES]
+    return {**result, "stages": stages, "complete": complete}
 
 
 def cell_score(
@@ -74,9 +77,13 @@ def oracle_gap(matrix: AccuracyMatrix) -> dict[str, float] | None:
     k = min(matrix.finished_stages(mode) for mode in MODES)
     if not k:
         return None
-    rows = (matrix.row("oracle", k - 1), matrix.row("matched", k - 1))
-    pairs = zip(matrix.tasks[:k], *(row[:k] for row in rows), strict=True)
-    return {task: told - chosen for task, told, chosen in pairs if told is not None and chosen is not None}
+    pairs = zip(matrix.tasks, matrix.row("oracle", k - 1), matrix.row("matched", k - 1), strict=True)
+    seen = matrix.plan.seen(k - 1)
+    return {
+        task: told - chosen
+        for task, told, chosen in pairs
+        if task in seen and told is not None and chosen is not None
+    }
 
 
 def choice_statistics(
@@ -89,9 +96,11 @@ def choice_statistics(
         tasks: names in order; row = true task, column = chosen task.
 
     Returns:
-        accuracy and confusion (counts), each with all views and without the instruction, or None without any
-        choice.
+        accuracy, confusion (counts) and fallback (task -> how many of its records gave no evidence, so that
+        they were answered, and are counted here, as the first trained task), each with all views and without
+        the instruction; None without any choice.
     """
+    predictions = list(predictions)
     rows = [
         (p["task"], p["task_used"], p["task_without_instruction"])
         for p in predictions
@@ -106,7 +115,14 @@ def choice_statistics(
         "accuracy_without_instruction": _accuracy(blind),
         "confusion": full,
         "confusion_without_instruction": blind,
+        "fallback": _fallbacks(predictions, "task_used"),
+        "fallback_without_instruction": _fallbacks(predictions, "task_without_instruction"),
     }
+
+
+def _fallbacks(predictions: Iterable[Mapping[str, Any]], choice: str) -> dict[str, int]:
+    """Task -> how many of its records have no evidence for a choice; only tasks with any."""
+    return dict(Counter(p["task"] for p in predictions if choice in p.get("fallback", ())))
 
 
 def _confusion(pairs: Iterable[tuple[str, str]], tasks: Sequence[str]) -> list[list[int]]:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from delo_eval.matrix.plan import Plan
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -17,7 +19,8 @@ DPI = 130
 
 
 def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
-    """Write heatmap.png and forgetting.png into `folder`; nothing when no stage was evaluated.
+    """Write heatmap.png and, where stages are trained, forgetting.png into `folder`; nothing when no stage
+    was evaluated.
 
     Args:
         results: the content of a results.json.
@@ -25,7 +28,9 @@ def draw(results: Mapping[str, Any], folder: Path) -> list[Path]:
     if not results["modes"]:
         return []
     folder.mkdir(parents=True, exist_ok=True)
-    figures = {HEATMAP: heatmap(results), FORGETTING: forgetting_curves(results)}
+    figures = {HEATMAP: heatmap(results)}
+    if Plan.read(results).stages:
+        figures[FORGETTING] = forgetting_curves(results)
     for name, figure in figures.items():
         figure.savefig(folder / name, dpi=DPI)
     return [folder / name for name in figures]
@@ -37,7 +42,8 @@ def draw_changed(before: Mapping[str, Any] | None, after: Mapping[str, Any], fol
     def said(results: Mapping[str, Any] | None) -> dict[str, Any]:
         return {key: value for key, value in (results or {}).items() if key != "seconds"}
 
-    there = all((folder / name).is_file() for name in (HEATMAP, FORGETTING))
+    drawn = (HEATMAP, FORGETTING) if Plan.read(after).stages else (HEATMAP,)
+    there = all((folder / name).is_file() for name in drawn)
     if not there or said(before) != said(after):
         draw(after, folder)
 
@@ -46,14 +52,14 @@ def heatmap(results: Mapping[str, Any]) -> "Figure":
     """One panel per mode: stage × task in percent, zero-shot on top; cells that were not run stay white."""
     from matplotlib.figure import Figure
 
-    modes, tasks = results["modes"], results["tasks"]
+    modes, tasks, stages = results["modes"], results["tasks"], Plan.read(results).names
     zero_shot = (results["zero_shot"] or {}).get("run")
     side = 1.6 + 0.72 * len(tasks)
     figure = Figure(figsize=(side * len(modes) + 0.8, side), layout="constrained")
     axes = figure.subplots(1, len(modes), squeeze=False)[0]
     for axis, mode in zip(axes, modes, strict=True):
         grid = np.array(([zero_shot] if zero_shot else []) + results["matrix"][mode], dtype=np.float64)
-        image = _grid(axis, grid, tasks, (["zero-shot"] if zero_shot else []) + list(tasks))
+        image = _grid(axis, grid, tasks, (["zero-shot"] if zero_shot else []) + stages)
         axis.set_title(f"{results['method']}: {mode}{_metric_note(results, mode)}", fontsize=10)
     figure.colorbar(image, ax=list(axes), label="score (%)", shrink=0.85)
     return figure
@@ -63,11 +69,11 @@ def forgetting_curves(results: Mapping[str, Any]) -> "Figure":
     """One panel per mode: each task's score from its own stage on, and the mean over tasks seen so far."""
     from matplotlib.figure import Figure
 
-    modes, tasks = results["modes"], results["tasks"]
+    modes, plan = results["modes"], Plan.read(results)
     figure = Figure(figsize=(5.2 * len(modes) + 1.6, 4.2), layout="constrained")
     axes = figure.subplots(1, len(modes), sharey=True, squeeze=False)[0]
     for axis, mode in zip(axes, modes, strict=True):
-        _curves(axis, np.array(results["matrix"][mode], dtype=np.float64), tasks)
+        _curves(axis, np.array(results["matrix"][mode], dtype=np.float64), plan)
         axis.set_title(f"{results['method']}: {mode}{_metric_note(results, mode)}", fontsize=10)
     axes[0].set_ylabel("score (%)")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
@@ -96,16 +102,19 @@ def _grid(
     return image
 
 
-def _curves(axis: "Axes", grid: "np.ndarray[Any, np.dtype[np.float64]]", tasks: Sequence[str]) -> None:
+def _curves(axis: "Axes", grid: "np.ndarray[Any, np.dtype[np.float64]]", plan: Plan) -> None:
     """Lines from each task's own stage to the last; tasks trained last are one point."""
-    stages = np.arange(len(tasks))
-    for j, task in enumerate(tasks):
-        axis.plot(
-            stages[j:], grid[j:, j], marker="o", markersize=3.5, linewidth=1.3, label=task, color=f"C{j % 10}"
-        )
-    means = [grid[i, : i + 1].mean() for i in range(len(tasks))]
+    stages, column = np.arange(len(plan.stages)), {task: j for j, task in enumerate(plan.tasks)}
+    for task, j in column.items():
+        own = plan.own(task)
+        if own is not None:
+            axis.plot(
+                stages[own:], grid[own:, j], marker="o", markersize=3.5, linewidth=1.3, label=task,
+                color=f"C{j % 10}",
+            )  # fmt: skip
+    means = [grid[i, [column[task] for task in plan.seen(i)]].mean() for i in stages.tolist()]
     axis.plot(stages, means, color="black", linestyle="--", linewidth=1.6, label="mean of seen tasks")
-    axis.set_xticks(stages, tasks, rotation=40, ha="right", fontsize=8)
+    axis.set_xticks(stages, plan.names, rotation=40, ha="right", fontsize=8)
     axis.set_xlabel("after training")
     axis.set_ylim(0, max(102.0, float(np.nanmax(grid)) * 1.02))
     axis.grid(alpha=0.25)

@@ -6,8 +6,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from delo_eval.matrix.accuracy import MODES, RUN_PATTERN, ZERO_SHOT, AccuracyMatrix, Cells, stage_name
+from delo_eval.matrix.accuracy import (
+    MODES,
+    RUN_PATTERN,
+    ZERO_SHOT,
+    AccuracyMatrix,
+    Beside,
+    Cells,
+    stage_name,
+)
 from delo_eval.matrix.derived import oracle_gap, summarise
+from delo_eval.matrix.plan import Plan
 from delo_eval.metrics.base import metrics
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
@@ -81,7 +90,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
             `evaluate_stage`).
     """
     matrix, latest = results.matrix, results.latest_choice()
-    stages = range(len(matrix.tasks))
+    stages = range(len(matrix.plan.stages))
     return {
         "schema": SCHEMA,
         "method": config.method,
@@ -137,18 +146,39 @@ def judged_mode(results: ResultsJson) -> str:
 
 
 def grids(results: ResultsJson) -> dict[str, dict[str, list[Cells]]]:
-    """Missing pattern -> mode -> T×T scores, the run's own pattern first."""
+    """Missing pattern -> mode -> S×T scores, the run's own pattern first."""
     return {RUN_PATTERN: results["matrix"], **results["patterns"]}
 
 
-def standard_errors(results: ResultsJson, pattern: str, mode: str, stage: int) -> Cells:
-    """Standard errors of the row after `stage` (−1: zero-shot, whatever the mode), in points; None for every
-    cell where there are none."""
-    known = (results.get("standard_errors") or {}).get(pattern)
+def score_row(results: ResultsJson, pattern: str, mode: str, stage: int) -> Cells:
+    """Scores after `stage` (−1: zero-shot, whatever the mode); None for every cell that was not run."""
+    if stage == ZERO_SHOT:
+        rows = {ZERO_SHOT: (results["zero_shot"] or {}).get(pattern)}
+    else:
+        rows = dict(enumerate(grids(results).get(pattern, {}).get(mode, [])))
+    return rows.get(stage) or [None] * len(results["tasks"])
+
+
+def beside_row(results: ResultsJson, name: Beside, pattern: str, mode: str, stage: int) -> Cells:
+    """What else is known of the cells of a row (as `score_row`); None for every cell where nothing is."""
+    known = (results.get(name) or {}).get(pattern)
     if known is None:
         return [None] * len(results["tasks"])
     row: Cells = known["zero_shot"] if stage == ZERO_SHOT else known[mode][stage]
     return row
+
+
+def standard_errors(results: ResultsJson, pattern: str, mode: str, stage: int) -> Cells:
+    """Standard errors of a row, in points."""
+    return beside_row(results, "standard_errors", pattern, mode, stage)
+
+
+def result_stage(results: ResultsJson, mode: str) -> int | None:
+    """The stage whose row is the result so far: see `AccuracyMatrix.result_stage`."""
+    finished: int = results["metrics"]["stages"][mode]
+    if Plan.read(results).stages:
+        return finished - 1 if finished else None
+    return ZERO_SHOT if results["metrics"]["complete"] else None
 
 
 def read_results(folder: Path) -> dict[str, Any] | None:
@@ -177,7 +207,7 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     return content
 
 
-def resume_results(folder: Path, config: RunConfig, tasks: tuple[str, ...]) -> Results:
+def resume_results(folder: Path, config: RunConfig, plan: Plan) -> Results:
     """What earlier evaluations left in `folder`, or an empty start.
 
     Raises:
@@ -186,11 +216,12 @@ def resume_results(folder: Path, config: RunConfig, tasks: tuple[str, ...]) -> R
     """
     content = read_results(folder)
     if content is None:
-        return Results(AccuracyMatrix(tasks))
-    content = {"scoring": "native"} | content  # files from before there were two modes
+        return Results(AccuracyMatrix(plan))
+    # Files from before there were two modes, or a plan.
+    content = {"scoring": "native"} | content | {"plan": Plan.read(content).to_json()}
     expected = {
-        "scoring": config.eval.scoring, "method": config.method, "tasks": list(tasks), "seed": config.seed,
-        "split": config.eval.split, "limit": config.eval.limit,
+        "scoring": config.eval.scoring, "method": config.method, "tasks": list(plan.tasks),
+        "plan": plan.to_json(), "seed": config.seed, "split": config.eval.split, "limit": config.eval.limit,
     }  # fmt: skip
     for key, value in expected.items():
         if content[key] != value:

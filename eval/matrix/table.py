@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT, Cells
+from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.results import grids, standard_errors
 from delo_eval.tables import rich_table, score_text
 
@@ -32,13 +33,15 @@ CHOICE = {
 
 def stage_table(results: Mapping[str, Any], stage: int) -> Table:
     """The scores after `stage` (−1: zero-shot), a line per mode and pattern; a dot marks untrained tasks."""
-    tasks = results["tasks"]
-    title = "zero-shot" if stage < 0 else f"after stage {stage} ({tasks[stage]})"
-    table = rich_table(title, ["", *tasks, "mean of trained"])
+    plan = Plan.read(results)
+    title = "zero-shot" if stage < 0 else f"after stage {stage} ({plan.names[stage]})"
+    table = rich_table(title, ["", *plan.tasks, "mean" if stage < 0 else "mean of trained"])
+    judged = plan.judged(stage)
     for label, row, errors in _rows(results, stage):
-        marks = ["" if j <= stage or score is None else "·" for j, score in enumerate(row)]
+        scores = dict(zip(plan.tasks, row, strict=True))
+        marks = ["" if task in judged or score is None else "·" for task, score in scores.items()]
         cells = map(score_text, row, marks, errors)
-        table.add_row(label, *cells, score_text(_mean(row[: stage + 1])))
+        table.add_row(label, *cells, score_text(_mean([scores[task] for task in judged])))
     return table
 
 
@@ -66,15 +69,15 @@ def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, Cells, Cell
 
 def _matrix(results: Mapping[str, Any], mode: str) -> Table:
     """The whole matrix of one mode."""
-    tasks = results["tasks"]
-    blank = [""] * len(tasks)
+    plan = Plan.read(results)
+    tasks, blank = plan.tasks, [""] * len(plan.tasks)
     title = f"{mode}: score on (column) after training (row), percent (standard error over records)"
     table = rich_table(title, ["", *tasks])
     zero_shot = (results["zero_shot"] or {}).get("run")
     if zero_shot:
         errors = standard_errors(results, RUN_PATTERN, mode, ZERO_SHOT)
         table.add_row("zero-shot", *map(score_text, zero_shot, blank, errors))
-    for stage, (name, row) in enumerate(zip(tasks, results["matrix"][mode], strict=True)):
+    for stage, (name, row) in enumerate(zip(plan.names, results["matrix"][mode], strict=True)):
         errors = standard_errors(results, RUN_PATTERN, mode, stage)
         table.add_row(name, *map(score_text, row, blank, errors))
     return table
@@ -82,11 +85,12 @@ def _matrix(results: Mapping[str, Any], mode: str) -> Table:
 
 def _metrics(results: Mapping[str, Any]) -> Table:
     """A line per metric, a column per mode; says on how many stages they stand while not all are finished."""
-    found, total, modes = results["metrics"], len(results["tasks"]), results["modes"]
+    plan = Plan.read(results)
+    found, total, modes = results["metrics"], len(plan.stages), results["modes"]
     heads = [
         m if found["stages"][m] == total else f"{m} ({found['stages'][m]} of {total} stages)" for m in modes
     ]
-    table = rich_table("metrics", ["", *heads])
+    table = rich_table(f"metrics ({plan.about})" if plan.about else "metrics", ["", *heads])
     for name in HEADLINE:
         table.add_row(name, *(score_text(found[mode].get(name)) for mode in modes))
     for key, label in CHOICE.items():

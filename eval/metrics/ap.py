@@ -8,4 +8,4 @@ def average_performance(grid: Grid, zero_shot: ZeroShot) -> float:
     return mean_or_nan(grid[-1])
 
 
-METRIC = Metric("ap.v1", "(1/T) sum_j a[T][j]", average_performance)
+METRIC = Metric("ap.v1", "(1/T) sum_j a[T][j]", average_performance, of_result=True)

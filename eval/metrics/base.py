@@ -1,6 +1,7 @@
 """What a metric is: an id with a version and a function of the stage × task matrix.
 
-In every formula a[i][j] is the score (percent) on task j after training task i, 1-based, with T tasks.
+In every formula a[i][j] is the score (percent) on task j after training task i, 1-based, with T tasks. Where
+stages are not one for each task (a joint method, the bare base) only what is made of the result is defined.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from delo_llava.registry import load_plugin, plugin_names
 
-#: T×T float64, `nan` where not run; row = stage, column = task.
+#: T×T float64, `nan` where not run; row = stage, column = task. For metrics `of_result` any number of rows.
 Grid = NDArray[np.float64]
 #: T float64: the scores before any training, or None when not run.
 ZeroShot = NDArray[np.float64] | None
@@ -27,12 +28,15 @@ class Metric:
         formula: how it is computed, in words a table can carry.
         function: from (T×T matrix, zero-shot row) to the value; `nan` where the cells it needs were not run.
         higher_is_better: the direction in which a table should point.
+        of_result: it reads nothing but the last row, so that it is defined for any stages; all others need
+            one stage for each task.
     """
 
     id: str
     formula: str
     function: Callable[[Grid, ZeroShot], float]
     higher_is_better: bool = True
+    of_result: bool = False
 
     def __call__(self, grid: Grid, zero_shot: ZeroShot = None) -> float | None:
         """The value in percent (or points), or None where it is undefined or cells are missing."""

@@ -3,4 +3,4 @@
 from delo_eval.metrics.ap import average_performance
 from delo_eval.metrics.base import Metric
 
-METRIC = Metric("last.v1", "(1/T) sum_j a[T][j]", average_performance)
+METRIC = Metric("last.v1", "(1/T) sum_j a[T][j]", average_performance, of_result=True)

@@ -23,7 +23,7 @@ def error_tables(content: RunContent) -> list[Sheet]:
         return []
     tasks = [
         task
-        for task in content.tasks[: stage + 1]
+        for task in content.plan.judged(stage)
         if prediction_file(content.folder, stage, RUN_PATTERN, task).is_file()
     ]
     found = errors.run_errors(content.folder, stage, tasks)

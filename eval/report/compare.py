@@ -65,7 +65,11 @@ def comparison_parts(comparison: Comparison) -> dict[str, Any]:
 def curves(
     tasks: Sequence[str], rows: Sequence[BoardRow], contents: Mapping[str, Sequence[RunContent]]
 ) -> list[Drawn]:
-    """The mean over trained tasks, then each task from its own stage on; a line per row, its seeds' mean."""
+    """The mean over trained tasks, then each task from its own stage on; a line per row, its seeds' mean.
+
+    Rows whose stages are not one for each task have no place on this axis.
+    """
+    rows = [row for row in rows if contents[row.name][0].plan.one_task_each]
     charts = []
     for j, name in enumerate(["mean of trained tasks", *tasks]):
         lines = [

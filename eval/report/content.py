@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from delo_eval.matrix.accuracy import Cells
-from delo_eval.matrix.results import grids, judged_mode, read_results
+from delo_eval.matrix.plan import Plan
+from delo_eval.matrix.results import grids, judged_mode, read_results, result_stage
 from delo_llava.errors import DeloError
 from delo_llava.runs.store import RunStore
 from delo_llava.schema import read_yaml
@@ -38,8 +39,17 @@ class RunContent:
         return list(self.results["tasks"])
 
     @property
+    def plan(self) -> Plan:
+        """The stages."""
+        return Plan.read(self.results)
+
+    @property
     def latest(self) -> int | None:
-        """The latest stage with a score under the run's own pattern, None before the first."""
+        """The latest stage with a score under the run's own pattern, None before the first; where no stage is
+        planned, the base is the one.
+        """
+        if not self.plan.stages:
+            return result_stage(self.results, self.headline_mode)
         stages = [
             i
             for grid in self.results["matrix"].values()
@@ -50,7 +60,7 @@ class RunContent:
 
     @property
     def patterns(self) -> dict[str, dict[str, list[Cells]]]:
-        """Missing pattern -> mode -> T×T scores, the run's own first."""
+        """Missing pattern -> mode -> S×T scores, the run's own first."""
         return grids(self.results)
 
     @property

@@ -39,7 +39,7 @@ def loss_overlay(contents: Mapping[str, RunContent]) -> Drawn | None:
 
 def _stages(content: RunContent) -> list[list[Json]]:
     """The logged steps of each stage."""
-    return [_thinned([s for s in content.steps if s["stage"] == i]) for i in range(len(content.tasks))]
+    return [_thinned([s for s in content.steps if s["stage"] == i]) for i in range(len(content.plan.stages))]
 
 
 def _chart(title: str, series: Mapping[str, tuple[str, ...]], stages: list[list[Json]]) -> Drawn | None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT, Cells
+from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.results import standard_errors
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.colour import step_of
@@ -47,27 +48,29 @@ def matrices(content: RunContent) -> list[dict[str, Any]]:
 
 def heat_table(content: RunContent, pattern: str, mode: str) -> HeatTable | None:
     """Stage × task of one pattern and mode; stages that were not evaluated are left out."""
-    results, tasks = content.results, content.tasks
+    results, tasks, plan = content.results, content.tasks, content.plan
     grid: list[Cells] = content.patterns[pattern][mode]
     rows: list[tuple[str, list[HeatCell]]] = []
     zero_shot = (results["zero_shot"] or {}).get(pattern)
     if zero_shot and mode == content.headline_mode:
         errors = standard_errors(results, pattern, mode, ZERO_SHOT)
         cells = [_score(s, e, "zero-shot") for s, e in zip(zero_shot, errors, strict=True)]
-        rows.append(("before training", [*cells, _mean(zero_shot)]))
+        rows.append(("before training" if plan.stages else "base", [*cells, _mean(zero_shot)]))
     done = [i for i, row in enumerate(grid) if any(score is not None for score in row)]
     for i in done:
-        errors = standard_errors(results, pattern, mode, i)
+        errors, name, seen = standard_errors(results, pattern, mode, i), plan.names[i], plan.seen(i)
         cells = [
-            _score(s, e, f"{tasks[j]} after {tasks[i]}", untrained=j > i)
-            for j, (s, e) in enumerate(zip(grid[i], errors, strict=True))
+            _score(s, e, f"{task} after {name}", untrained=task not in seen)
+            for task, s, e in zip(tasks, grid[i], errors, strict=True)
         ]
-        rows.append((f"{i + 1} {tasks[i]}", [*cells, _mean(grid[i][: i + 1])]))
-    if not done:
+        trained = [s for task, s in zip(tasks, grid[i], strict=True) if task in seen]
+        rows.append((f"{i + 1} {name}", [*cells, _mean(trained)]))
+    if not done and (plan.stages or not rows):
         return None
     if len(done) > 1:
-        rows.append(("change since learnt", _changes(grid, done[-1])))
-    return HeatTable(MODE_WORDS[mode], "after training ↓\nscore on →", [*tasks, "mean of trained"], rows)
+        rows.append(("change since learnt", _changes(grid, plan, done[-1])))
+    columns = [*tasks, "mean of trained" if plan.stages else "mean"]
+    return HeatTable(MODE_WORDS[mode], "after training ↓\nscore on →", columns, rows)
 
 
 def pattern_words(content: RunContent, pattern: str) -> str:
@@ -91,11 +94,13 @@ def missing_words(spec: Json) -> str:
 
 
 def forgetting(content: RunContent) -> list[Drawn]:
-    """A chart of the mean over trained tasks, then one per task from its own stage on."""
-    tasks, modes = content.tasks, content.results["modes"]
-    if content.latest is None:
+    """A chart of the mean over trained tasks, then one per task from its own stage on; none where there is
+    no later stage to forget in.
+    """
+    tasks, modes, plan = content.tasks, content.results["modes"], content.plan
+    if content.latest is None or (not plan.one_task_each and plan.last < 1):
         return []
-    marks = [(float(i), str(i + 1)) for i in range(len(tasks))]
+    marks = [(float(i), str(i + 1)) for i in range(len(plan.stages))]
     charts = []
     for j, name in enumerate(["mean of trained tasks", *tasks]):
         lines = [
@@ -121,10 +126,11 @@ def forgetting(content: RunContent) -> list[Drawn]:
 
 def course(content: RunContent, mode: str, task: int | None) -> list[tuple[float, float]]:
     """(stage, score) of one task, or of the mean over trained tasks (None), from the first it exists in."""
-    points = []
+    plan, points = content.plan, []
     for i, row in enumerate(content.results["matrix"][mode]):
-        known = row[: i + 1] if task is None else [row[task]] if i >= task else [None]
-        if None not in known:
+        seen, wanted = plan.seen(i), plan.tasks if task is None else [plan.tasks[task]]
+        known = [row[plan.tasks.index(name)] for name in wanted if name in seen]
+        if known and None not in known:
             points.append((float(i), sum(known) / len(known)))
     return points
 
@@ -145,7 +151,8 @@ def confusions(content: RunContent) -> list[dict[str, Any]]:
     return [
         {
             "name": pattern,
-            "stage": content.tasks[int(stage)],
+            "stage": content.plan.names[int(stage)],
+            "fallbacks": _fallbacks(found),
             "tables": [
                 _confusion(content, f"{words} ({found['accuracy' + suffix]:.1f} % right)",
                            found["confusion" + suffix], int(stage))
@@ -156,16 +163,29 @@ def confusions(content: RunContent) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _fallbacks(choice: Json) -> list[str]:
+    """How many records of each task showed nothing to judge a task by, in words."""
+    kinds = (("fallback", "in all views"), ("fallback_without_instruction", "without the instruction"))
+    return [
+        f"{task}: {count} records showed nothing to choose by {words} and were answered as the first task"
+        for key, words in kinds
+        for task, count in choice.get(key, {}).items()
+    ]
+
+
 def _confusion(content: RunContent, caption: str, counts: list[list[int]], stage: int) -> HeatTable:
     """Counts, coloured by their share of the true task's records; tasks that are not trained are left out."""
-    tasks = content.tasks[: stage + 1]
-    rows = []
-    for i, name in enumerate(tasks):
-        row, total = counts[i][: stage + 1], sum(counts[i]) or 1
+    tasks = list(content.plan.seen(stage))
+    place, rows = [content.tasks.index(task) for task in tasks], []
+    for i, name in zip(place, tasks, strict=True):
+        total = sum(counts[i]) or 1
         cells = [
-            HeatCell(str(n), "", step_of(100 * n / total), f"{name} taken for {tasks[j]}: {n} of {total}")
-            for j, n in enumerate(row)
-        ]
+            HeatCell(
+                str(counts[i][j]), "", step_of(100 * counts[i][j] / total),
+                f"{name} taken for {chosen}: {counts[i][j]} of {total}",
+            )
+            for j, chosen in zip(place, tasks, strict=True)
+        ]  # fmt: skip
         rows.append((name, cells))
     return HeatTable(caption, "true ↓\nchosen →", tasks, rows)
 
@@ -186,11 +206,18 @@ def _mean(row: Cells) -> HeatCell:
     return HeatCell(f"{mean:.1f}", "", step_of(mean), f"mean of {len(known)} tasks: {mean:.2f}")
 
 
-def _changes(grid: list[Cells], last: int) -> list[HeatCell]:
+def _changes(grid: list[Cells], plan: Plan, last: int) -> list[HeatCell]:
     """Points gained or lost on each task since its own stage, and their mean."""
-    pairs = [(grid[j][j], grid[last][j]) for j in range(last)]
-    changes = [None if own is None or now is None else now - own for own, now in pairs]
+    changes: Cells = []
+    earlier = 0
+    for j, task in enumerate(plan.tasks):
+        own = plan.own(task)
+        if own is None or own >= last:
+            changes.append(None)
+            continue
+        earlier += 1
+        then, now = grid[own][j], grid[last][j]
+        changes.append(None if then is None or now is None else now - then)
     known = [change for change in changes if change is not None]
-    mean = sum(known) / len(known) if known and len(known) == len(changes) else None
-    blanks: list[float | None] = [None] * (len(grid) - last)
-    return [HeatCell("–" if c is None else f"{c:+.1f}") for c in [*changes, *blanks, mean]]
+    mean = sum(known) / len(known) if known and len(known) == earlier else None
+    return [HeatCell("–" if c is None else f"{c:+.1f}") for c in [*changes, mean]]

@@ -93,6 +93,7 @@ def report_parts(content: RunContent) -> dict[str, Any]:
         "total": total,
         "tiles": summary.tiles(content),
         "warnings": summary.warnings(content),
+        "stages_about": content.plan.about,
         "stages": [list(row.values()) for row in summary.stages(content)],
         "zero_shot": bool(content.results["zero_shot"]),
         "errors_known": bool(content.results.get("standard_errors")),

@@ -62,11 +62,11 @@ def routing(content: RunContent) -> RoutingReport | None:
     Raises:
         DeloError: a file of counts is damaged.
     """
-    for stage in range(len(content.tasks) - 1, -1, -1):
+    for stage in reversed(range(len(content.plan.stages))):
         uses = list(stage_uses(content.folder, stage, RUN_PATTERN))
         if uses:
             return RoutingReport(
-                content.tasks[stage],
+                content.plan.names[stage],
                 RUN_PATTERN,
                 list(_pools(add_pools(uses), content.tasks)),
                 uses[0]["layers"],

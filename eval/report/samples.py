@@ -66,7 +66,7 @@ def samples(content: RunContent) -> list[Sample]:
         return []
     source = _source(content)
     found: list[Sample] = []
-    for task in content.tasks[: stage + 1]:
+    for task in content.plan.judged(stage):
         file = prediction_file(content.folder, stage, RUN_PATTERN, task)
         if not file.is_file():
             continue

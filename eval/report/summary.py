@@ -1,11 +1,15 @@
 """The head of the page: what was run, how far it came, its metrics, and what a reader should be warned of."""
 
+from collections.abc import Sequence
 from typing import Any
 
+from delo_eval.matrix.accuracy import RUN_PATTERN
+from delo_eval.matrix.results import score_row
 from delo_eval.matrix.table import HEADLINE
 from delo_eval.metrics.base import metrics
 from delo_eval.report.content import Json, RunContent, value_at
 from delo_eval.report.matrices import missing_words
+from delo_llava.tasks import StagePlan
 
 #: Words for the headline figures.
 TILES = {"ap": "average (AP)", "forgetting": "forgetting", "maa": "average over stages (MAA)"}
@@ -35,6 +39,7 @@ def facts(content: RunContent) -> list[tuple[str, str]]:
         ("method", results["method"]),
         ("method's options", _options((config.get("methods") or {}).get(results["method"]))),
         ("sequence", f"{results['task_seq']}: {' → '.join(content.tasks)}"),
+        ("stages", content.plan.about),
         ("base", f"{weights['name']} (sha256 {_short(weights['sha256'])})"),
         ("quantisation", results["quant"]),
         ("engine", f"ZeRO {results['zero']} on {results['world'] or '?'} rank(s)"),
@@ -89,32 +94,67 @@ def metric_rows(content: RunContent) -> list[list[str]]:
 
 
 def stages(content: RunContent) -> list[dict[str, Any]]:
-    """Per task: how far it is, what training recorded, its records and seconds."""
-    results, rows = content.results, []
-    for i, task in enumerate(content.tasks):
-        stage = value_at(content.record, "stages", task) or {}
-        evaluated = any(value_at(results, "matrix", mode, i, i) is not None for mode in ("matched", "oracle"))
-        trained = bool(stage.get("train_seconds")) or evaluated
-        rows.append(
-            {
-                "task": f"{i + 1} {task}",
-                "state": "evaluated" if evaluated else "trained" if trained else "to do",
-                "parameters": _count(value_at(results, "trainable_parameters_per_task", task)),
-                "samples": _count(stage.get("samples")),
-                "steps": _count(stage.get("steps")),
-                "train": _seconds(value_at(results, "seconds", "train", i)),
-                "test": _count(value_at(results, "records", "run", task)),
-                "eval": _seconds(value_at(results, "seconds", "eval", i)),
-                "missing_train": _missing(value_at(results, "missing", "effective_train", task)),
-                "missing_test": _missing(value_at(results, "missing", "effective", "run", task)),
-            }
-        )
-    return rows
+    """Per stage: how far it is, what training recorded, its tasks' records and seconds; where none is
+    planned, the base.
+    """
+    if not content.plan.stages:
+        state = "to do" if content.latest is None else "evaluated"
+        spent = value_at(content.results, "seconds", "zero_shot")
+        return [_stage_row(content, StagePlan("base", content.plan.tasks), "base", {}, state, (None, spent))]
+    return [_planned(content, i, stage) for i, stage in enumerate(content.plan.stages)]
+
+
+def _planned(content: RunContent, i: int, planned: StagePlan) -> dict[str, Any]:
+    """The line of stage `i`."""
+    results, recorded = content.results, value_at(content.record, "stages", planned.name) or {}
+    cells = [
+        score
+        for mode in ("matched", "oracle")
+        for task, score in zip(content.tasks, score_row(results, RUN_PATTERN, mode, i), strict=True)
+        if task in planned.tasks
+    ]
+    evaluated = any(score is not None for score in cells)
+    trained = bool(recorded.get("train_seconds")) or evaluated
+    state = "evaluated" if evaluated else "trained" if trained else "to do"
+    seconds = tuple(value_at(results, "seconds", what, i) for what in ("train", "eval"))
+    return _stage_row(content, planned, f"{i + 1} {planned.name}", recorded, state, seconds)
+
+
+def _stage_row(
+    content: RunContent,
+    planned: StagePlan,
+    label: str,
+    recorded: Json,
+    state: str,
+    seconds: Sequence[float | None],
+) -> dict[str, Any]:
+    """A line of the table of stages: what is counted is summed over the stage's tasks, and what is missing is
+    told where there is one.
+    """
+    results, tasks = content.results, planned.tasks
+    counts = [n for task in tasks if (n := value_at(results, "records", "run", task)) is not None]
+    effective = [
+        value_at(results, "missing", *path, tasks[0]) if len(tasks) == 1 else None
+        for path in (("effective_train",), ("effective", "run"))
+    ]
+    return {
+        "task": label,
+        "state": state,
+        "parameters": _count(value_at(results, "trainable_parameters_per_task", planned.name)),
+        "samples": _count(recorded.get("samples")),
+        "steps": _count(recorded.get("steps")),
+        "train": _seconds(seconds[0]),
+        "test": _count(sum(counts) if counts else None),
+        "eval": _seconds(seconds[1]),
+        "missing_train": _missing(effective[0]),
+        "missing_test": _missing(effective[1]),
+    }
 
 
 def progress(content: RunContent) -> tuple[int, int]:
-    """(stages evaluated, stages in all)."""
-    return sum(row["state"] == "evaluated" for row in stages(content)), len(content.tasks)
+    """(stages evaluated, stages in all); the base is one where none is planned."""
+    rows = stages(content)
+    return sum(row["state"] == "evaluated" for row in rows), len(rows)
 
 
 def warnings(content: RunContent) -> list[str]:

@@ -67,7 +67,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "split": {"split": "val"},
     "limit": {"limit": 10},
     "missing.ratio": {"config": config("delo", missing={"ratio": 0.7})},
-    "stages": {"stages": 1},
+    "tasks_seen": {"stages": 1},
 }
 
 

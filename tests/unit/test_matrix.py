@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from delo_eval.matrix.accuracy import ZERO_SHOT, AccuracyMatrix
+from delo_eval.matrix.plan import Plan
 from delo_llava.errors import DeloError
 
 TASKS = ("a", "b", "c")
 
 
 def filled(stages: int, mode: str = "matched") -> AccuracyMatrix:
-    matrix = AccuracyMatrix(TASKS)
+    matrix = AccuracyMatrix(Plan.one_each(TASKS))
     for stage in range(stages):
         for j, task in enumerate(TASKS[: stage + 2]):
             matrix.set(mode, stage, task, 10 * stage + j, count=5)  # type: ignore[arg-type]
@@ -80,7 +81,7 @@ def test_a_hole_below_the_diagonal_ends_the_finished_part() -> None:
 
 
 def test_zero_shot_row_is_no_stage() -> None:
-    matrix = AccuracyMatrix(TASKS)
+    matrix = AccuracyMatrix(Plan.one_each(TASKS))
     matrix.set("matched", ZERO_SHOT, "a", 9, count=5)
     assert matrix.zero_shot() == [9, None, None]
     assert not matrix.ran("matched") and matrix.finished_stages("matched") == 0
@@ -100,7 +101,7 @@ def test_clear_forgets_only_the_named_cells() -> None:
 def test_refused_cells() -> None:
     matrix = filled(1)
     with pytest.raises(DeloError, match="did you mean"):
-        AccuracyMatrix(("digits", "words")).set("matched", 0, "digit", 1, count=1)
+        AccuracyMatrix(Plan.one_each(("digits", "words"))).set("matched", 0, "digit", 1, count=1)
     for stage in (-2, 3):
         with pytest.raises(DeloError, match="no such stage"):
             matrix.set("matched", stage, "a", 1, count=5)

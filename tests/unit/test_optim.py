@@ -171,7 +171,7 @@ def test_rows_show_what_was_run() -> None:
         "matrix": {"matched": [[91.0, None], [88.25, 70.0]], "oracle": [[None, None], [None, None]]},
         "metrics": {"matched": {"ap": 79.125, "forgetting": 2.75, "maa": None}},
     }
-    assert matrix_row(results, 0) == "after 1. a (matched): a 91.0"
-    assert matrix_row(results, 1) == "after 2. b (matched): a 88.2 · b 70.0"
-    summary = matrix_summary(results)
+    assert matrix_row(results, 0, "a") == "after 1. a (matched): a 91.0"
+    assert matrix_row(results, 1, "b") == "after 2. b (matched): a 88.2 · b 70.0"
+    summary = matrix_summary(results, ["a", "b"])
     assert "oracle" not in summary and "ap 79.12 · forgetting 2.75" in summary

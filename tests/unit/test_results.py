@@ -13,6 +13,7 @@ from delo_eval.answers.question import Answer, Question
 from delo_eval.harness.closing import fill_cell
 from delo_eval.matrix.accuracy import ZERO_SHOT, AccuracyMatrix
 from delo_eval.matrix.derived import choice_statistics, summarise
+from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.plots import draw
 from delo_eval.matrix.results import (
     FILE,
@@ -47,7 +48,7 @@ HAND = [[80.0, 12.0, None], [70.0, 90.0, 33.0], [74.0, 60.0, 50.0]]
 
 def results(stages: int = 3, *, choice: bool = True) -> Results:
     """A run of three tasks with a zero-shot row, evaluated after its first `stages` stages."""
-    matrix = AccuracyMatrix(TASKS)
+    matrix = AccuracyMatrix(Plan.one_each(TASKS))
     for task, score in zip(TASKS, (5.0, 10.0, 30.0), strict=True):
         matrix.set("matched", ZERO_SHOT, task, score, count=50)
     for stage, row in enumerate(HAND[:stages]):
@@ -135,13 +136,13 @@ def test_a_running_sequence_is_scored_on_its_finished_square_and_says_so() -> No
     assert found["stages"] == {"matched": 2, "oracle": 2} and found["complete"] is False
     assert found["matched"]["ap"] == pytest.approx(80) and found["matched"]["forgetting"] == pytest.approx(10)
     assert found["matched"]["fwt"] == pytest.approx(2)
-    assert set(summarise(AccuracyMatrix(TASKS))["matched"].values()) == {None}
+    assert set(summarise(AccuracyMatrix(Plan.one_each(TASKS)))["matched"].values()) == {None}
 
 
 def test_written_results_are_resumed_cell_for_cell(tmp_path: Path) -> None:
     first, config = results(2), RunConfig(method="delo")
     write_results(tmp_path, results_json(first, config, FACTS))
-    assert resume_results(tmp_path, config, TASKS) == first
+    assert resume_results(tmp_path, config, Plan.one_each(TASKS)) == first
     assert not list(tmp_path.glob(".*"))
 
 
@@ -149,12 +150,12 @@ def test_results_of_other_runs_and_schemas_are_refused(tmp_path: Path) -> None:
     config = RunConfig(method="delo")
     write_results(tmp_path, content())
     with pytest.raises(DeloError, match="another method"):
-        resume_results(tmp_path, config.model_copy(update={"method": "lora"}), TASKS)
+        resume_results(tmp_path, config.model_copy(update={"method": "lora"}), Plan.one_each(TASKS))
     with pytest.raises(DeloError, match="another tasks"):
-        resume_results(tmp_path, config, TASKS[::-1])
+        resume_results(tmp_path, config, Plan.one_each(TASKS[::-1]))
     val = config.eval.model_copy(update={"split": "val"})
     with pytest.raises(DeloError, match="another split"):
-        resume_results(tmp_path, config.model_copy(update={"eval": val}), TASKS)
+        resume_results(tmp_path, config.model_copy(update={"eval": val}), Plan.one_each(TASKS))
     write_results(tmp_path, {**content(), "schema": "delo-llava/results/0"})
     with pytest.raises(DeloError, match="another schema"):
         read_results(tmp_path)
@@ -245,7 +246,7 @@ def test_a_prediction_line_says_whether_the_instruction_is_followed() -> None:
 
 
 def test_a_cell_has_its_error_its_format_share_and_the_price_of_choosing() -> None:
-    found = Results(AccuracyMatrix(("ocr",)), {"0": {"run": {}}})
+    found = Results(AccuracyMatrix(Plan.one_each(("ocr",))), {"0": {"run": {}}})
     right, told = [1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 1.0, 0.0]
     lines = [
         {

@@ -71,6 +71,15 @@ class Chooser(Individual):
         return torch.stack([padded[task][row] for row, task in enumerate(tasks)])
 
 
+class Blind(Chooser):
+    """A choice that finds no evidence in records that end in 5, and in none without the instruction."""
+
+    def choose(self, model: nn.Module, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
+        choice = super().choose(model, batch, views)
+        nothing = torch.tensor([views is not None or name.endswith("5") for name in batch.record_ids])
+        return TaskChoice(choice.tasks, choice.index.masked_fill(nothing, -1), choice.scores)
+
+
 class Alone(Ranks):
     """One of several ranks whose peers run before it, so nothing is waited for or said."""
 
@@ -282,6 +291,33 @@ def test_choosing_shows_both_modes_and_the_confusion(
     monkeypatch.undo()
     evaluate_stage(folder, 1, request=Request(output=tmp_path / "told"))
     assert {r["record_id"]: r["prediction"] for r in predictions(tmp_path / "told", 1)["words"]} == told
+
+
+def test_without_evidence_the_first_trained_task_answers_and_is_counted(
+    tmp_path: Path, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "run", recipe, "individual", Individual, 2)
+    monkeypatch.setattr(
+        model_module, "load_plugin", lambda k, n: Blind if k == "method" else load_plugin(k, n)
+    )
+    for _ in range(2):  # given, and read again from the stored answers
+        found = evaluate_stage(folder, 1)
+        assert found is not None
+        choice = found["task_choice"]["1"]["run"]
+        assert choice["fallback"] == {"shapes": 1, "words": 1}
+        assert choice["fallback_without_instruction"] == {"shapes": 9, "words": 9}
+        assert choice["confusion"] == [
+            [9, 0, 0],
+            [2, 7, 0],
+            [0, 0, 0],
+        ]  # words3 is a wrong choice, words5 none
+        (folder / "predictions" / "1" / "run" / "words.jsonl").unlink()
+    evaluate_stage(folder, 1)
+    rows = {row["record_id"]: row for row in predictions(folder, 1)["words"]}
+    assert rows["words5"]["task_used"] == "shapes"
+    assert rows["words5"]["fallback"] == ["task_used", "task_without_instruction"]
+    assert rows["words4"]["fallback"] == ["task_without_instruction"]
+    assert rows["words4"]["task_used"] == "words"
 
 
 def test_the_command_prints_the_row_and_writes_the_same_numbers(
