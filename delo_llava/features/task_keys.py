@@ -135,7 +135,8 @@ class TaskKeyMemory:
         score of those that did.
 
         Returns:
-            index int64 B into `tasks`, and scores B×T (float64). Ties go to the earlier task.
+            index int64 B into `tasks`, and scores B×T (float64). Ties go to the earlier task; −1 and scores
+            of zero where a sample has none of the views, so nothing speaks for any task.
         """
         self._check_choice(tasks, matcher, views)
         scores = torch.zeros(len(presence), len(tasks), dtype=torch.float64)
@@ -151,7 +152,8 @@ class TaskKeyMemory:
             weights += seen_column
         if matcher == "cosine":
             scores = scores / weights.clamp(min=1)
-        return scores.argmax(1).to(presence.device), scores.to(presence.device)
+        index = torch.where(weights.squeeze(1) > 0, scores.argmax(1), -1)
+        return index.to(presence.device), scores.to(presence.device)
 
     def _check_choice(self, tasks: Sequence[str], matcher: str, views: Sequence[str]) -> None:
         if not tasks:

@@ -129,6 +129,15 @@ def test_choice_is_per_sample_and_blind_to_missing_views(matcher: str) -> None:
 
 
 @pytest.mark.parametrize("matcher", ["cosine", "lda"])
+def test_without_evidence_no_task_is_chosen(matcher: str) -> None:
+    """Not silently the first one."""
+    queries, presence = sample(3, 2, 2)
+    presence[:] = torch.tensor([[True, False], [False, True], [False, False]])
+    index, scores = memory().choose(queries, presence, ["t0", "t1", "t2"], matcher, ["image"])  # type: ignore[arg-type]
+    assert index.tolist() == [2, -1, -1] and not scores[1:].any()
+
+
+@pytest.mark.parametrize("matcher", ["cosine", "lda"])
 def test_only_trained_tasks_are_candidates(matcher: str) -> None:
     """Trap T8: no zero key can win, one task wins always, an unknown task is an error."""
     keys = memory(3)
