@@ -2,18 +2,19 @@
 
 import argparse
 import importlib
+import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from delo_llava import __version__
 from delo_llava.endings import told
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.extras import require_extra
-from delo_llava.files import at_home
+from delo_llava.files import at_home, name_or_path
 from delo_llava.registry import load_plugin, plugin_names, plugin_summary
 
 if TYPE_CHECKING:
@@ -78,13 +79,12 @@ def resolve(words: Sequence[str]) -> "RunConfig":
         DeloError: an unknown key, value or recipe, data or a package that is missing, or official scoring
             where none is.
     """
-    from delo_llava.config import RunConfig, check_tasks, config_layers, core_config, with_methods
-    from delo_llava.data.recipe import load_sequence, recipe_defaults
+    from delo_llava.config import RunConfig, check_tasks, core_config, with_methods
+    from delo_llava.data.recipe import load_sequence, located_root, recipe_defaults
 
-    file, words = _take(words, "--config")
-    _, words = _take(words, "--local_rank")
-    layers = config_layers(at_home(file) if file else None, words)
-    defaults = recipe_defaults(str(layers.get("task_seq", RunConfig.model_fields["task_seq"].default)))
+    layers = _layers(words)
+    sequence_name = str(layers.get("task_seq", RunConfig.model_fields["task_seq"].default))
+    defaults = recipe_defaults(name_or_path(sequence_name))
     config = core_config(layers, defaults)
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     check_tasks(config, sequence.names)
@@ -92,7 +92,16 @@ def resolve(words: Sequence[str]) -> "RunConfig":
         cast(_Scorer, load_plugin("scorer", task.scorer)).in_mode(config.eval.scoring).check(())
     if config.train.tensorboard:
         require_extra("track", "train.tensorboard")
-    return with_methods(config)
+    return with_methods(config).located(located_root(config.task_seq, config.data.root))
+
+
+def _layers(words: Sequence[str]) -> dict[str, Any]:
+    """What file and command line set."""
+    from delo_llava.config import config_layers
+
+    file, words = _take(words, "--config")
+    _, words = _take(words, "--local_rank")
+    return config_layers(at_home(file) if file else None, words)
 
 
 def _train(words: Sequence[str]) -> int:
@@ -104,10 +113,21 @@ def _train(words: Sequence[str]) -> int:
 
         _say(dump_config(config))
         return 0
+    _tell_unused(config, _layers(rest).get("methods", {}))
     job = importlib.import_module("delo_llava.runs.job").make_job(config)
     sequence = importlib.import_module("delo_llava.runs.sequence")
     sequence.run_sequence(job, _harness().evaluate_stage, _planned_bytes)
     return 0
+
+
+def _tell_unused(config: "RunConfig", given: Collection[str]) -> None:
+    """Say which of the methods whose options were `given` decide nothing: neither the method that is run nor
+    its size looks at them.
+    """
+    used = {config.method, config.methods[config.method].get("like")}
+    unused = [f"--{name}.…" for name in given if name not in used]
+    if unused and os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"{', '.join(unused)}: without effect, the method is {config.method}\n")
 
 
 def _planned_bytes(config: "RunConfig", world: int, cuda: bool) -> int:

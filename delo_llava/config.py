@@ -184,6 +184,17 @@ class RunConfig(Section):
         """Where the run is written: `output`, or its default."""
         return self.output or Path("runs") / f"{Path(self.task_seq).stem}-{self.method}-s{self.seed}"
 
+    def located(self, root: Path | None) -> "RunConfig":
+        """With whole paths, so that the run is found again from any folder; `root` is the data's."""
+        model, recipe = Path(self.model), Path(self.task_seq)
+        known: dict[str, Any] = {
+            "model": str(model.absolute()) if model.is_dir() else self.model,
+            "task_seq": str(recipe.absolute()) if recipe.is_file() else self.task_seq,
+            "ds_config": self.ds_config and self.ds_config.absolute(),
+            "data": self.data.model_copy(update={"root": root}),
+        }
+        return self.model_copy(update=known)
+
     def for_task(self, task: str) -> "RunConfig":
         """This configuration with what `per_task` says of one task put into `train`."""
         return self.for_tasks([task])

@@ -27,6 +27,11 @@ def at_home(path: Path | str) -> Path:
         raise ValueError(f"{path}: whose home folder?") from error
 
 
+def name_or_path(given: str) -> str:
+    """A name as typed, or a path whose leading `~` is the home folder."""
+    return str(at_home(given)) if given.startswith("~") else given
+
+
 def user_path(text: str) -> Path:
     """A path on a command line (argparse's `type`)."""
     try:

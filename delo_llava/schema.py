@@ -11,7 +11,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, mod
 from pydantic_core import ErrorDetails
 
 from delo_llava.errors import DeloError
-from delo_llava.files import at_home
+from delo_llava.files import at_home, name_or_path
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -27,7 +27,7 @@ MAX_INTEGER = 2**53
 
 #: A path, and a name or a path: as typed, but that `~` is the home folder.
 UserPath = Annotated[Path, AfterValidator(at_home)]
-NameOrPath = Annotated[str, AfterValidator(lambda given: str(at_home(given)) if given[:1] == "~" else given)]
+NameOrPath = Annotated[str, AfterValidator(name_or_path)]
 
 
 class Word(str):

@@ -2,7 +2,7 @@
 
 import argparse
 
-from delo_llava.commands.base import say
+from delo_llava.commands.base import at_least, say
 from delo_llava.files import user_path
 
 
@@ -12,7 +12,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=user_path, required=True, help="an empty or new folder: the data root"
     )
-    parser.add_argument("--records", type=int, default=48, help="training records of each task")
+    parser.add_argument("--records", type=at_least(1), default=48, help="training records of each task")
     parser.set_defaults(data=run)
 
 

@@ -27,6 +27,21 @@ class Command:
     keys: bool = False
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of a command line (argparse's `type`), not below `least`."""
+
+    def number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return value
+
+    return number
+
+
 def say(text: str) -> None:
     """Write to standard output, what a terminal would obey written out."""
     sys.stdout.write(printable(text))

@@ -3,7 +3,7 @@
 import argparse
 import importlib
 
-from delo_llava.commands.base import Command, say
+from delo_llava.commands.base import Command, at_least, say
 from delo_llava.files import user_path
 
 FORMATS = ("md", "latex", "json", "html")
@@ -31,7 +31,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--format", default=",".join(FORMATS), help="which of them, comma-separated (default: %(default)s)"
     )
     parser.add_argument(
-        "--resamples", type=int, default=10_000, help="of the paired bootstrap (default: %(default)s)"
+        "--resamples",
+        type=at_least(100),
+        default=10_000,
+        help="of the paired bootstrap (default: %(default)s)",
     )
 
 

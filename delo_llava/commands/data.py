@@ -5,7 +5,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from delo_llava.commands import _fixture, _prepare
-from delo_llava.commands.base import Command, say
+from delo_llava.commands.base import Command, at_least, say
 from delo_llava.files import user_path
 
 if TYPE_CHECKING:
@@ -42,24 +42,15 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
         "--state", type=user_path, help="memory of checked images (default: in the cache folder)"
     )
     workers = "processes that decode images, from 1 (default: one per core)"
-    parser.add_argument("--workers", type=_processes, help=workers)
-    parser.add_argument("--show", type=int, default=40, metavar="N", help="faults told on the terminal")
+    parser.add_argument("--workers", type=at_least(1), help=workers)
+    parser.add_argument(
+        "--show", type=at_least(0), default=40, metavar="N", help="faults told on the terminal"
+    )
     parser.add_argument("--no-tokens", action="store_true", help="do not tokenise the prompts")
     parser.add_argument(
         "--allow", action="append", default=[], metavar="CODE", help="tell faults of this kind as notes only"
     )
     parser.set_defaults(data=_check)
-
-
-def _processes(word: str) -> int:
-    """A number of processes.
-
-    Raises:
-        argparse.ArgumentTypeError: another word.
-    """
-    if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"it must be a number from 1, given {word}")
-    return int(word)
 
 
 def _sequence_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,8 +84,10 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     _settings(parser, "data.sub", "seed", *(f"missing.{key}" for key in ("ratio", "kind", "seed", "image")))
     parser.add_argument("--task", action="append", metavar="NAME", help="a task (default: each)")
     parser.add_argument("--split", default="train", choices=("train", "val", "test"))
-    parser.add_argument("-n", type=int, default=3, dest="count", help="how many records (default: 3)")
-    parser.add_argument("--start", type=int, default=0, metavar="I", help="the first one's place in its file")
+    parser.add_argument("-n", type=at_least(1), default=3, dest="count", help="how many records (default: 3)")
+    parser.add_argument(
+        "--start", type=at_least(0), default=0, metavar="I", help="the first one's place in its file"
+    )
     parser.add_argument("--id", action="append", default=[], help="a record's id, instead of -n and --start")
     parser.add_argument("--tokens", action="store_true", help="show every token by itself")
     parser.add_argument("--no-preview", action="store_true", help="draw no pictures on the terminal")

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from delo_llava.commands.base import Command
+from delo_llava.commands.base import Command, at_least
 from delo_llava.files import user_path
 
 if TYPE_CHECKING:
@@ -14,10 +14,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The machine and what is known of the data; all other words are keys of the configuration."""
     parser.epilog = "Other words are those of `train`: --model, --task_seq, --method, --zero, --train.…=…"
     parser.add_argument("--config", type=user_path, help="a YAML file of the run")
-    parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--gpus", type=int, default=1, help="GPUs of a node")
-    parser.add_argument("--tokens", type=int, help="longest sequence, image included (default: max_length)")
-    parser.add_argument("--image_tokens", type=int, help="tokens of an image, where its size decides them")
+    parser.add_argument("--nodes", type=at_least(1), default=1)
+    parser.add_argument("--gpus", type=at_least(1), default=1, help="GPUs of a node")
+    parser.add_argument(
+        "--tokens", type=at_least(1), help="longest sequence, image included (default: max_length)"
+    )
+    parser.add_argument(
+        "--image_tokens", type=at_least(1), help="tokens of an image, where its size decides them"
+    )
     parser.add_argument("--records", help="training records: N of every task, or task=N,task=N")
     parser.add_argument("--samples_per_second", type=float, help="measured throughput of all GPUs together")
     parser.add_argument("--from_run", type=user_path, help="a run whose measured throughput is scaled")

@@ -1,13 +1,14 @@
 """Write (and submit) an sbatch script: several nodes, save and requeue before the time limit, job arrays."""
 
 import argparse
+import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from delo_llava.commands.base import Command, say
+from delo_llava.commands.base import Command, at_least, say
 from delo_llava.errors import DeloError
 from delo_llava.files import user_path
 
@@ -19,11 +20,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """The job; all other words are those of `train` (or, with --evaluate, of `delo-eval`)."""
     parser.epilog = "Other words are those of `train`, e.g. --task_seq coin6 --zero 2 --train.micro_batch=4"
     add = parser.add_argument
-    add("--nodes", type=int, default=1)
-    add("--gpus", type=int, default=8, help="GPUs of a node, one rank each; 0 on nodes without")
-    add("--ranks", type=int, default=1, help="ranks of a node without GPUs")
-    add("--cpus", type=int, default=8, help="CPU cores of a node's job")
-    add("--time", default="24:00:00")
+    add("--nodes", type=at_least(1), default=1)
+    add("--gpus", type=at_least(0), default=8, help="GPUs of a node, one rank each; 0 on nodes without")
+    add("--ranks", type=at_least(1), default=1, help="ranks of a node without GPUs")
+    add("--cpus", type=at_least(1), default=8, help="CPU cores of a node's job")
+    add("--time", type=_time, default="24:00:00", help="limit of the job, as SLURM writes it: 24:00:00, 2-12")
     add("--job-name", default=None)
     add("--partition")
     add("--account")
@@ -36,11 +37,27 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--container", help="image for the pyxis plug-in")
     add("--mounts", help="the container's mounts, as pyxis takes them")
-    add("--warning", type=int, default=300, help="seconds before the time limit at which the job saves")
+    add(
+        "--warning",
+        type=at_least(0),
+        default=300,
+        help="seconds before the time limit at which the job saves",
+    )
     add("--sbatch", action="append", default=[], help="a further #SBATCH option, name=value; repeatable")
     add("--evaluate", action="store_true", help="evaluate saved stages instead of training")
     add("--script", type=user_path, help="where to write it (default: print it)")
     add("--submit", action="store_true", help="hand it to sbatch")
+
+
+def _time(text: str) -> str:
+    """A time limit that SLURM takes: m[:s], h:m:s or d-h[:m[:s]].
+
+    Raises:
+        argparse.ArgumentTypeError: another text.
+    """
+    if not re.fullmatch(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no time limit such as 90, 24:00:00 or 2-12:00")
+    return text
 
 
 def run(options: argparse.Namespace) -> int:

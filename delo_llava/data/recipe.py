@@ -63,6 +63,12 @@ def recipe_defaults(name_or_path: str) -> dict[str, Any]:
     return merged(merged(ours, {"per_task": tasks} if tasks else {}), recipe.defaults)
 
 
+def located_root(name_or_path: str, root: Path | None) -> Path | None:
+    """The data root to note in a run: None for a sequence that is built where its cache is."""
+    recipe = read_recipe(name_or_path)
+    return root and root.absolute() if recipe.builder else data_root(recipe.name, root)
+
+
 def data_root(name: str, root: Path | None) -> Path:
     """Where a sequence's data is: `root`, else $DELO_LLAVA_DATA, else `data/<name>` in this directory."""
     from_env = os.environ.get(DATA_ENV)

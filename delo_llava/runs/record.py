@@ -16,17 +16,19 @@ import yaml
 from delo_llava import __version__
 from delo_llava.config import RunConfig, dump_config, with_methods
 from delo_llava.errors import DeloError
-from delo_llava.files import HashCache, combined_hash
 from delo_llava.registry import plugin_folders, plugin_names
+from delo_llava.runs.identity import base_differences, base_facts, data_differences, data_hashes
 from delo_llava.runs.job import Job
 from delo_llava.runs.store import RunStore
 from delo_llava.schema import flat, merged, read_yaml
-from delo_llava.tasks import TaskSequence
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
 #: Settings that may change between two launches of one run, since no number depends on them.
 FREE = (
     "output",
+    # Places: what lies there is compared.
+    "data.root",
+    "model",
     "eval.batch_size",
     "eval.cache",
     *(f"train.{key}" for key in ("log_every", "tensorboard", "save_every", "keep")),
@@ -36,22 +38,37 @@ FREE = (
 )
 #: Packages of this project whose source decides what is computed.
 SOURCES = ("delo_llava", "delo_eval")
-WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+#: Settings that may change for the stages to come: they decide how these are computed (so the last digits),
+#: not what.
+COMPUTING = (
+    "zero", "ds_config", "allow_ds_optimizer", "device", "train.micro_batch", "train.gradient_checkpointing",
+)  # fmt: skip
+#: Entries of run.json: whether the base was evaluated; why the last launch left before the end.
+ZERO_SHOT, STOPPED = "zero_shot", "stopped"
 
 
 def open_run(store: RunStore, job: Job) -> None:
     """Start a run's record, or check that this launch continues the recorded run. First rank only.
 
+    A folder in which no stage was begun is free. In any other what was used must be the same; what is to come
+    may change where only the way of computing does, or files of tasks that are not begun, and is recorded.
+
     Raises:
-        DeloError: the configuration, the data or the base differs from the run's; every difference is named.
+        DeloError: what was used differs from the run's; every difference is named.
     """
     config, sequence = job.config, job.sequence
     facts = {"data_hashes": data_hashes(store, sequence), "base": base_facts(store, job.base)}
     known = store.read_run()
-    if known:
-        refuse_differences(store, config, facts, known)
+    begun = [plan for plan in job.plans if store.begun(plan.name)]
+    changes = []
+    if known and begun:
+        changes = _changes(store, job, facts, known, {task for plan in begun for task in plan.tasks})
+    elif known:
+        known = _emptied(store, config, facts, known)
+    if any(change["key"].startswith("data ") for change in changes):
+        known = known | {ZERO_SHOT: False}  # the base's row is of other test files
     entries = {
-        "stopped": None,
+        STOPPED: None,
         "schema": "delo-llava/run/1",
         "method": config.method,
         "tasks": sequence.names,
@@ -65,39 +82,67 @@ def open_run(store: RunStore, job: Job) -> None:
         "versions": versions(),
         "seeds": {"run": config.seed, "missing": config.missing.seed},
         "stages": known.get("stages", {}),
+        "changes": known.get("changes", []) + changes,
     }
     store.begin(dump_config(config), known | facts | entries)
 
 
-def refuse_differences(
-    store: RunStore, config: RunConfig, facts: dict[str, Any], known: dict[str, Any]
-) -> None:
-    """Compare configuration, data hashes and base hash with the recorded ones.
+def _changes(
+    store: RunStore, job: Job, facts: dict[str, Any], known: dict[str, Any], used: set[str]
+) -> list[dict[str, Any]]:
+    """What is new in this launch of a begun run and may be, for the record.
+
+    Args:
+        used: tasks of stages that were begun.
 
     Raises:
-        DeloError: one line for each difference.
+        DeloError: what was used differs; one line for each difference.
     """
-    stored = _stored_settings(store, config) if store.config.is_file() else {}
-    given = flat(yaml.safe_load(dump_config(config)))
+    stored = _stored_settings(store, job.config) if store.config.is_file() else {}
+    given = flat(yaml.safe_load(dump_config(job.config)))
     keys = sorted((stored.keys() | given.keys()) - set(FREE)) if stored else []
+    differing = [key for key in keys if stored.get(key) != given.get(key)]
     lines = [
-        f"  {k}: the run has {stored.get(k)}, given {given.get(k)}"
-        for k in keys
-        if stored.get(k) != given.get(k)
+        f"  {key}: the run has {stored.get(key)}, given {given.get(key)}"
+        for key in differing
+        if not _may_change(key, used)
     ]
-    recorded, found = flat(known.get("data_hashes", {})), flat(facts["data_hashes"])
-    for key in sorted(recorded.keys() | found.keys()):
-        if recorded.get(key) != found.get(key):
-            lines.append(f"  data {key}: the run has {recorded.get(key)}, the file is {found.get(key)}")
-    before, now = known.get("base", {}).get("sha256"), facts["base"]["sha256"]
-    if before != now:
-        lines.append(f"  base weights: the run has {before}, {facts['base']['path']} is {now}")
+    recorded, found = known.get("data_hashes", {}), facts["data_hashes"]
+    later = set(job.sequence.names) - used
+    lines += [f"  {line}" for line in data_differences(recorded, found, (set(recorded) | used) - later)]
+    lines += [f"  {line}" for line in base_differences(known.get("base", {}), facts["base"])]
     if lines:
         raise DeloError(
             "\n".join(["This folder holds a run made of something else:", *lines]),
             given=store.root,
             fix="give the same settings, data and base to continue it, or another --output",
         )
+    after = [plan.name for plan in job.plans if store.adapter(plan.name).exists()]
+    changed = [(key, stored.get(key), given.get(key)) for key in differing]
+    old, new = (flat({t: dict(h[t]) for t in later if t in h}) for h in (recorded, found))
+    changed += [(f"data {k}", old.get(k), new.get(k)) for k in sorted(old | new) if old.get(k) != new.get(k)]
+    return [{"after": after, "key": key, "from": before, "to": now} for key, before, now in changed]
+
+
+def _may_change(key: str, used: set[str]) -> bool:
+    """Whether a setting may change between two launches though numbers of stages to come depend on it."""
+    section, _, rest = key.partition(".")
+    return key in COMPUTING or (section == "per_task" and rest.partition(".")[0] not in used)
+
+
+def _emptied(
+    store: RunStore, config: RunConfig, facts: dict[str, Any], known: dict[str, Any]
+) -> dict[str, Any]:
+    """The record of a folder in which nothing was trained: kept if it is of the same run, else begun anew,
+    without the base's answers of the other one.
+    """
+    same = store.config.is_file() and _stored_settings(store, config) == flat(
+        yaml.safe_load(dump_config(config))
+    )
+    if same and all(known.get(key) == value for key, value in facts.items()):
+        return known
+    store.forget_results()
+    return {}
 
 
 def _stored_settings(store: RunStore, config: RunConfig) -> dict[str, Any]:
@@ -106,37 +151,6 @@ def _stored_settings(store: RunStore, config: RunConfig) -> dict[str, Any]:
     names = {*config.methods, *stored.get("methods", {})} & set(plugin_names("method"))
     defaults = with_methods(RunConfig(method=config.method, methods={name: {} for name in names}))
     return flat(merged(yaml.safe_load(dump_config(defaults)), stored))
-
-
-def data_hashes(store: RunStore, sequence: TaskSequence, *, keep: bool = True) -> dict[str, dict[str, str]]:
-    """sha256 of each task's files and side files, by task and name; unchanged files are not read again.
-
-    Args:
-        keep: remember what was computed (one rank only may).
-    """
-    cache = HashCache(store.logs / "hashes.json")
-    hashes = {
-        task.name: {
-            **{str(split): cache.hash(path) for split, path in task.files.items()},
-            **{name: cache.hash(path) for name, path in task.beside.items()},
-        }
-        for task in sequence.tasks
-    }
-    if keep:
-        cache.save()
-    return hashes
-
-
-def base_facts(store: RunStore, model_path: str, *, keep: bool = True) -> dict[str, str | None]:
-    """Where the base came from and one sha256 over its weight files; a hub id that is no folder has none."""
-    folder = Path(model_path)
-    if not folder.is_dir():
-        return {"path": model_path, "sha256": None}
-    cache = HashCache(store.logs / "hashes.json")
-    found = combined_hash(cache, {file for pattern in WEIGHTS for file in folder.glob(pattern)})
-    if keep:
-        cache.save()
-    return {"path": model_path, "sha256": found}
 
 
 def versions() -> dict[str, str | None]:

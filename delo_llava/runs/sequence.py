@@ -18,6 +18,7 @@ from delo_llava.files import sha256_file, write_json_atomic
 from delo_llava.runs.job import Job
 from delo_llava.runs.lock import locked
 from delo_llava.runs.manifest import MANIFEST
+from delo_llava.runs.record import STOPPED, ZERO_SHOT, data_facts, open_run, program_facts
 from delo_llava.runs.steps import StepStore
 from delo_llava.runs.store import RunStore
 from delo_llava.strict import read_json
@@ -31,10 +32,6 @@ if TYPE_CHECKING:
 
 #: Evaluates one saved stage of a run folder (-1: the base before any training); called on every rank.
 Evaluate = Callable[[Path, int], object]
-
-ZERO_SHOT = "zero_shot"
-#: Entry of run.json that says that, and why, the last launch left before the end.
-STOPPED = "stopped"
 
 
 def run_sequence(job: Job, evaluate: Evaluate | None = None, planner: "Planner | None" = None) -> Path:
@@ -55,7 +52,6 @@ def run_sequence(job: Job, evaluate: Evaluate | None = None, planner: "Planner |
 
     from delo_llava.engines.agree import require_agreement
     from delo_llava.engines.ranks import start_ranks, stop_ranks
-    from delo_llava.runs.record import data_facts, open_run, program_facts
 
     disable_progress_bar()  # one bar for each load of weights would tear ours apart
     store = RunStore(job.config.run_dir)

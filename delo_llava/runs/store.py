@@ -44,6 +44,17 @@ class RunStore:
         """Where the step checkpoints lie while `task` is being trained."""
         return self.root / "checkpoints" / task
 
+    def begun(self, task: str) -> bool:
+        """Whether anything of a stage was trained: it is published, or has a checkpoint."""
+        return self.adapter(task).exists() or any(self.step_checkpoints(task).glob("step-*"))
+
+    def forget_results(self) -> None:
+        """Remove what evaluations wrote (answers can be given again)."""
+        for folder in (self.predictions, self.root / "answers", self.root / "routing"):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (self.results, self.complete):
+            file.unlink(missing_ok=True)
+
     def begin(self, config: str, run: dict[str, Any]) -> None:
         """Write the resolved configuration and the run's record; nothing is left of an interrupted launch."""
         self.create()

@@ -37,7 +37,7 @@ def compare(
         DeloError: no results in a folder, too few resamples, or rows that differ (unless forced).
     """
     if resamples < FEWEST:
-        raise DeloError("Too few resamples for an interval.", given=resamples, allowed=f"at least {FEWEST}")
+        raise DeloError("Too few resamples for an interval.", given=resamples, allowed=[f"{FEWEST} or more"])
     groups = seed_groups(load_runs(folders))
     names = labels(groups)
     by_name = dict(zip(names, groups, strict=True))

@@ -56,6 +56,7 @@ def protocol(results: ResultsJson) -> Protocol:
         **flat("metric_ids", {name: RENAMED.get(i, i) for name, i in results["metric_ids"].items()}),
         **flat("scorer_ids", results["scorer_ids"]),
         **flat("data_hashes", results["data_hashes"] or {}),
+        **({"differs": results["differs"]} if results.get("differs") else {}),
     }
 
 

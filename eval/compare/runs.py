@@ -2,7 +2,7 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,18 @@ def row_of(group: Sequence[RunResults], name: str) -> BoardRow:
         patterns=_by_key(group, _patterns),
         oracle_gap=_by_key(group, lambda run: run.results.get("oracle_gap") or {}),
         extras=_by_key(group, _extras),
-        notes=(first.plan.about,) if first.plan.about else (),
+        notes=tuple(dict.fromkeys(note for run in group for note in _notes(run))),
     )
+
+
+def _notes(run: RunResults) -> Iterator[str]:
+    """What a reader must know of a run beside its settings."""
+    if run.plan.about:
+        yield run.plan.about
+    if run.results.get("differs"):
+        yield f"answered by another base or on other data than the run's: {'; '.join(run.results['differs'])}"
+    for change in run.results.get("changes") or []:
+        yield f"{change['key']} was changed after {', '.join(change['after']) or 'the first checkpoint'}"
 
 
 def spread(values: Sequence[float], errors: Sequence[float] = ()) -> Value:

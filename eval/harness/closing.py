@@ -41,12 +41,18 @@ def close_stage(
     cells: Sequence[Cell],
     questions: Questions,
     stored: StoredAnswers,
+    differs: list[str],
     began: float,
 ) -> dict[str, Any]:
-    """Score the answers, write predictions and results.json, and return the content of that."""
+    """Score the answers, write predictions and results.json, and return the content of that.
+
+    Args:
+        differs: how base or data differ from the run's own.
+    """
     stored.hashes.take_parts()
     before = read_results(run.output)
     results = resume_results(run.output, run.config, run.plan)
+    results.differs = list(dict.fromkeys([*results.differs, *differs]))
     patterns = list(dict.fromkeys(cell.pattern for cell in cells))
     results.forget(stage, patterns)
     trained = run.plan.seen(stage)

@@ -23,6 +23,7 @@ def run_facts(run: RunFolder) -> dict[str, Any]:
     return {
         "scorer_ids": {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks},
         "world": worlds[-1] if worlds else None,
+        "changes": recorded.get("changes", []),
         "start_weights": {"name": run.config.model, "sha256": recorded.get("base", {}).get("sha256")},
         "data_hashes": recorded.get("data_hashes"),
         "versions": recorded.get("versions"),

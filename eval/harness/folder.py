@@ -23,6 +23,7 @@ class Request:
         batch_size: of decoding; changes speed, not results.
         output: folder of predictions and results; the run's own, or `<run>/eval-<split>` for another split.
         cache: whether answers of earlier evaluations are used.
+        data_root: where the data lies now; what lies there must be what the run was made of.
     """
 
     split: str | None = None
@@ -31,6 +32,7 @@ class Request:
     batch_size: int | None = None
     output: Path | None = None
     cache: bool | None = None
+    data_root: Path | None = None
 
 
 #: Everything as the run's configuration says.
@@ -97,7 +99,8 @@ def open_folder(run_dir: Path, request: Request = AS_STORED) -> RunFolder:
     wanted = stored.eval.model_copy(
         update={key: value for key, value in changes.items() if value is not None}
     )
-    config = stored.model_copy(update={"eval": wanted, "output": stored.output or run_dir})
+    data = stored.data.model_copy(update={"root": request.data_root or stored.data.root})
+    config = stored.model_copy(update={"eval": wanted, "data": data, "output": stored.output or run_dir})
     own = (
         run_dir
         if wanted.split == stored.eval.split and wanted.limit == stored.eval.limit

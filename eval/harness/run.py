@@ -16,6 +16,7 @@ from delo_eval.matrix.accuracy import ZERO_SHOT, stage_name
 from delo_eval.matrix.plots import PLOTS, draw_changed
 from delo_eval.matrix.results import read_results
 from delo_eval.matrix.table import final_table, stage_table
+from delo_llava.commands.base import at_least
 from delo_llava.data.missing import PATTERNS
 from delo_llava.errors import DeloError
 from delo_llava.files import user_path
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = arguments
     request = Request(
         given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output,
-        False if given.no_cache else None,
+        False if given.no_cache else None, given.root,
     )  # fmt: skip
     run = open_folder(arguments.run, request)
     stages = stages_named(arguments.stage, run)
@@ -149,9 +150,12 @@ def _parser() -> argparse.ArgumentParser:
         "--split", choices=("test", "val"), help="default: the run's own; another goes to <run>/eval-<split>"
     )
     parser.add_argument("--patterns", help="missing patterns, comma-separated: run, complete, image, text")
-    parser.add_argument("--limit", type=int, help="records per task, for trials")
+    parser.add_argument("--limit", type=at_least(1), help="records per task, for trials")
     parser.add_argument(
-        "--batch_size", type=int, help="questions decoded at once; results do not depend on it"
+        "--batch_size", type=at_least(1), help="questions decoded at once; results do not depend on it"
+    )
+    parser.add_argument(
+        "--root", "--data.root", dest="root", type=user_path, help="where the data lies now, if it has moved"
     )
     parser.add_argument(
         "--output",

@@ -13,6 +13,7 @@ from delo_eval.answers.routing_use import use_file, write_use_part
 from delo_eval.harness.closing import check_scorable, close_stage
 from delo_eval.harness.folder import AS_STORED, Request
 from delo_eval.harness.generate import Answerer, batches
+from delo_eval.harness.identity import require_same
 from delo_eval.harness.model import StoredRun, answerer, open_run
 from delo_eval.harness.questions import Cell, Questions, cells_of
 from delo_eval.harness.ranks import current_ranks
@@ -61,6 +62,9 @@ def evaluate_stage(
     needs_task = run.method.capabilities.needs_task
     cells = cells_of(run.sequence, run.plan, stage, run.patterns_of(stage), needs_task=needs_task)
     cells.sort(key=lambda cell: run.sequence.names.index(cell.task.name))  # each task's records are read once
+    elsewhere, tasks = request.output is not None, {cell.task.name for cell in cells}
+    differs: list[str] = []
+    ranks.run_first(lambda: differs.extend(require_same(run, tasks, elsewhere)))
     questions = Questions(run.config)
     check_scorable(run.config, cells, questions)
     stored = StoredAnswers.open(run, stage, ranks)
@@ -75,7 +79,7 @@ def evaluate_stage(
     stored.hashes.save()
     ranks.leave_if_asked(f"evaluating stage {stage_name(stage)}")
     stored.new = int(ranks.sum(torch.tensor(stored.new)))
-    content = close_stage(run, stage, cells, questions, stored, began) if ranks.first else None
+    content = close_stage(run, stage, cells, questions, stored, differs, began) if ranks.first else None
     ranks.barrier()
     return content
 

@@ -47,6 +47,8 @@ class Results:
         eval_seconds: stage (−1 is the zero-shot row) -> seconds of its latest evaluation.
         answers: stage (a name) -> how many answers of that evaluation were `stored` before it and `new`.
         bad_images: stage (a name) -> pattern -> task -> records counted wrong as their image cannot be used.
+        differs: how the base or the data that answered differ from the run's own; results of such an
+            evaluation lie in a folder of their own.
     """
 
     matrix: AccuracyMatrix
@@ -55,6 +57,7 @@ class Results:
     eval_seconds: dict[int, float] = field(default_factory=dict)
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
     bad_images: dict[str, dict[str, dict[str, list[str]]]] = field(default_factory=dict)
+    differs: list[str] = field(default_factory=list)
 
     def forget(self, stage: int, patterns: list[str]) -> None:
         """Drop what is about to be evaluated anew."""
@@ -85,9 +88,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
     """The whole file.
 
     Args:
-        facts: what the run recorded and the harness cannot know: scorer_ids, trainable_parameters_per_task,
-            start_weights, data_hashes, versions, train_seconds, world, missing_train (see `run_facts` and
-            `evaluate_stage`).
+        facts: what the run recorded and the harness cannot know (see `run_facts`).
     """
     matrix, latest = results.matrix, results.latest_choice()
     stages = range(len(matrix.plan.stages))
@@ -118,6 +119,8 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
             "effective_train": facts["missing_train"],
         },
         "bad_images": {stage: found for stage, found in results.bad_images.items() if found},
+        "differs": results.differs,
+        "changes": facts["changes"],
         "start_weights": facts["start_weights"],
         "data_hashes": facts["data_hashes"],
         "versions": facts["versions"],
@@ -240,4 +243,5 @@ def resume_results(folder: Path, config: RunConfig, plan: Plan) -> Results:
         seconds,
         content["seconds"].get("answers", {}),
         content.get("bad_images", {}),
+        content.get("differs", []),
     )

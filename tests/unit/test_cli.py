@@ -185,6 +185,28 @@ def test_train_hands_over_the_resolved_configuration(sequence: Path, handed: lis
     assert callback == "the callback" and planner is cli._planned_bytes
 
 
+def test_options_of_a_method_that_is_not_run_are_told(
+    sequence: Path, handed: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cli.main(["train", *words(sequence, "--individual.rank=3", "--delo.rank=3")])
+    told = "--individual.…: without effect, the method is lora\n"
+    assert capsys.readouterr().err == told and len(handed) == 1, "delo's decide the rank at equal size"
+    cli.main(["train", *words(sequence, "--lora.rank=3")])
+    assert not capsys.readouterr().err
+
+
+def test_a_run_is_found_again_from_any_folder(
+    sequence: Path, handed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(sequence)
+    cli.main(["train", "--task_seq=mine.yaml", "--data.root=.", "--method=lora"])
+    monkeypatch.setenv("DELO_LLAVA_DATA", ".")
+    cli.main(["train", "--task_seq=mine.yaml", "--method=lora"])
+    for (config, *_), _ in zip(handed, range(2), strict=True):
+        assert (config.data.root, config.task_seq) == (sequence, str(sequence / "mine.yaml"))
+        assert config.output == Path("runs/mine-lora-s4") and config.model == "mini-llava"
+
+
 def test_print_config_writes_yaml_and_trains_nothing(
     sequence: Path, handed: list[Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -220,3 +242,18 @@ def test_other_ranks_let_the_first_tell(
         assert caught.value.code == 2
         assert waits == expected
     assert capsys.readouterr().err.count("did you mean nf4?") == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "data check mini6 --workers -1", "data show mini6 -n 0", "slurm --nodes 0", "slurm --time tomorrow",
+        "plan --gpus 0", "compare x y --resamples 0", "eval --run x --limit -5",
+        "eval --run x --batch_size 0",
+    ],
+)  # fmt: skip
+def test_numbers_that_mean_nothing_are_refused(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(line.split())
+    told = capsys.readouterr().err
+    assert line.split()[-1] in told and ("whole number" in told or "time limit" in told)

@@ -296,7 +296,7 @@ def test_the_root_has_the_name_that_training_gives_it(data: Sequence) -> None:
 def test_workers_are_a_number_from_one(data: Sequence, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         cli.main(data.words(f"--workers={word}"))
-    assert f"--workers: it must be a number from 1, given {word}" in capsys.readouterr().err
+    assert f"--workers: {word!r} is no whole number from 1 on" in capsys.readouterr().err
 
 
 def test_another_check_at_the_same_time_is_refused(data: Sequence) -> None:

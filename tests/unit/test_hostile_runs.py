@@ -368,7 +368,7 @@ def test_a_draft_that_is_a_link_takes_nothing_along(run: Path, tmp_path: Path) -
 
 def test_names_of_folders_come_from_the_recipe_alone(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "run")
-    (tmp_path / "run").mkdir()
+    (tmp_path / "run/adapters/task0").mkdir(parents=True)
     (tmp_path / "run" / "run.json").write_text(json.dumps({"stages": {"../../owned": {}}, "tasks": ["../x"]}))
     assert read_json(store.run, "run.json")["tasks"] == ["../x"]
     folder = tmp_path / "data"

@@ -1,6 +1,7 @@
 """A stored run of three tasks on the tiny LLaVA: cells, modes, ranks, other splits, the command."""
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from PIL import Image
 from torch import nn
 
 from delo_eval.cli import main
+from delo_eval.compare.assemble import compare
 from delo_eval.harness import model as model_module
 from delo_eval.harness import stage as stage_module
 from delo_eval.harness.folder import Request
@@ -25,6 +27,7 @@ from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.backbones.base import find_backbone
 from delo_llava.config import dump_config, load_config
 from delo_llava.data.collate import Batch
+from delo_llava.data.recipe import load_sequence
 from delo_llava.engines import signals
 from delo_llava.engines.ranks import Ranks
 from delo_llava.errors import DeloError
@@ -32,6 +35,7 @@ from delo_llava.methods.base import Capabilities, Prompt, Stage, TaskChoice
 from delo_llava.methods.individual import Individual
 from delo_llava.methods.lora import Lora
 from delo_llava.registry import load_plugin
+from delo_llava.runs.identity import base_facts, data_hashes
 from delo_llava.runs.store import RunStore
 
 TASKS = ("shapes", "words", "places")
@@ -146,7 +150,9 @@ def make_run(
     store, (backbone, path) = RunStore(folder), find_backbone(config.model)
     store.create()
     store.write_config(dump_config(config))
-    store.update_run(base={"sha256": "ab"}, data_hashes={"x": "y"}, versions={"torch": "2"})
+    sequence = load_sequence(config.task_seq, config.data.root)
+    facts = {"base": base_facts(store, path), "data_hashes": data_hashes(store, sequence)}
+    store.update_run(**facts, versions={"torch": "2"})
     built = kind(kind.Config(**config.methods[method]), config, backbone)
     for index, task in enumerate(TASKS[:stages]):
         torch.manual_seed(index)
@@ -196,7 +202,9 @@ def test_lora_has_all_cells_and_the_same_numbers_in_both_modes(lora_run: Path) -
     assert found["missing"]["effective"]["text"]["words"]["text_ratio"] == 1.0
     assert found["records"]["run"] == dict.fromkeys(TASKS, 9)
     assert found["trainable_parameters_per_task"] == {"shapes": 10, "words": 11, "places": 12}
-    assert found["start_weights"] == {"name": str(tiny_models.session("llava")), "sha256": "ab"}
+    base = json.loads((lora_run / "run.json").read_text())["base"]
+    assert found["start_weights"] == {"name": str(tiny_models.session("llava")), "sha256": base["sha256"]}
+    assert found["differs"] == found["changes"] == []
     assert found["seconds"]["train"] == [1.5] * 3 and all(found["seconds"]["eval"]) and found["world"] == 2
     assert (lora_run / "plots" / "heatmap.png").is_file()
 
@@ -369,6 +377,28 @@ def test_a_changed_adapter_and_an_untrained_stage_are_refused(tmp_path: Path, re
     with pytest.raises(DeloError, match="adapter_config.json"):
         evaluate_stage(folder, 0)
     assert not (folder / "results.json").exists()
+
+
+@pytest.mark.parametrize("what", ["base", "data_hashes"])
+def test_another_base_or_other_data_is_refused_or_written_elsewhere_and_marked(
+    lora_run: Path, tmp_path: Path, what: str
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(lora_run, run)
+    recorded = json.loads((run / "run.json").read_text())
+    changed = recorded[what] | ({"sha256": "ab"} if what == "base" else {TASKS[0]: {"test": "ab"}})
+    (run / "run.json").write_text(json.dumps(recorded | {what: changed}))
+    before = (run / "results.json").read_bytes()
+    with pytest.raises(
+        DeloError, match="base weights: the run" if what == "base" else f"data {TASKS[0]}.test"
+    ):
+        evaluate_stage(run, 0, request=Request(cache=False))
+    assert (run / "results.json").read_bytes() == before
+    found = evaluate_stage(run, 0, request=Request(output=tmp_path / "other"))
+    assert found is not None and len(found["differs"]) == 1
+    assert evaluate_stage(run, 0, request=Request(output=tmp_path / "other"))["differs"] == found["differs"]  # type: ignore[index]
+    with pytest.raises(DeloError, match="differs"):
+        compare([lora_run, tmp_path / "other"])
 
 
 def test_alone_without_a_process_group(lora_run: Path) -> None:
