@@ -403,7 +403,7 @@ def unmergeable(method: Method) -> DeloError:
         why = "every task has an adapter of its own, and the true task says which one answers"
         fix = "merge one task's adapter (adapters/<task>) with PEFT, or evaluate the run as it is"
     else:
-        why = "what it adds to a weight is another matrix for every sample, chosen from the sample itself"
+        why = "what it adds to a weight is another matrix for every sample or token, chosen from it"
         fix = (
             "keep the adapters beside their base (`delo_llava.register()`, then PEFT opens them), or train a "
             "method that can be merged, such as lora or dac"
