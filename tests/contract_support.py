@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "delo": {"pool_size": 4, "rank": 2, "latent": 4, "ridge_samples": 8},
     "moelora": {"experts": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
+    "dac": {"rank": 6, "latent": 8},
 }
 #: Presence of a task's records in turn.
 PRESENCE = ((True, True), (True, False), (False, True), (True, True))

@@ -1,13 +1,13 @@
 """Low-rank pairs beside frozen linears, which a method mixes: y = W₀x + s·Σ_a B_a (c_a ∘ A_a x).
 
 The coefficients c are what methods differ in: none (a sum of adapters), a mask or weights for each row,
-    decided once
-for a forward, or a router's output for each token. The update is never materialised, and a mask costs one
-product of the narrow tensor. A and B are modules of their own, which is what ZeRO-3 gathers and releases.
+decided once for a forward, or a router's output for each token. The update is never
+materialised, and a mask costs one product of the narrow tensor. A and B are modules of their own, which is
+what ZeRO-3 gathers and releases.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,12 @@ class LowRankLayer(CarriedLayer):
         mix: Mixer = self.carrier.mix or summed
         return y + mix(self, x).to(y.dtype)
 
+    def pair(self, name: str) -> tuple[Tensor, Tensor]:
+        """The weights of A, r×d_in, and of B, d_out×r; whole outside of engines only."""
+        a: Any = self.lowrank_A[name]
+        b: Any = self.lowrank_B[name]
+        return a.weight, b.weight
+
     def down(self, name: str, x: Tensor) -> Tensor:
         """A x, …×r, in fp32."""
         a: nn.Linear = self.lowrank_A[name]  # type: ignore[assignment]
@@ -108,7 +114,11 @@ Mixer = Callable[[LowRankLayer, Tensor], Tensor]
 
 def summed(layer: LowRankLayer, x: Tensor) -> Tensor:
     """Σ over the active adapters."""
-    names: Sequence[str] = layer.active_adapters
+    return sum_of(layer, layer.active_adapters, x)
+
+
+def sum_of(layer: LowRankLayer, names: Sequence[str], x: Tensor) -> Tensor:
+    """Σ over some adapters, in their order; at least one."""
     total = layer.up(names[0], layer.down(names[0], x))
     for name in names[1:]:
         total = total + layer.up(name, layer.down(name, x))
@@ -207,3 +217,26 @@ def mixed(model: Any, mix: Mixer | None, decider: Decide | None = None) -> Any:
     tuner = lowrank(model)
     tuner.carrier.mix, tuner.decider = mix, decider
     return model
+
+
+def accumulate(model: Any, names: Sequence[str], into: str) -> None:
+    """Put adapters together into one that adds what they add together: its rank is the sum of theirs.
+
+    Rows of A and columns of B are put side by side as they are (B is rescaled only where an adapter's alpha/r
+    differs from the first one's), so a linear costs two products however many adapters there were.
+    """
+    configs = [model.peft_config[name] for name in names]
+    rank, scale = sum(config.r for config in configs), configs[0].alpha / configs[0].r
+    with torch.random.fork_rng(devices=[]):  # weights are drawn, and written over
+        model.add_adapter(into, replace(configs[0], r=rank, alpha=scale * rank))
+    tuner = lowrank(model)
+    with torch.no_grad():
+        for layer in sum(tuner.layers(), start=list[LowRankLayer]()):
+            pairs = [layer.pair(name) for name in names]
+            scales = [layer.scale[name] / layer.scale[names[0]] for name in names]
+            a, b = layer.pair(into)
+            a.copy_(torch.cat([pair[0] for pair in pairs]))
+            b.copy_(torch.cat([f * pair[1] for f, pair in zip(scales, pairs, strict=True)], dim=1))
+    tuner.set_adapter([into], inference_mode=True)
+    for name in names:
+        model.delete_adapter(name)

@@ -26,10 +26,14 @@ def save_adapter(model: Any, name: str, folder: Path) -> None:
     if name not in model.peft_config:
         raise DeloError("There is no adapter of this name", given=name, allowed=list(model.peft_config))
     state = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    write_adapter(state, model.peft_config[name], folder)
+
+
+def write_adapter(tensors: Mapping[str, Tensor], config: Any, folder: Path) -> None:
+    """Write an adapter's whole tensors, under the names that PEFT gives them, and its configuration."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in state.items()}
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
-    config: Any = model.peft_config[name]
+    held = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    save_file(held, folder / TENSORS, metadata={"format": "pt"})
     trained, config.inference_mode = config.inference_mode, True
     config.save_pretrained(str(folder))
     config.inference_mode = trained

@@ -73,7 +73,8 @@ def keep_exact_on_cpu(model: nn.Module) -> None:
 def dequantise_(model: nn.Module) -> int:
     """Replace, in place, every 4-bit linear by an `nn.Linear` that holds the dequantised weight.
 
-    The result computes the same function (up to rounding of the products), and serves as its reference.
+    The result computes the same function (up to rounding of the products), serves as its reference, and is
+    saved as a plain model.
 
     Returns:
         how many were replaced.
@@ -90,6 +91,9 @@ def dequantise_(model: nn.Module) -> int:
             plain.bias = nn.Parameter(module.bias.data.to(weight.dtype), requires_grad=False)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, plain.train(module.training))
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
     return len(found)
 
 

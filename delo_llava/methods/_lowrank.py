@@ -99,12 +99,23 @@ class LowRankMethod(Method):
 
 
 def lowrank_config(
-    options: LowRankOptions, base: nn.Module, backbone: Backbone, run: RunConfig, multiple: int, outputs: int
+    options: LowRankOptions,
+    base: nn.Module,
+    backbone: Backbone,
+    run: RunConfig,
+    multiple: int,
+    outputs: int,
+    besides: int = 0,
+    each: int = 0,
 ) -> LowRankConfig:
-    """The configuration; a matched rank counts the routers too, and is rounded to a multiple."""
+    """The configuration; a matched rank counts the routers too, and is rounded to a multiple.
+
+    Args:
+        besides: further trainable parameters, whatever the rank; each: and for each of its units.
+    """
     if options.rank == "match":
         routers = outputs * sum(width for width, _ in adapted_linears(base, backbone).values())
-        rank = matched_rank(options.like, base, backbone, run, besides=routers)
+        rank = matched_rank(options.like, base, backbone, run, besides=besides + routers, each=each)
         rank = max(multiple, round(rank / multiple) * multiple)
     else:
         rank = options.rank

@@ -20,10 +20,12 @@ from pydantic import ConfigDict
 from torch import Tensor, nn
 
 from delo_llava.adapters.carrier import checkpoint_contexts
+from delo_llava.adapters.merging import adapter_updates
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples, Item, View
+from delo_llava.errors import DeloError
 from delo_llava.methods._groups import parameter_groups
 from delo_llava.schema import Worded
 from delo_llava.tasks import StagePlan as StagePlan
@@ -52,6 +54,8 @@ class Capabilities:
         isolated: what a stage trains answers for its own tasks alone, whatever is trained later.
         answers_as_trained: after a stage, the model that answers is the function that was trained; False
             where answers put the stages together in another way.
+        mergeable: what is trained adds the same matrix to a linear's weight for every sample and token, so it
+            can be folded into it (`Method.updates`).
         transductive: an answer may depend on the other samples of its batch (a paper's batch form, as an
             option).
         encoders: what frozen features come from besides the base's own tower and embeddings.
@@ -61,6 +65,7 @@ class Capabilities:
     needs_task: bool = False
     isolated: bool = False
     answers_as_trained: bool = True
+    mergeable: bool = False
     transductive: bool = False
     encoders: tuple[str, ...] = ()
 
@@ -355,6 +360,17 @@ class Method(ABC):
         (one per row).
         """
 
+    def updates(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+        """What is added to each adapted linear's weight, by its name in the base, d_out×d_in, float64: of a
+        model as `load` gives it, one after the other, for methods that say they are `mergeable`.
+
+        Raises:
+            DeloError: this method is not; why, and what to do instead.
+        """
+        if not self.capabilities.mergeable:
+            raise unmergeable(self)
+        return adapter_updates(model)
+
     def routing_use(self, model: nn.Module) -> dict[str, Any] | None:
         """What was routed in `answering` since the last call, each of which starts the count anew; None for
         methods that do not route, and when nothing was answered.
@@ -379,6 +395,20 @@ class Method(ABC):
 def overrides(method: Method, hook: str) -> bool:
     """Whether a method has a hook of its own: what it needs is gathered only then."""
     return getattr(type(method), hook) is not getattr(Method, hook)
+
+
+def unmergeable(method: Method) -> DeloError:
+    """Why a method's adapters cannot be folded into the base's weights, and what to do instead."""
+    if method.capabilities.needs_task:
+        why = "every task has an adapter of its own, and the true task says which one answers"
+        fix = "merge one task's adapter (adapters/<task>) with PEFT, or evaluate the run as it is"
+    else:
+        why = "what it adds to a weight is another matrix for every sample or token, chosen from it"
+        fix = (
+            "keep the adapters beside their base (`delo_llava.register()`, then PEFT opens them), or train a "
+            "method that can be merged, such as lora or dac"
+        )
+    return DeloError(f"`{method.run.method}` cannot be merged: {why}.", given=method.run.method, fix=fix)
 
 
 def answer_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

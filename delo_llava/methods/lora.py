@@ -16,7 +16,7 @@ from delo_llava.methods.base import Capabilities, Past, Prompt, Stage
 class Lora(LoraMethod):
     """Sequential LoRA: stage t goes on from the adapter of stage t-1; nothing is told the task."""
 
-    capabilities = Capabilities()
+    capabilities = Capabilities(mergeable=True)
 
     def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
         if not stage.past:

@@ -6,15 +6,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from delo_llava.errors import DeloError
-from delo_llava.files import fsync, remove_drafts, sha256_file, write_json_atomic, write_text_atomic
-from delo_llava.runs.manifest import MANIFEST, manifest_faults, write_manifest
+from delo_llava.files import remove_drafts, sha256_file, write_json_atomic, write_text_atomic
+from delo_llava.runs.manifest import MANIFEST
+from delo_llava.runs.publish import RESTORE, published, verify
 from delo_llava.strict import read_json, read_tensors
 
 #: Parts of names of tensors that start at zero: if all of them are still zero, nothing was trained.
-ZERO_AT_START = ("lora_B", "delo_B")
+ZERO_AT_START = ("lora_B", "delo_B", "lowrank_B")
 
 
 class RunStore:
@@ -110,28 +109,12 @@ class RunStore:
             DeloError: an adapter of that name exists, the tensors are empty, unchanged or not finite, or the
                 disk does not take them.
         """
-        target, draft = self.adapter(task), self.adapters / f".draft-{task}"
+        target = self.adapter(task)
         if target.exists():
             raise DeloError("This adapter is already published and is never rewritten", given=target)
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        try:
+        fix = "make room or rights there; the same command goes on after the last finished stage"
+        with published(target, f"The adapter of {task}", check_tensors, fix) as draft:
             yield draft
-            check_tensors(draft)
-            write_manifest(draft)
-            for folder in [draft, *(p for p in draft.rglob("*") if p.is_dir())]:
-                fsync(folder)
-            draft.replace(target)
-        except (OSError, SafetensorError) as error:
-            raise DeloError(
-                f"The adapter of {task} cannot be written: {error}",
-                given=f"{target} ({shutil.disk_usage(self.adapters).free >> 20} MiB free)",
-                fix="make room or rights there; the same command goes on after the last finished stage",
-            ) from error
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-        fsync(self.adapters)
-        verify(target)
         self.update_stage(task, manifest=sha256_file(target / MANIFEST))
 
     def finished(self, task: str) -> bool:
@@ -153,24 +136,7 @@ class RunStore:
             folder = verify(self.adapter(task))
             recorded = self.stage(task).get("manifest")
             if recorded is not None and recorded != sha256_file(folder / MANIFEST):
-                raise DeloError("An adapter was rewritten after it was published", given=folder, fix=_RESTORE)
-
-
-_RESTORE = "put the published files back, or remove this folder to train that stage again"
-
-
-def verify(folder: Path) -> Path:
-    """`folder`, if its files are those of its manifest.
-
-    Raises:
-        DeloError: naming each file that is missing, foreign or different.
-    """
-    faults = manifest_faults(folder)
-    if faults:
-        raise DeloError(
-            f"A published folder is not what was written: {'; '.join(faults)}", given=folder, fix=_RESTORE
-        )
-    return folder
+                raise DeloError("An adapter was rewritten after it was published", given=folder, fix=RESTORE)
 
 
 def check_tensors(folder: Path) -> None:

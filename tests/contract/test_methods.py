@@ -10,12 +10,14 @@ import torch
 import training_support as support
 from contract_support import TASKS, Bench, Story, hashes, items, recipe, records, story
 from safetensors.torch import load_file
+from transformers import AutoModelForImageTextToText
 
 from delo_llava.adapters.own import TENSORS
 from delo_llava.config import load_config
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method, Stage
 from delo_llava.registry import load_plugin, plugin_names
+from delo_llava.runs.export import merge
 from delo_llava.runs.job import make_job
 
 METHODS = plugin_names("method")
@@ -189,6 +191,31 @@ def test_a_choice_is_per_sample_and_among_trained_tasks(name: str, views: Any) -
             alone = told.bench.batch([item], generation=True)
             single = told.bench.method.choose(model, alone, views)
             assert single is not None and torch.allclose(single.scores[0], choice.scores[row], atol=1e-5)
+
+
+@pytest.mark.support("merge")
+@pytest.mark.parametrize("quant", ["none", "nf4"])
+@every_method
+def test_the_merged_model_answers_as_the_unmerged_one(name: str, quant: str, tmp_path: Path) -> None:
+    """From a plain folder, by transformers alone; a method that cannot be merged says why."""
+    told = story(name, "llava", quant)
+    method, past = told.bench.method, told.past(len(told.stages))
+    if not method.capabilities.mergeable:
+        with pytest.raises(DeloError, match="cannot be merged") as refusal:
+            merge(method, told.bench.path, past, torch.float32, "trained", "cpu")
+        pytest.skip(refusal.value.message)
+    if not told.stages:
+        pytest.skip("it has no stage")
+    merged = merge(method, told.bench.path, past, torch.float32, "trained", "cpu")
+    merged.model.save_pretrained(tmp_path)
+    stock = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert not [n for n, m in stock.named_modules() if type(m).__module__.startswith(("delo_llava", "peft"))]
+    unmerged, inputs = told.bench.loaded(past), told.bench.batch(MIXED).inputs
+    with torch.no_grad():
+        found, base = (model(**inputs).logits for model in (stock, told.bench.base()))
+    expected = told.bench.logits(unmerged, MIXED)
+    assert torch.allclose(found, expected, atol=1e-4)
+    assert (base - expected).abs().max() > 1e-2, "and it is not the base"
 
 
 # ---- size ----

@@ -11,7 +11,15 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from delo_llava.adapters.carrier import routing
-from delo_llava.adapters.lowrank import LowRankConfig, LowRankLayer, RowPlan, inject, mixed, summed
+from delo_llava.adapters.lowrank import (
+    LowRankConfig,
+    LowRankLayer,
+    RowPlan,
+    accumulate,
+    inject,
+    mixed,
+    summed,
+)
 from delo_llava.adapters.store import open_adapters, save_adapter
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
@@ -200,3 +208,21 @@ def test_dropout_is_the_configurations() -> None:
 def test_a_rank_of_nothing_is_refused() -> None:
     with pytest.raises(DeloError, match="at least 1"):
         config(r=0)
+
+
+def test_adapters_put_together_add_what_they_add_apart() -> None:
+    """Of different ranks and scales; the caller's random numbers stay as they were."""
+    model = inject(base(), config(), "one")
+    model.add_adapter("two", config(r=3, alpha=1.0))
+    model.add_adapter("new", config())
+    live(model)
+    activate(model, ["one", "two"], train=[])
+    inputs, _ = batch(model, ROWS)
+    with torch.no_grad():
+        apart = model(**inputs).logits
+        before = torch.get_rng_state()
+        accumulate(model, ["one", "two"], "both")
+        assert torch.equal(before, torch.get_rng_state())
+        activate(model, ["both"], train=[])
+        assert torch.allclose(apart, model(**inputs).logits, atol=1e-5)
+    assert set(model.peft_config) == {"new", "both"} and model.peft_config["both"].r == R + 3

@@ -197,7 +197,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pyt
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("delo_llava.runs.store.write_manifest", full)
+    monkeypatch.setattr("delo_llava.runs.publish.write_manifest", full)
     with pytest.raises(DeloError, match="No space left") as fault, store.publish("one") as folder:
         save_file({"a.delo_B": torch.ones(2)}, folder / "adapter_model.safetensors")
     assert "MiB free" in str(fault.value) and "same command" in str(fault.value)
