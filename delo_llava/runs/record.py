@@ -4,7 +4,7 @@ import hashlib
 import importlib.util
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -37,6 +37,8 @@ FREE = (
 #: Packages of this project whose source decides what is computed.
 SOURCES = ("delo_llava", "delo_eval")
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
+#: Files of an encoder's folder that decide its features: weights, tokenizer, how images are prepared.
+ENCODER_FILES = ("*.safetensors", "*.json", "merges.txt")
 
 
 def open_run(store: RunStore, job: Job) -> None:
@@ -46,7 +48,11 @@ def open_run(store: RunStore, job: Job) -> None:
         DeloError: the configuration, the data or the base differs from the run's; every difference is named.
     """
     config, sequence = job.config, job.sequence
-    facts = {"data_hashes": data_hashes(store, sequence), "base": base_facts(store, job.base)}
+    facts = {
+        "data_hashes": data_hashes(store, sequence),
+        "base": base_facts(store, job.base),
+        "encoders": encoder_hashes(store, job.method.capabilities.encoders),
+    }
     known = store.read_run()
     if known:
         refuse_differences(store, config, facts, known)
@@ -92,6 +98,9 @@ def refuse_differences(
     before, now = known.get("base", {}).get("sha256"), facts["base"]["sha256"]
     if before != now:
         lines.append(f"  base weights: the run has {before}, {facts['base']['path']} is {now}")
+    encoders = sorted(known.get("encoders", {}).values()), sorted(facts["encoders"].values())
+    if encoders[0] != encoders[1]:
+        lines.append(f"  encoders: the run has {encoders[0]}, given {encoders[1]}")
     if lines:
         raise DeloError(
             "\n".join(["This folder holds a run made of something else:", *lines]),
@@ -139,6 +148,20 @@ def base_facts(store: RunStore, model_path: str, *, keep: bool = True) -> dict[s
     return {"path": model_path, "sha256": found}
 
 
+def encoder_files(folder: str) -> set[Path]:
+    """The files that decide an encoder's features."""
+    return {file for pattern in ENCODER_FILES for file in Path(folder).glob(pattern)}
+
+
+def encoder_hashes(store: RunStore, folders: Iterable[str], *, keep: bool = True) -> dict[str, str]:
+    """One sha256 over the files that decide an encoder's features, by its folder."""
+    cache = HashCache(store.logs / "hashes.json")
+    found = {folder: combined_hash(cache, encoder_files(folder)) for folder in folders}
+    if keep:
+        cache.save()
+    return found
+
+
 def versions() -> dict[str, str | None]:
     """Versions of Python, of what decides numbers, and of this project with its commit."""
     found: dict[str, str | None] = {
@@ -169,6 +192,10 @@ def data_facts(store: RunStore, job: Job) -> dict[str, Any]:
     return {
         **{f"data {key}": value for key, value in flat(data_hashes(store, job.sequence, keep=False)).items()},
         "base weights": base_facts(store, job.base, keep=False)["sha256"],
+        **{
+            f"encoder {folder}": sha
+            for folder, sha in encoder_hashes(store, job.method.capabilities.encoders, keep=False).items()
+        },
     }
 
 

@@ -24,6 +24,7 @@ def run_facts(run: RunFolder) -> dict[str, Any]:
         "scorer_ids": {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks},
         "world": worlds[-1] if worlds else None,
         "start_weights": {"name": run.config.model, "sha256": recorded.get("base", {}).get("sha256")},
+        "encoders": recorded.get("encoders", {}),
         "data_hashes": recorded.get("data_hashes"),
         "versions": recorded.get("versions"),
         "trainable_parameters_per_task": _recorded(stages, "trainable_parameters"),
