@@ -34,6 +34,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "hide": {"rank": 4},
     "moelora": {"experts": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
+    "smolora": {"rank": 8, "experts": 2},
 }
 #: Presence of a task's records in turn.
 PRESENCE = ((True, True), (True, False), (False, True), (True, True))

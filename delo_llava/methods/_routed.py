@@ -8,17 +8,18 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from delo_llava.adapters.carrier import find_carrier, routing
+from delo_llava.adapters.carrier import find_carrier, frozen_queries, routing
 from delo_llava.adapters.lowrank import LowRankConfig
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
 from delo_llava.features.encoder import Encoder
 from delo_llava.features.inputs import RouteInputs
+from delo_llava.features.task_keys import TaskKeyMemory
 from delo_llava.methods._linears import Linears, narrowed, placed
 from delo_llava.methods._lowrank import LowRankMethod, LowRankOptions
 from delo_llava.methods._size import stage_parameters
-from delo_llava.methods.base import Prompt, answer_loss_sum
+from delo_llava.methods.base import Passes, Prompt, Reduce, answer_loss_sum
 from delo_llava.schema import UserPath
 
 
@@ -81,6 +82,17 @@ class RoutedMethod(LowRankMethod):
         """What routing must know of a batch; `options` as for `RouteInputs.from_batch`."""
         queries = None if self.encoder is None else self.encoder.queries(batch)
         return RouteInputs.from_batch(batch, queries=queries, **options)
+
+    def anchor(
+        self, memory: TaskKeyMemory, task: str, model: nn.Module, passes: Passes, reduce: Reduce
+    ) -> None:
+        """Make a task's anchors, the means of its samples' queries: one pass over its examples, towers
+        only.
+        """
+        for batch in passes.all():
+            queries = frozen_queries(model, self.inputs(batch), batch.inputs)
+            memory.observe(task, queries, batch.presence)
+        memory.settle(task, reduce)
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None

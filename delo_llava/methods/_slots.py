@@ -15,7 +15,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from delo_llava.adapters.carrier import frozen_queries
 from delo_llava.adapters.lowrank import LowRankLayer, RowPlan, mixed
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
@@ -52,11 +51,7 @@ class SlotMethod(RoutedMethod):
     loss_sums = LowRankMethod.loss_sums
 
     def finish(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
-        """Make the task's anchors."""
-        for batch in passes.all():
-            queries = frozen_queries(model, self.inputs(batch), batch.inputs)
-            self._anchors.observe(self._task, queries, batch.presence)
-        self._anchors.settle(self._task, reduce)
+        self.anchor(self._anchors, self._task, model, passes, reduce)
 
     def save(self, model: Any, stage: Stage, folder: Path) -> None:
         super().save(model, stage, folder)
