@@ -30,9 +30,12 @@ from delo_llava.training.fit import Kit, fit, seed_everything
 #: Options of methods whose defaults are too wide for a tiny model.
 SMALL: dict[str, dict[str, Any]] = {
     "delo": {"pool_size": 4, "rank": 2, "latent": 4, "ridge_samples": 8},
+    "disco": {"rank": 4},
+    "hide": {"rank": 4},
     "moelora": {"experts": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
     "dac": {"rank": 6, "latent": 8},
+    "smolora": {"rank": 8, "experts": 2},
 }
 #: Presence of a task's records in turn.
 PRESENCE = ((True, True), (True, False), (False, True), (True, True))

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    CLIPConfig,
+    CLIPModel,
     CLIPVisionConfig,
     LlamaConfig,
     LlamaTokenizer,
@@ -111,6 +113,34 @@ BUILDERS = {"llava": tiny_llava, "qwen2_vl": tiny_qwen2_vl, "qwen2_5_vl": tiny_q
 def session(kind: str) -> Path:
     """The folder of `kind` (a key of `BUILDERS`), built once per test process. Treat it as read-only."""
     return BUILDERS[kind](Path(mkdtemp(prefix=f"tiny_{kind}_")))
+
+
+def tiny_clip(folder: Path) -> Path:
+    """Save a CLIP (32 px, a joint space of 48, 24 text tokens) and return `folder`."""
+    tokenizer = _llama_tokenizer()
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 24, **_special_ids(tokenizer),
+    }  # fmt: skip
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "image_size": 32, "patch_size": 16,
+    }  # fmt: skip
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=48)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+    image = {"image_processor_type": "CLIPImageProcessor", **size, **CLIP_STATS}
+    (folder / "preprocessor_config.json").write_text(json.dumps(image))
+    return folder
+
+
+@cache
+def session_clip() -> Path:
+    """The folder of the CLIP, built once per test process. Treat it as read-only."""
+    return tiny_clip(Path(mkdtemp(prefix="tiny_clip_")))
 
 
 def _tiny_qwen(

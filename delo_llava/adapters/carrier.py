@@ -191,11 +191,14 @@ class Carrier:
         """Images reach the projector: its frozen output gives the image queries, and so the decision."""
         if self.suspended or not self.stack or not self.enabled():
             return
-        with torch.no_grad(), self.frozen():
-            features = module.forward(*args, **kwargs)
         route = self.stack[-1]
+        features = None
+        if self.dummy or route.inputs.queries is None:
+            with torch.no_grad(), self.frozen():
+                features = module.forward(*args, **kwargs)
         inputs, queries = route.inputs, self.queries(route.inputs, None if self.dummy else features)
         if self.dummy:
+            assert features is not None
             whose = torch.zeros(1, dtype=torch.int64, device=features.device)
             inputs = replace(inputs, image_rows=whose, image_tokens=whose + features.shape[:-1].numel())
         route.plan = self.decide(inputs, queries)
@@ -204,12 +207,14 @@ class Carrier:
     # ---- frozen features
     def queries(self, inputs: RouteInputs, features: Tensor | None) -> Queries:
         """Frozen queries of a batch; `features` is the frozen projector's output, packed or N×T×d, or None
-        without images.
+        without images. An encoder's queries, where the inputs bring them, are taken as they are.
 
         Raises:
             DeloError: when images and features disagree, or a row's image is said to be present and none is
                 given.
         """
+        if inputs.queries is not None:
+            return inputs.queries
         with torch.no_grad():
             embed: nn.Module = self.model.get_input_embeddings()
             text, instruction = (
@@ -287,7 +292,7 @@ def frozen_queries(model: nn.Module, inputs: RouteInputs, model_inputs: Mapping[
     """
     carrier = carrier_of(model)
     features = None
-    if len(inputs.image_rows):
+    if len(inputs.image_rows) and inputs.queries is None:
         visual = {k: model_inputs[k] for k in ("pixel_values", "image_grid_thw") if k in model_inputs}
         with torch.no_grad(), carrier.frozen():
             features = torch.cat(list(carrier.model.get_image_features(**visual).pooler_output))

@@ -33,12 +33,15 @@ class LowRankConfig(LinearsConfig):
         alpha: the update is scaled by alpha / r.
         dropout: on the adapter's input, while training.
         outputs: of a linear router beside every pair (d_in → outputs, without bias); 0: none.
+        heads: further linear maps beside every pair, without bias: name -> (inputs, outputs), where the
+            inputs are a number or those (`in`) or the outputs (`out`) of the linear that is adapted.
     """
 
     r: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
     outputs: int = 0
+    heads: dict[str, list[int | str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,9 +51,9 @@ class LowRankConfig(LinearsConfig):
 
 
 class LowRankLayer(CarriedLayer):
-    """A frozen linear with one pair (and perhaps a router) per adapter."""
+    """A frozen linear with one pair (and perhaps a router and further maps) per adapter."""
 
-    adapter_layer_names = ("lowrank_A", "lowrank_B", "lowrank_R")
+    adapter_layer_names = ("lowrank_A", "lowrank_B", "lowrank_R", "lowrank_H")
     other_param_names = ("scale",)
 
     def __init__(self, *given: Any) -> None:
@@ -59,6 +62,7 @@ class LowRankLayer(CarriedLayer):
         self.scale: dict[str, float] = {}
         self.dropout: nn.Module = nn.Identity()
         self.lowrank_A, self.lowrank_B, self.lowrank_R = nn.ModuleDict(), nn.ModuleDict(), nn.ModuleDict()
+        self.lowrank_H = nn.ModuleDict()
 
     def update_layer(self, name: str, config: LowRankConfig) -> None:
         """Add the pair of adapter `name`: A Kaiming-uniform (a = √5) as LoRA's, B = 0, fp32, drawn on the CPU
@@ -74,6 +78,14 @@ class LowRankLayer(CarriedLayer):
         self.lowrank_A[name], self.lowrank_B[name] = a, b
         if config.outputs:
             self.lowrank_R[name] = nn.Linear(self.in_features, config.outputs, bias=False, device="cpu")
+        if config.heads:
+            widths = {"in": self.in_features, "out": self.out_features}
+            self.lowrank_H[name] = nn.ModuleDict(
+                {
+                    head: nn.Linear(int(widths.get(str(i), i)), int(o), bias=False, device="cpu")
+                    for head, (i, o) in config.heads.items()
+                }
+            )
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters)
 
@@ -107,6 +119,12 @@ class LowRankLayer(CarriedLayer):
         found: Tensor = self.lowrank_R[name](x.to(torch.float32))
         return found
 
+    def head(self, name: str, head: str, x: Tensor) -> Tensor:
+        """What one of the further maps of an adapter makes of `x`, in fp32."""
+        maps: Any = self.lowrank_H[name]
+        found: Tensor = maps[head](x.to(torch.float32))
+        return found
+
 
 #: What a layer adds to its base's output, from its input.
 Mixer = Callable[[LowRankLayer, Tensor], Tensor]
@@ -132,11 +150,12 @@ class RowPlan:
     Attributes:
         values: by a name that the mixer knows (an adapter's, a layer's), R×k.
         inputs: what is known of the batch, for the projector, whose rows are images.
+        extra: what layers decide themselves and keep for a `generate`, by their names.
     """
 
     values: Mapping[str, Tensor]
     inputs: RouteInputs
-    extra: Mapping[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def rows(self) -> int:
@@ -152,13 +171,17 @@ class RowPlan:
         """Coefficients shaped to multiply a tensor of the layer's tokens: R×1×k, or k for each packed
         token.
         """
-        value = self.values[name]
-        if not layer.projector:
-            return value.unsqueeze(1)
-        images = value.index_select(0, self.inputs.image_rows)
+        return self.spread(self.of(layer, self.values[name]), x)
+
+    def of(self, layer: LowRankLayer, value: Tensor) -> Tensor:
+        """A value of the rows (R×k) for what a layer has as rows: in the projector, these are images."""
+        return value.index_select(0, self.inputs.image_rows) if layer.projector else value
+
+    def spread(self, value: Tensor, x: Tensor) -> Tensor:
+        """A value of a layer's own rows (n×k) shaped to multiply a tensor of its tokens."""
         if x.dim() == 3:
-            return images.unsqueeze(1)
-        return images.repeat_interleave(self.inputs.image_tokens, dim=0)
+            return value.unsqueeze(1)
+        return value.repeat_interleave(self.inputs.image_tokens, dim=0)
 
 
 class LowRankModel(CarriedTuner):

@@ -70,6 +70,7 @@ class Batch:
         answers: reference answers.
         views: some rows once more, shown in another way, by the view's name.
         filler: no record of this batch could be used; it keeps the ranks in step and trains nothing.
+        items: what the rows were made of, for features from outside the base.
     """
 
     inputs: dict[str, Tensor]
@@ -83,6 +84,7 @@ class Batch:
     answers: list[str]
     views: Mapping[str, "BatchView"] = field(default_factory=dict)
     filler: bool = False
+    items: Sequence[Item] = ()
 
     def __len__(self) -> int:
         return len(self.record_ids)
@@ -237,6 +239,7 @@ class Collator:
             record_ids=[record.id for record in records],
             tasks=[record.task for record in records],
             answers=[record.answer for record in records],
+            items=items,
         )
 
     def _image(self, record: Record, present: bool) -> EncodedImage | None:

@@ -26,6 +26,7 @@ class RouteInputs:
         tasks: one task for all rows, or one per row, or None for the active adapter.
         choose: picks the tasks from frozen queries instead; used when `tasks` is None.
         expand: beams per row, for `generate`, which repeats rows.
+        queries: an encoder's, which stand in for those from the base's own features.
     """
 
     input_ids: Tensor
@@ -36,6 +37,7 @@ class RouteInputs:
     tasks: str | Sequence[str] | None = None
     choose: Chooser | None = None
     expand: int = 1
+    queries: Queries | None = None
 
     def __post_init__(self) -> None:
         rows = len(self.input_ids)
@@ -58,7 +60,7 @@ class RouteInputs:
 
     @classmethod
     def from_batch(cls, batch: Any, **options: Any) -> "RouteInputs":
-        """From a collated batch; `options` are `tasks`, `choose` and `expand`."""
+        """From a collated batch; `options` are `tasks`, `choose`, `expand` and `queries`."""
         fields = ("segments", "presence", "image_rows", "image_tokens")
         return cls(batch.inputs["input_ids"], *(getattr(batch, name) for name in fields), **options)
 

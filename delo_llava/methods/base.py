@@ -58,7 +58,8 @@ class Capabilities:
             can be folded into it (`Method.updates`).
         transductive: an answer may depend on the other samples of its batch (a paper's batch form, as an
             option).
-        encoders: what frozen features come from besides the base's own tower and embeddings.
+        encoders: folders of the models that frozen features come from in place of the base's own tower and
+            embeddings.
     """
 
     chooses_task: bool = False

@@ -3,7 +3,7 @@
 Training refuses to go on with others, evaluation to put numbers of others among a run's own.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from delo_llava.tasks import TaskSequence
 #: Files that decide what the network computes; what else decides an answer: tokenizer, processor, template.
 WEIGHTS = ("*.safetensors", "*.bin", "config.json")
 BESIDE = ("*.json", "*.model", "*.txt", "*.jinja")
+#: Files of an encoder's folder that decide its features: weights, tokenizer, how images are prepared.
+ENCODER_FILES = ("*.safetensors", "*.json", "merges.txt")
 #: The splits that a task may have; its other files are those that are joined to them.
 SPLITS = ("train", "val", "test")
 
@@ -58,6 +60,20 @@ def base_facts(store: RunStore, model_path: str, *, keep: bool = True) -> dict[s
     return found
 
 
+def encoder_files(folder: str) -> set[Path]:
+    """The files that decide an encoder's features."""
+    return {file for pattern in ENCODER_FILES for file in Path(folder).glob(pattern)}
+
+
+def encoder_hashes(store: RunStore, folders: Iterable[str], *, keep: bool = True) -> dict[str, str]:
+    """One sha256 over the files that decide an encoder's features, by its folder."""
+    cache = HashCache(store.logs / "hashes.json")
+    found = {folder: combined_hash(cache, encoder_files(folder)) for folder in folders}
+    if keep:
+        cache.save()
+    return found
+
+
 def base_differences(recorded: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """How a base differs from the recorded one, a line each; what an older run did not record is not
     compared.
@@ -95,6 +111,12 @@ def data_differences(
         for key in sorted((known.keys() | now.keys()) - left_out)
         if known.get(key) != now.get(key)
     ]
+
+
+def encoder_differences(recorded: Mapping[str, str], found: Mapping[str, str]) -> list[str]:
+    """Whether other encoders are given than were; their folders may have moved."""
+    before, now = sorted(recorded.values()), sorted(found.values())
+    return [] if before == now else [f"encoders: the run has {before}, given {now}"]
 
 
 def _revision(model: str) -> str | None:

@@ -17,7 +17,14 @@ from delo_llava import __version__
 from delo_llava.config import RunConfig, dump_config, with_methods
 from delo_llava.errors import DeloError
 from delo_llava.registry import plugin_folders, plugin_names
-from delo_llava.runs.identity import base_differences, base_facts, data_differences, data_hashes
+from delo_llava.runs.identity import (
+    base_differences,
+    base_facts,
+    data_differences,
+    data_hashes,
+    encoder_differences,
+    encoder_hashes,
+)
 from delo_llava.runs.job import Job
 from delo_llava.runs.store import RunStore
 from delo_llava.schema import flat, merged, read_yaml
@@ -57,7 +64,11 @@ def open_run(store: RunStore, job: Job) -> None:
         DeloError: what was used differs from the run's; every difference is named.
     """
     config, sequence = job.config, job.sequence
-    facts = {"data_hashes": data_hashes(store, sequence), "base": base_facts(store, job.base)}
+    facts = {
+        "data_hashes": data_hashes(store, sequence),
+        "base": base_facts(store, job.base),
+        "encoders": encoder_hashes(store, job.method.capabilities.encoders),
+    }
     known = store.read_run()
     begun = [plan for plan in job.plans if store.begun(plan.name)]
     changes = []
@@ -111,6 +122,7 @@ def _changes(
     later = set(job.sequence.names) - used
     lines += [f"  {line}" for line in data_differences(recorded, found, (set(recorded) | used) - later)]
     lines += [f"  {line}" for line in base_differences(known.get("base", {}), facts["base"])]
+    lines += [f"  {line}" for line in encoder_differences(known.get("encoders", {}), facts["encoders"])]
     if lines:
         raise DeloError(
             "\n".join(["This folder holds a run made of something else:", *lines]),
@@ -183,6 +195,10 @@ def data_facts(store: RunStore, job: Job) -> dict[str, Any]:
     return {
         **{f"data {key}": value for key, value in flat(data_hashes(store, job.sequence, keep=False)).items()},
         "base weights": base_facts(store, job.base, keep=False)["sha256"],
+        **{
+            f"encoder {folder}": sha
+            for folder, sha in encoder_hashes(store, job.method.capabilities.encoders, keep=False).items()
+        },
     }
 
 

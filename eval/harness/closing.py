@@ -21,6 +21,7 @@ from delo_eval.report.render import try_report
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.config import RunConfig
 from delo_llava.methods.base import Method
+from delo_llava.runs.identity import encoder_files
 
 
 def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Questions) -> None:
@@ -90,7 +91,11 @@ def close_stage(
         write_receipt(
             run, stage, results,
             plugins=run.plugins,
-            read={*stored.hashes.seen, *(file for cell in cells for file in _files(run, cell))},
+            read={
+                *stored.hashes.seen,
+                *(file for cell in cells for file in _files(run, cell)),
+                *(file for folder in run.method.capabilities.encoders for file in encoder_files(folder)),
+            },
             written=written, answers=count,
         )  # fmt: skip
     try_report(run.store.root, run.output)

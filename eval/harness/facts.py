@@ -25,6 +25,7 @@ def run_facts(run: RunFolder) -> dict[str, Any]:
         "world": worlds[-1] if worlds else None,
         "changes": recorded.get("changes", []),
         "start_weights": {"name": run.config.model, "sha256": recorded.get("base", {}).get("sha256")},
+        "encoders": recorded.get("encoders", {}),
         "data_hashes": recorded.get("data_hashes"),
         "versions": recorded.get("versions"),
         "trainable_parameters_per_task": _recorded(stages, "trainable_parameters"),

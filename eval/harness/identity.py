@@ -6,16 +6,25 @@ from dataclasses import replace
 
 from delo_eval.harness.model import StoredRun
 from delo_llava.errors import DeloError
-from delo_llava.runs.identity import base_differences, base_facts, data_differences, data_hashes
+from delo_llava.runs.identity import (
+    base_differences,
+    base_facts,
+    data_differences,
+    data_hashes,
+    encoder_differences,
+    encoder_hashes,
+)
 
 
 def differences(run: StoredRun, tasks: Collection[str]) -> list[str]:
-    """How base and evaluated files of some tasks differ from what run.json recorded, a line each; files of
-    other splits are not looked at, as they may not be on this machine.
+    """How base, encoders and evaluated files of some tasks differ from what run.json recorded, a line each;
+    files of other splits are not looked at, as they may not be on this machine.
     """
     recorded, split = run.store.read_run(), run.config.eval.split
     keep = os.access(run.store.logs, os.W_OK)
     lines = base_differences(recorded.get("base", {}), base_facts(run.store, run.model_path, keep=keep))
+    encoders = encoder_hashes(run.store, run.method.capabilities.encoders, keep=keep)
+    lines += encoder_differences(recorded.get("encoders", {}), encoders)
     if "data_hashes" not in recorded:
         return lines
     asked = tuple(

@@ -19,11 +19,12 @@ from delo_llava.adapters.own import TENSORS
 from delo_llava.backbones.base import adapted_linears
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
+from delo_llava.methods._linears import narrowed
 from delo_llava.methods.base import Past, Stage
 from delo_llava.methods.delo.config import trainable_parameter_count
 from delo_llava.methods.delo.layer import DeloLayer
 from delo_llava.methods.delo.method import Delo
-from delo_llava.methods.delo.options import DeloOptions, narrowed, trainable_parameters
+from delo_llava.methods.delo.options import DeloOptions, trainable_parameters
 from delo_llava.methods.delo.tuner import tuner
 
 ROWS = [COMPLETE, NO_IMAGE, NO_TEXT, COMPLETE]

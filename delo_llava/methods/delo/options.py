@@ -1,6 +1,5 @@
 """The options of DeLo, what of them excludes what, and the adapter that they make of a base."""
 
-import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -8,16 +7,9 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from delo_llava.backbones.base import Backbone, adapted_linears
-from delo_llava.errors import DeloError
+from delo_llava.methods._linears import Linears, narrowed, placed
 from delo_llava.methods.base import MethodConfig
 from delo_llava.methods.delo.config import DeloConfig, trainable_parameter_count
-
-#: `linears` -> what the name of a linear must hold besides the family's own pattern.
-NARROWER = {
-    "all": "",
-    "attention": r"(?=.*\.(?:self_attn|self_attention|attention|attn)\.[^.]+$)",
-    "qkv": r"(?=.*\.(?:[qkv]|qkv)_proj$)",
-}
 
 
 class DeloOptions(MethodConfig):
@@ -30,8 +22,8 @@ class DeloOptions(MethodConfig):
             drawn from N(0, 1) is too large a step (trap T13).
         latent: width of the router's shared down-projection of a query.
         scope: `own` applies a modality's update to that modality's tokens, `all` to every token.
-        linears: which linears of the language layers have experts: `all`, those of `attention`, or its `qkv`
-            as in the release.
+        linears: which linears of the language layers have experts: `all`, those of `attention`, its `qkv` as
+            in the release, or those of the `mlp`.
         projector: whether the projector's linears have experts, too.
         pools: `modality` gives each modality a pool of its own; `shared` lets both choose from one pool, each
             with its own selectors (half the pools: twice the pool_size compares at about equal size).
@@ -59,7 +51,7 @@ class DeloOptions(MethodConfig):
     alpha_over_rank: float = Field(2.0, gt=0)
     latent: int = Field(64, ge=1)
     scope: Literal["own", "all"] = "own"
-    linears: Literal["all", "attention", "qkv"] = "all"
+    linears: Linears = "all"
     projector: bool = True
     pools: Literal["modality", "shared"] = "modality"
     task: Literal["chosen", "oracle", "shared"] = "chosen"
@@ -108,9 +100,10 @@ def adapter_config(options: DeloOptions, base: nn.Module, backbone: Backbone) ->
     """The PEFT configuration for the language and projector linears of `base` that the options name.
 
     Raises:
-        DeloError: this family has no linears of that kind.
+        DeloError: this family has no language linears of that kind.
     """
-    config = DeloConfig(
+    placed(adapted_linears(base, backbone), backbone, options.linears, options.projector)
+    return DeloConfig(
         r=options.rank, pool_size=options.pool_size, alpha=options.alpha_over_rank * options.rank,
         scope=options.scope, pools=options.pools,
         gate=options.gate, temperature=options.temperature, conditional=options.conditional,
@@ -119,22 +112,9 @@ def adapter_config(options: DeloOptions, base: nn.Module, backbone: Backbone) ->
         projector_modules=backbone.projector_pattern if options.projector else None,
         projector=backbone.projector_name, hidden_size=backbone.hidden_size(base),
     )  # fmt: skip
-    names = [n for n in adapted_linears(base, backbone) if not re.fullmatch(backbone.projector_pattern, n)]
-    if not any(map(config.is_target, names)):
-        raise DeloError(
-            "This family has no language linears of this kind", given=f"linears={options.linears}",
-            allowed=names[:8], fix="use --delo.linears=all",
-        )  # fmt: skip
-    return config
-
-
-def narrowed(pattern: str, linears: str) -> str:
-    """A family's full-match regex of language linears, for some of them only."""
-    return f"{NARROWER[linears]}(?:{pattern})" if NARROWER[linears] else pattern
 
 
 def trainable_parameters(options: DeloOptions, base: nn.Module, backbone: Backbone) -> int:
     """Trainable parameters of one task; the LoRA baselines are matched to it."""
-    config = adapter_config(options, base, backbone)
-    linears = {n: widths for n, widths in adapted_linears(base, backbone).items() if config.is_target(n)}
-    return trainable_parameter_count(config, linears)
+    linears = placed(adapted_linears(base, backbone), backbone, options.linears, options.projector)
+    return trainable_parameter_count(adapter_config(options, base, backbone), linears)
