@@ -32,6 +32,9 @@ SMALL: dict[str, dict[str, Any]] = {
     "delo": {"pool_size": 4, "rank": 2, "latent": 4, "ridge_samples": 8},
     "moelora": {"experts": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
+    "l2p": {"pool_size": 3, "chosen": 2, "length": 2},
+    "dualprompt": {"key_samples": 8},
+    "coda_prompt": {"components": 4, "depth": 1.0, "ortho": 0.1},
 }
 #: Presence of a task's records in turn.
 PRESENCE = ((True, True), (True, False), (False, True), (True, True))

@@ -17,9 +17,18 @@ def stage_parameters(name: str, base: nn.Module, backbone: Backbone, run: RunCon
     return method.footprint(base).parameters
 
 
+def matched_count(
+    like: str, base: nn.Module, backbone: Backbone, run: RunConfig, each: int, besides: int = 0
+) -> int:
+    """How many things of `each` parameters, with `besides` further ones, come nearest to what a stage of the
+    method `like` trains; at least one.
+    """
+    return max(1, round((stage_parameters(like, base, backbone, run) - besides) / each))
+
+
 def matched_rank(like: str, base: nn.Module, backbone: Backbone, run: RunConfig, besides: int = 0) -> int:
     """The rank r whose r·Σ(d_in + d_out), with `besides` further parameters, is nearest to what a stage of
     the method `like` trains.
     """
     widths = sum(i + o for i, o in adapted_linears(base, backbone).values())
-    return max(1, round((stage_parameters(like, base, backbone, run) - besides) / widths))
+    return matched_count(like, base, backbone, run, widths, besides)

@@ -52,6 +52,8 @@ class Capabilities:
         isolated: what a stage trains answers for its own tasks alone, whatever is trained later.
         answers_as_trained: after a stage, the model that answers is the function that was trained; False
             where answers put the stages together in another way.
+        starts_as_base: what the first stage injects changes nothing before its first step; False where no
+            start is neutral (a prefix takes a share of every softmax).
         transductive: an answer may depend on the other samples of its batch (a paper's batch form, as an
             option).
         encoders: what frozen features come from besides the base's own tower and embeddings.
@@ -61,6 +63,7 @@ class Capabilities:
     needs_task: bool = False
     isolated: bool = False
     answers_as_trained: bool = True
+    starts_as_base: bool = True
     transductive: bool = False
     encoders: tuple[str, ...] = ()
 
