@@ -58,7 +58,7 @@ class Built:
 
 def cosine(one: Tensor, other: Tensor) -> float:
     """In float64, written out."""
-    a, b = one.double(), other.double()
+    a, b = one.detach().double(), other.detach().double()
     return float((a * b).sum() / ((a * a).sum().sqrt() * (b * b).sum().sqrt()))
 
 

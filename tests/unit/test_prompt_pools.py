@@ -15,7 +15,7 @@ from delo_llava.features.queries import Queries
 from delo_llava.methods._prompts import mean_cosine, present, prompts_of, side_by_side
 from delo_llava.methods.base import Past, Stage
 
-NAMES = ("l2p", "dualprompt", "coda_prompt")
+NAMES = ("l2p", "dualprompt", "coda_prompt", "rebq", "map_prompts")
 
 
 @pytest.mark.parametrize("kind", ["llava", "qwen2_5_vl"])
