@@ -106,13 +106,16 @@ class DualPrompt(PromptMethod):
         return super().weights(clock) | {"pull": self.options.pull}
 
     def choose(self, model: nn.Module, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
-        """Per sample, by the nearest key; ties go to the earlier task."""
+        """Per sample, by the nearest key; ties go to the earlier task, −1 where a sample has no such view."""
         prompts, inputs = prompts_of(model), RouteInputs.from_batch(batch)
         queries = present(frozen_queries(model, inputs, batch.inputs), batch.presence)
-        wanted = [q if name in (views or VIEWS) else q * 0 for name, q in zip(VIEWS, queries, strict=True)]
+        wanted = Queries(
+            *(q if name in (views or VIEWS) else q * 0 for name, q in zip(VIEWS, queries, strict=True))
+        )
         with torch.no_grad():
-            scores = mean_cosine(Queries(*wanted), prompts()[EXPERT]["keys"])
-        return TaskChoice(prompts.stages, scores.argmax(1), scores)
+            scores = mean_cosine(wanted, prompts()[EXPERT]["keys"])
+        seen = torch.cat(wanted, 1).any(1)
+        return TaskChoice(prompts.stages, torch.where(seen, scores.argmax(1), -1), scores)
 
     def _layouts(self, base: nn.Module) -> tuple[Layout, Layout]:
         given = self.options

@@ -62,6 +62,7 @@ def test_a_sample_is_answered_by_the_task_of_the_nearest_key() -> None:
         assert int(choice.index[row]) == scores.index(max(scores))
     sighted: Any = method.choose(model, batch, ("image",))
     assert float(sighted.scores[2].abs().max()) == 0.0, "the third row has no image"
+    assert [index < 0 for index in sighted.index.tolist()] == [False, False, True, False], "nothing speaks"
     with method.answering(model, batch, None) as prompt, torch.no_grad():
         unasked = model(**prompt.inputs).logits
     chosen = [choice.tasks[i] for i in choice.index.tolist()]
