@@ -36,6 +36,11 @@ SMALL: dict[str, dict[str, Any]] = {
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
     "dac": {"rank": 6, "latent": 8},
     "smolora": {"rank": 8, "experts": 2},
+    "l2p": {"pool_size": 3, "chosen": 2, "length": 2},
+    "dualprompt": {"key_samples": 8},
+    "coda_prompt": {"components": 4, "depth": 1.0, "ortho": 0.1},
+    "rebq": {"components": 3, "length": 2},
+    "map_prompts": {"length": 2},
 }
 #: Presence of a task's records in turn.
 PRESENCE = ((True, True), (True, False), (False, True), (True, True))

@@ -17,6 +17,15 @@ def stage_parameters(name: str, base: nn.Module, backbone: Backbone, run: RunCon
     return method.footprint(base).parameters
 
 
+def matched_count(
+    like: str, base: nn.Module, backbone: Backbone, run: RunConfig, each: int, besides: int = 0
+) -> int:
+    """How many things of `each` parameters, with `besides` further ones, come nearest to what a stage of the
+    method `like` trains; at least one.
+    """
+    return max(1, round((stage_parameters(like, base, backbone, run) - besides) / each))
+
+
 def matched_rank(
     like: str, base: nn.Module, backbone: Backbone, run: RunConfig, besides: int = 0, each: int = 0
 ) -> int:
@@ -24,4 +33,4 @@ def matched_rank(
     stage of the method `like` trains.
     """
     widths = sum(i + o for i, o in adapted_linears(base, backbone).values())
-    return max(1, round((stage_parameters(like, base, backbone, run) - besides) / (widths + each)))
+    return matched_count(like, base, backbone, run, widths + each, besides)

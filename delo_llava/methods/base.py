@@ -56,6 +56,8 @@ class Capabilities:
             where answers put the stages together in another way.
         mergeable: what is trained adds the same matrix to a linear's weight for every sample and token, so it
             can be folded into it (`Method.updates`).
+        starts_as_base: what the first stage injects changes nothing before its first step; False where no
+            start is neutral (a prefix takes a share of every softmax).
         transductive: an answer may depend on the other samples of its batch (a paper's batch form, as an
             option).
         encoders: folders of the models that frozen features come from in place of the base's own tower and
@@ -67,6 +69,7 @@ class Capabilities:
     isolated: bool = False
     answers_as_trained: bool = True
     mergeable: bool = False
+    starts_as_base: bool = True
     transductive: bool = False
     encoders: tuple[str, ...] = ()
 
