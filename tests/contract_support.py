@@ -31,6 +31,8 @@ from delo_llava.training.fit import Kit, fit, seed_everything
 SMALL: dict[str, dict[str, Any]] = {
     "delo": {"pool_size": 4, "rank": 2, "latent": 4, "ridge_samples": 8},
     "moelora": {"experts": 2},
+    "ewc": {"samples": 4},
+    "replay": {"kept": 3},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
 }
 #: Presence of a task's records in turn.
