@@ -33,6 +33,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "disco": {"rank": 4},
     "hide": {"rank": 4},
     "moelora": {"experts": 2},
+    "ewc": {"samples": 4},
+    "replay": {"kept": 3},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
     "dac": {"rank": 6, "latent": 8},
     "smolora": {"rank": 8, "experts": 2},

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from delo_llava.data.missing import MissingSpec, Presence, record_presence
+from delo_llava.data.missing import Columns, MissingSpec, Presence, record_presence
 from delo_llava.tasks import Record
 
 #: A record and whether its (image, text) may be shown.
@@ -54,6 +54,11 @@ class Examples:
         return Examples(tuple(parts))
 
     @property
+    def names(self) -> list[tuple[str, str]]:
+        """(task, id) of every record."""
+        return [name for records, _ in self.parts for name in _names(records)]
+
+    @property
     def presence(self) -> Presence:
         """Boolean N×2: image, text."""
         if not self.parts:
@@ -73,6 +78,12 @@ def _selected(records: Sequence[Record], indices: list[int]) -> Sequence[Record]
     select = getattr(records, "select", None)
     chosen: Sequence[Record] = [records[i] for i in indices] if select is None else select(indices)
     return chosen
+
+
+def _names(records: Sequence[Record]) -> list[tuple[str, str]]:
+    if isinstance(records, Columns):
+        return [(records.task, name) for name in records.ids]
+    return [(record.task, record.id) for record in records]
 
 
 def _characters(records: Sequence[Record]) -> NDArray[np.int64]:

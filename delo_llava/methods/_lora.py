@@ -1,41 +1,21 @@
 """What the LoRA baselines share: the adapter, its rank at equal trainable parameters, its files."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig
-from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
+from delo_llava.methods._lowrank import ADAPTER, LowRankOptions
 from delo_llava.methods._size import matched_rank
-from delo_llava.methods.base import Footprint, Method, MethodConfig, Stage, answer_loss_sum
-
-ADAPTER = "default"
+from delo_llava.methods.base import Footprint, Method, Stage
 
 
-class LoraOptions(MethodConfig):
-    """Options of the LoRA baselines.
-
-    Attributes:
-        rank: a number, or `match`: the rank whose trainable parameters come nearest to those that the method
-            `like` trains in a stage.
-        like: a method's name.
-        alpha_over_rank: the update is scaled by this factor (alpha / r).
-        dropout: on the adapter's input, while training.
-    """
-
-    rank: Literal["match"] | int = "match"
-    like: str = "delo"
-    alpha_over_rank: float = Field(2.0, gt=0)
-    dropout: float = Field(0.0, ge=0, lt=1)
-
-
-def lora_config(options: LoraOptions, base: nn.Module, backbone: Backbone, run: RunConfig) -> LoraConfig:
+def lora_config(options: LowRankOptions, base: nn.Module, backbone: Backbone, run: RunConfig) -> LoraConfig:
     """PEFT's configuration for every language and projector linear, like DeLo's."""
     rank = matched_rank(options.like, base, backbone, run) if options.rank == "match" else options.rank
     if rank < 1:
@@ -51,19 +31,15 @@ def lora_config(options: LoraOptions, base: nn.Module, backbone: Backbone, run: 
 
 
 class LoraMethod(Method):
-    """The common ground of `lora` and `individual`: plain next-token loss on one PEFT LoRA adapter."""
+    """The common ground of methods that train one PEFT LoRA adapter in a stage."""
 
-    Config = LoraOptions
+    Config = LowRankOptions
 
     def fresh(self, base: nn.Module) -> PeftModel:
         """A new adapter, zero at the start (B = 0), on the frozen base."""
         return get_peft_model(
             base, lora_config(self.options, base, self.backbone, self.run), adapter_name=ADAPTER
         )
-
-    def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        assert batch.labels is not None
-        return {"answer": answer_loss_sum(model(**batch.inputs).logits, batch.labels)}
 
     def footprint(self, base: nn.Module) -> Footprint:
         rank = lora_config(self.options, base, self.backbone, self.run).r

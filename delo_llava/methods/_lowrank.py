@@ -1,28 +1,26 @@
 """What methods over low-rank pairs share: size, fresh and earlier adapters, files, which ones answer."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from peft import PeftModel
 from pydantic import Field
-from torch import Tensor, nn
+from torch import nn
 
 from delo_llava.adapters.lowrank import LowRankConfig, Mixer, inject, mixed
 from delo_llava.adapters.store import open_adapters, save_adapter
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig
-from delo_llava.data.collate import Batch
 from delo_llava.methods._size import matched_rank
-from delo_llava.methods.base import Method, MethodConfig, Past, Prompt, Stage, answer_loss_sum
+from delo_llava.methods.base import Method, MethodConfig, Past, Stage
 
 #: The adapter of methods that have only one.
 ADAPTER = "default"
 
 
 class LowRankOptions(MethodConfig):
-    """Options of every method over low-rank pairs.
+    """Options of every method that trains low-rank pairs, PEFT's or our own.
 
     Attributes:
         rank: a number, or `match`: the rank whose trainable parameters come nearest to those that the method
@@ -84,18 +82,8 @@ class LowRankMethod(Method):
         activate(model, [ADAPTER], train=[ADAPTER])
         return model
 
-    def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        assert batch.labels is not None
-        return {"answer": answer_loss_sum(model(**batch.inputs).logits, batch.labels)}
-
     def save(self, model: Any, stage: Stage, folder: Path) -> None:
         save_adapter(model, stage.name if stage.name in model.peft_config else ADAPTER, folder)
-
-    @contextmanager
-    def answering(
-        self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> Iterator[Prompt]:
-        yield Prompt.of(batch)
 
 
 def lowrank_config(

@@ -9,7 +9,7 @@ override costs nothing: no gradient is gathered and no parameter copied for it.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -285,11 +285,12 @@ class Method(ABC):
         """
         return {"answer": 1.0}
 
-    @abstractmethod
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The sum (not the mean) of each loss term over its items, with gradient; called inside the engine's
-        forward.
+        forward. By default next-token cross-entropy over the answers' tokens.
         """
+        assert batch.labels is not None
+        return {"answer": answer_loss_sum(model(**batch.inputs).logits, batch.labels)}
 
     def penalties(self, values: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor]:
         """Terms over the trained parameters alone, once an update; `values` are whole and carry gradients."""
@@ -356,13 +357,14 @@ class Method(ABC):
         """
         return None
 
-    @abstractmethod
+    @contextmanager
     def answering(
         self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> AbstractContextManager[Prompt]:
+    ) -> Iterator[Prompt]:
         """A context in which `model` or `model.generate` with the prompt's inputs answers as the given tasks
-        (one per row).
+        (one per row). By default the batch as it is, whatever the task.
         """
+        yield Prompt.of(batch)
 
     def updates(self, model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         """What is added to each adapted linear's weight, by its name in the base, d_out×d_in, float64: of a

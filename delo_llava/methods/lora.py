@@ -1,16 +1,15 @@
 """`lora`: one PEFT LoRA trained through all tasks in turn: the lower bound."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from peft import LoraConfig
 from torch import nn
 
 from delo_llava.adapters.store import open_adapters
-from delo_llava.data.collate import Batch
-from delo_llava.methods._lora import ADAPTER, LoraMethod, bare, no_grad_parameters
-from delo_llava.methods.base import Capabilities, Past, Prompt, Stage
+from delo_llava.methods._lora import LoraMethod, bare, no_grad_parameters
+from delo_llava.methods._lowrank import ADAPTER
+from delo_llava.methods.base import Capabilities, Past, Stage
 
 
 class Lora(LoraMethod):
@@ -27,12 +26,6 @@ class Lora(LoraMethod):
         if not past:
             return bare(base)
         return no_grad_parameters(open_adapters(base, _last(past), LoraConfig))
-
-    @contextmanager
-    def answering(
-        self, model: nn.Module, batch: Batch, tasks: Sequence[str] | None, beams: int = 1
-    ) -> Iterator[Prompt]:
-        yield Prompt.of(batch)
 
 
 def _last(past: Mapping[str, Past]) -> dict[str, Path]:

@@ -10,14 +10,14 @@ from pydantic import Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from delo_llava.methods._lora import LoraOptions
+from delo_llava.methods._lowrank import LowRankOptions
 from delo_llava.methods.base import Clock, Passes, Reduce, Stage
 from delo_llava.methods.lora import Lora
 
 FISHER = "fisher.safetensors"
 
 
-class Options(LoraOptions):
+class Options(LowRankOptions):
     """Attributes:
     strength: λ of the penalty.
     samples: whose squared gradients make the Fisher information.

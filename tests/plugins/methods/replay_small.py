@@ -11,7 +11,7 @@ from pydantic import Field
 
 from delo_llava.data.examples import Examples
 from delo_llava.errors import DeloError
-from delo_llava.methods._lora import LoraOptions
+from delo_llava.methods._lowrank import LowRankOptions
 from delo_llava.methods.base import Mixture, Part, Stage
 from delo_llava.methods.lora import Lora
 from delo_llava.tasks import Record
@@ -19,7 +19,7 @@ from delo_llava.tasks import Record
 MEMORY = "memory.json"
 
 
-class Options(LoraOptions):
+class Options(LowRankOptions):
     """Attributes:
     kept: examples of each task.
     """
