@@ -33,6 +33,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "moelora": {"experts": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
     "dac": {"rank": 6, "latent": 8},
+    "simple_recipe": {"lr": None},
 }
 #: Presence of a task's records in turn.
 PRESENCE = ((True, True), (True, False), (False, True), (True, True))
