@@ -70,6 +70,17 @@ def keep_exact_on_cpu(model: nn.Module) -> None:
         module.support_avx512bf16_for_cpu = False
 
 
+def dense_weight(linear: Any) -> torch.Tensor:
+    """The weight of a linear, d_out×d_in; of a 4-bit one, a dequantised copy."""
+    if getattr(linear.weight, "quant_state", None) is None:
+        plain: torch.Tensor = linear.weight.data
+        return plain
+    import bitsandbytes.functional as bnb
+
+    exact: torch.Tensor = bnb.dequantize_4bit(linear.weight.data, linear.weight.quant_state)
+    return exact
+
+
 def dequantise_(model: nn.Module) -> int:
     """Replace, in place, every 4-bit linear by an `nn.Linear` that holds the dequantised weight.
 
@@ -79,11 +90,9 @@ def dequantise_(model: nn.Module) -> int:
     Returns:
         how many were replaced.
     """
-    import bitsandbytes.functional as bnb
-
     found = quantised_linears(model)
     for name, module in found.items():
-        weight = bnb.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        weight = dense_weight(module)
         weight = weight.to(module.compute_dtype or weight.dtype)
         plain = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
         plain.weight = nn.Parameter(weight, requires_grad=False)
