@@ -34,7 +34,7 @@ from delo_llava.backbones.base import adapted_linears
 from delo_llava.errors import DeloError
 from delo_llava.methods._lowrank import LowRankMethod, LowRankOptions, lowrank_config
 from delo_llava.methods._size import stage_parameters
-from delo_llava.methods.base import Passes, Past, Reduce, Stage
+from delo_llava.methods.base import Capabilities, Passes, Past, Reduce, Stage
 from delo_llava.strict import read_tensors
 
 FILE = "keeplora.safetensors"
@@ -119,6 +119,7 @@ class GradientSketch:
 class KeepLora(LowRankMethod):
     """One pair per task beside the earlier ones, whose A is chosen before the task and stays."""
 
+    capabilities = Capabilities(mergeable=True)
     Config = KeepLoraOptions
 
     def __init__(self, *given: Any) -> None:

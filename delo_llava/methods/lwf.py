@@ -28,7 +28,7 @@ from delo_llava.adapters.store import open_adapters
 from delo_llava.data.collate import IGNORE, Batch
 from delo_llava.methods._lora import bare
 from delo_llava.methods._lowrank import ADAPTER, LowRankMethod, LowRankOptions, activate
-from delo_llava.methods.base import Clock, Past, Stage, answer_loss_sum
+from delo_llava.methods.base import Capabilities, Clock, Past, Stage, answer_loss_sum
 
 #: Name of the frozen adapter.
 TEACHER = "teacher"
@@ -49,6 +49,7 @@ class LwfOptions(LowRankOptions):
 class Lwf(LowRankMethod):
     """One adapter, distilled from what it was."""
 
+    capabilities = Capabilities(mergeable=True)
     Config = LwfOptions
     #: Whether the stage has a teacher, and whether it is the one that speaks.
     _taught = _teaching = False

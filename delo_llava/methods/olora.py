@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from delo_llava.adapters.own import TENSORS
 from delo_llava.methods._lora import bare
 from delo_llava.methods._lowrank import LowRankMethod, LowRankOptions
-from delo_llava.methods.base import Clock, Footprint, Past, Stage
+from delo_llava.methods.base import Capabilities, Clock, Footprint, Past, Stage
 from delo_llava.strict import read_tensors
 
 #: What the names of the matrices A hold.
@@ -46,6 +46,7 @@ class OLoraOptions(LowRankOptions):
 class OLora(LowRankMethod):
     """A growing sum of pairs."""
 
+    capabilities = Capabilities(mergeable=True)
     Config = OLoraOptions
 
     def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
