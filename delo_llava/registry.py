@@ -91,9 +91,25 @@ def plugin_summary(kind: str, name: str) -> str:
         return ""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
-        return (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
+        return _docstring(text).partition("\n")[0]
     title = re.search(r"^title: *(.+)$", text, re.MULTILINE)
     return title[1].strip("\"' ") if title else ""
+
+
+def plugin_limits(kind: str, name: str) -> str:
+    """What a plug-in in Python cannot do: the paragraph of its file's docstring that begins with `Limits:`,
+    in one line without that word; empty when it tells none.
+    """
+    path = _files(_kind(kind)).get(name)
+    if path is None or path.suffix != ".py":
+        return ""
+    paragraphs = _docstring(path.read_text(encoding="utf-8")).split("\n\n")
+    found = next((text for text in paragraphs if text.startswith("Limits:")), "")
+    return " ".join(found.split()).removeprefix("Limits: ")
+
+
+def _docstring(source: str) -> str:
+    return ast.get_docstring(ast.parse(source)) or ""
 
 
 def _kind(kind: str) -> PluginKind:

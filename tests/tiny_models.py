@@ -58,7 +58,7 @@ CLIP_STATS = {
 
 def tiny_llava(folder: Path) -> Path:
     """Save a LLaVA (CLIP ViT 64 px / 16: 16 image tokens; 2 Llama layers of width 64) and return `folder`."""
-    tokenizer = _llama_tokenizer()
+    tokenizer = llama_tokenizer()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, image_size=64,
@@ -72,7 +72,7 @@ def tiny_llava(folder: Path) -> Path:
         image_token_id=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=16,
         vision_feature_select_strategy="default", vision_feature_layer=-2,
     )  # fmt: skip
-    _save_model(LlavaForConditionalGeneration, config, folder)
+    save_model(LlavaForConditionalGeneration, config, folder)
     tokenizer.save_pretrained(folder)
     size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
     image = {"image_processor_type": "CLIPImageProcessor", **size, **CLIP_STATS}
@@ -111,8 +111,13 @@ BUILDERS = {"llava": tiny_llava, "qwen2_vl": tiny_qwen2_vl, "qwen2_5_vl": tiny_q
 
 @cache
 def session(kind: str) -> Path:
-    """The folder of `kind` (a key of `BUILDERS`), built once per test process. Treat it as read-only."""
-    return BUILDERS[kind](Path(mkdtemp(prefix=f"tiny_{kind}_")))
+    """The folder of `kind` (a key of `BUILDERS`, here or in `tiny_families`), built once per test process.
+    Treat it as read-only.
+    """
+    import tiny_families  # which builds on this module
+
+    builder = (BUILDERS | tiny_families.BUILDERS)[kind]
+    return builder(Path(mkdtemp(prefix=f"tiny_{kind}_")))
 
 
 def tiny_clip(folder: Path) -> Path:
@@ -161,7 +166,7 @@ def _tiny_qwen(
         "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 10000.0},
         **_special_ids(tokenizer),
     }  # fmt: skip
-    _save_model(model_class, config_class(text_config=text, vision_config=vision, **ids), folder)
+    save_model(model_class, config_class(text_config=text, vision_config=vision, **ids), folder)
     tokenizer.save_pretrained(folder)
     size = {
         "size": {"shortest_edge": 4 * 28 * 28, "longest_edge": 9 * 28 * 28},
@@ -175,13 +180,16 @@ def _tiny_qwen(
     return folder
 
 
-def _save_model(model_class: Any, config: Any, folder: Path) -> None:
+def save_model(model_class: Any, config: Any, folder: Path) -> None:
+    """Random weights, the same every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = model_class(config)
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, std=0.05)
+            if name.endswith("mm_input_projection_weight"):  # Gemma 3's, which is made of zeros
+                torch.nn.init.normal_(parameter, std=0.1)
     model.generation_config.pad_token_id = config.get_text_config().pad_token_id
     model.save_pretrained(folder)
 
@@ -196,7 +204,8 @@ def _special_ids(tokenizer: Any) -> dict[str, int | None]:
     return {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
 
 
-def _llama_tokenizer() -> LlamaTokenizer:
+def llama_tokenizer() -> LlamaTokenizer:
+    """A sentencepiece-like BPE."""
     raw = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
     raw.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
     specials = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]

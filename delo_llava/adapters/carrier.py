@@ -9,6 +9,7 @@ tensor carries attributes, and nothing in a decision changes while layers read i
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from inspect import signature
 from typing import Any, Protocol, Self
 
 import torch
@@ -73,10 +74,11 @@ class Carrier:
     dummy: bool = False
     mix: Any = None
     model: Any = None
+    projector: str = ""
 
     def attach(self, model: nn.Module, projector: str) -> None:
         """Watch the forwards of a transformers model, and what reaches its projector (a module's name)."""
-        self.model = model
+        self.model, self.projector = model, projector
         model.__dict__["carrier"] = self
         model.register_forward_pre_hook(self._enter, with_kwargs=True)
         model.register_forward_hook(self._leave, always_call=True)
@@ -110,7 +112,7 @@ class Carrier:
         return DeloError(
             "Routing and the model's inputs disagree on the images",
             given=f"{images} images announced to routing",
-            fix="take pixel values, image_rows and image_tokens from the same batch",
+            fix="take pixel values, image_rows and image_units from the same batch",
         )
 
     # ---- contexts
@@ -200,14 +202,14 @@ class Carrier:
         if self.dummy:
             assert features is not None
             whose = torch.zeros(1, dtype=torch.int64, device=features.device)
-            inputs = replace(inputs, image_rows=whose, image_tokens=whose + features.shape[:-1].numel())
+            inputs = replace(inputs, image_rows=whose, image_units=whose + len(features), image_kept=None)
         route.plan = self.decide(inputs, queries)
         route.early = not route.inside  # `generate` encodes images before its first forward
 
     # ---- frozen features
     def queries(self, inputs: RouteInputs, features: Tensor | None) -> Queries:
-        """Frozen queries of a batch; `features` is the frozen projector's output, packed or N×T×d, or None
-        without images. An encoder's queries, where the inputs bring them, are taken as they are.
+        """Frozen queries of a batch; `features` is the frozen projector's output, units×d or units×T×d, or
+        None without images. An encoder's queries, where the inputs bring them, are taken as they are.
 
         Raises:
             DeloError: when images and features disagree, or a row's image is said to be present and none is
@@ -221,17 +223,11 @@ class Carrier:
                 segment_mean(embed, inputs.input_ids, inputs.segments, segment)
                 for segment in (SEGMENT_CONTEXT, SEGMENT_INSTRUCTION)
             )
-            lengths = inputs.image_tokens.tolist()
-            tokens = 0 if features is None else features.shape[:-1].numel()
-            if sum(lengths) != tokens:
-                raise DeloError(
-                    "image_tokens does not add up to the projector's output",
-                    given=f"{sum(lengths)} and {tokens} tokens",
-                )
+            lengths = inputs.image_lengths(0 if features is None else features.shape[:-1].numel())
             image = (
                 torch.zeros_like(text)
                 if features is None
-                else image_mean(features, lengths, inputs.image_rows, len(text))
+                else image_mean(features, lengths, inputs.image_rows, len(text), inputs.image_kept)
             )
             if bool((inputs.presence[:, 0] & (image == 0).all(1)).any()):
                 raise DeloError(
@@ -293,7 +289,24 @@ def frozen_queries(model: nn.Module, inputs: RouteInputs, model_inputs: Mapping[
     carrier = carrier_of(model)
     features = None
     if len(inputs.image_rows) and inputs.queries is None:
-        visual = {k: model_inputs[k] for k in ("pixel_values", "image_grid_thw") if k in model_inputs}
-        with torch.no_grad(), carrier.frozen():
-            features = torch.cat(list(carrier.model.get_image_features(**visual).pooler_output))
+        features = projector_output(carrier.model, carrier.projector, model_inputs, carrier.frozen())
     return carrier.queries(inputs, features)
+
+
+def projector_output(
+    model: Any, projector: str, model_inputs: Mapping[str, Any], frozen: AbstractContextManager[object]
+) -> Tensor:
+    """What the module named `projector` gives for a batch's images, without gradient. (Some families return
+    something else from `get_image_features`: packed, with line ends, or shrunk.)
+    """
+    seen: list[Tensor] = []
+    encode = model.get_image_features
+    visual = {key: model_inputs[key] for key in signature(encode).parameters if key in model_inputs}
+    hook = model.get_submodule(projector).register_forward_hook(lambda m, given, out: seen.append(out))
+    try:
+        with torch.no_grad(), frozen:
+            encode(**visual)
+    finally:
+        hook.remove()
+    [features] = seen
+    return features

@@ -168,20 +168,24 @@ class RowPlan:
         return RowPlan(taken, self.inputs, self.extra)
 
     def at(self, layer: LowRankLayer, name: str, x: Tensor) -> Tensor:
-        """Coefficients shaped to multiply a tensor of the layer's tokens: R×1×k, or k for each packed
-        token.
+        """Coefficients shaped to multiply a tensor of the layer's tokens: E×1×k for E entries of tokens, or k
+        for each packed token. Entries are rows, or in the projector units (tiles) of images.
         """
-        return self.spread(self.of(layer, self.values[name]), x)
+        return self.spread(layer, self.of(layer, self.values[name]), x)
 
     def of(self, layer: LowRankLayer, value: Tensor) -> Tensor:
         """A value of the rows (R×k) for what a layer has as rows: in the projector, these are images."""
         return value.index_select(0, self.inputs.image_rows) if layer.projector else value
 
-    def spread(self, value: Tensor, x: Tensor) -> Tensor:
-        """A value of a layer's own rows (n×k) shaped to multiply a tensor of its tokens."""
-        if x.dim() == 3:
-            return value.unsqueeze(1)
-        return value.repeat_interleave(self.inputs.image_tokens, dim=0)
+    def spread(self, layer: LowRankLayer, value: Tensor, x: Tensor) -> Tensor:
+        """A value of a layer's own rows (n×k) shaped to multiply a tensor of its tokens, see `at`."""
+        entries = x.shape[0]
+        if layer.projector:
+            units = torch.tensor(self.inputs.image_lengths(entries), device=value.device)
+            value = value.repeat_interleave(units, dim=0)
+        elif x.dim() == 2:
+            value = value.repeat_interleave(entries // len(value), dim=0)
+        return value.unsqueeze(1) if x.dim() == 3 else value
 
 
 class LowRankModel(CarriedTuner):

@@ -1,30 +1,17 @@
-"""What Qwen2-VL and Qwen2.5-VL share: ChatML, a patch merger as projector, any image size, 3-D positions."""
+"""What the Qwen families share: ChatML, a patch merger as projector, any image size, 3-D positions."""
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
-from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
-from transformers.utils import is_torchvision_available
+from torch import Tensor
 
-from delo_llava.backbones.base import OWN_CODE, Backbone, config_of
-from delo_llava.data.collate import SEGMENT_CONTEXT, SEGMENT_IMAGE, SEGMENT_INSTRUCTION, SEGMENT_OTHER
+from delo_llava.backbones._planned import HEIGHT, WIDTH, PlannedImage, tower_floats
+from delo_llava.backbones.base import Backbone, Parts
+from delo_llava.data.dialogue import chatml
+from delo_llava.data.images import EncodedImage
+from delo_llava.data.segments import SEGMENT_IMAGE
 
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
-
-
-class ImageTextProcessor(ProcessorMixin):
-    """Image processor and tokenizer of a checkpoint, without its video processor, which needs torchvision."""
-
-    def __init__(
-        self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None
-    ) -> None:
-        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
-        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.video_token_id = tokenizer.convert_tokens_to_ids(self.video_token)
-        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
 
 class QwenVL(Backbone):
@@ -34,59 +21,22 @@ class QwenVL(Backbone):
     projector_name = "model.visual.merger"
     unquantised = ("model.visual", "lm_head")
     image_token = "<|image_pad|>"
-    adds_bos = False
-    answer_end = "<|im_end|>"
+    default_dialogue = chatml(SYSTEM, "<|vision_start|>", "<|vision_end|>")
 
-    def load_processor(self, path: str) -> Any:
-        """The stock processor; without torchvision, the same parts with PIL for images and no video."""
-        if is_torchvision_available():
-            return AutoProcessor.from_pretrained(path, **OWN_CODE)
-        image_processor, tokenizer = (
-            AutoImageProcessor.from_pretrained(path, **OWN_CODE),
-            AutoTokenizer.from_pretrained(path, **OWN_CODE),
-        )
-        return ImageTextProcessor(image_processor, tokenizer, chat_template=tokenizer.chat_template)
+    def encode_image(self, parts: Parts, image: Image.Image) -> EncodedImage:
+        """`pixel_values` patches×values, `image_grid_thw` 1×3 in patches; one token for merged patches."""
+        encoded = parts.image_processor(images=[image], return_tensors="pt")
+        tokens = int(encoded["image_grid_thw"].prod()) // parts.image_processor.merge_size**2
+        inputs = {key: encoded[key] for key in ("pixel_values", "image_grid_thw")}
+        return EncodedImage(inputs, ((self.image_token, tokens),), tokens)
 
-    def prompt(self, has_image: bool, context: str | None, instruction: str) -> list[tuple[str, int]]:
-        """ChatML, one user turn: the image between its markers, `Context: {context}`, the instruction."""
-        pieces = [(f"{SYSTEM}<|im_start|>user\n", SEGMENT_OTHER)]
-        if has_image:
-            pieces += [
-                ("<|vision_start|>", SEGMENT_OTHER),
-                (self.image_token, SEGMENT_IMAGE),
-                ("<|vision_end|>", SEGMENT_OTHER),
-            ]
-        if context is not None:
-            pieces += [("Context: ", SEGMENT_OTHER), (context, SEGMENT_CONTEXT), ("\n", SEGMENT_OTHER)]
-        return [
-            *pieces,
-            (instruction, SEGMENT_INSTRUCTION),
-            (f"{self.answer_end}\n<|im_start|>assistant\n", SEGMENT_OTHER),
-        ]
+    def planned_image(self, config: Any) -> PlannedImage:
+        """Sides rounded to whole merged patches."""
+        vision = config.vision_config
+        side, merged = vision.patch_size * vision.spatial_merge_size, vision.spatial_merge_size**2
+        tokens = round(HEIGHT / side) * round(WIDTH / side)
+        return PlannedImage(tokens, tokens * merged, tower_floats(vision))
 
-    def answer_suffix(self, answer: str) -> str:
-        """`{answer}<|im_end|>`"""
-        return f"{answer}{self.answer_end}"
-
-    def encode_images(
-        self, processor: Any, images: Sequence[Image.Image]
-    ) -> tuple[dict[str, Tensor], list[int]]:
-        """`pixel_values` (all patches)×(values), `image_grid_thw` N×3 in patches; merged patches of each."""
-        encoded = processor.image_processor(images=list(images), return_tensors="pt")
-        grid = encoded["image_grid_thw"]
-        tokens = grid.prod(-1) // processor.image_processor.merge_size**2
-        return {"pixel_values": encoded["pixel_values"], "image_grid_thw": grid}, tokens.tolist()
-
-    def sequence_inputs(self, segments: Tensor) -> dict[str, Tensor]:
+    def sequence_inputs(self, segments: Tensor, answers: Tensor) -> dict[str, Tensor]:
         """`mm_token_type_ids` B×S (1 at image tokens), from which the model derives its 3-D positions."""
         return {"mm_token_type_ids": (segments == SEGMENT_IMAGE).int()}
-
-    def tiny_image(self, model: nn.Module) -> dict[str, Tensor]:
-        """One merged patch of zeros."""
-        vision = config_of(model).vision_config
-        side = vision.spatial_merge_size
-        width = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        return {
-            "pixel_values": torch.zeros(side**2, width),
-            "image_grid_thw": torch.tensor([[1, side, side]]),
-        }

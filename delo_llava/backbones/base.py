@@ -4,7 +4,8 @@ import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,6 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from delo_llava.backbones import _quant
+from delo_llava.backbones._planned import PlannedImage, tile_patches, tower_floats
+from delo_llava.backbones._template import from_template, require_end_token
+from delo_llava.data.dialogue import Dialogue
+from delo_llava.data.images import EncodedImage
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
 
@@ -25,7 +30,23 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: For every `from_pretrained`: code that a checkpoint brings is never run, and no one is asked about it.
 OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
 Quant = Literal["nf4", "none"]
+ATTENTION = ("flash_attention_2", "sdpa", "eager")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What makes model inputs of a checkpoint's records: its own parts, without its processor class.
+
+    Attributes:
+        tokenizer: fast; image_processor: for PIL pictures; config: the model's.
+        dialogue: how the checkpoint writes a turn.
+    """
+
+    tokenizer: Any
+    image_processor: Any
+    config: Any
+    dialogue: Dialogue
 
 
 class Backbone(ABC):
@@ -34,14 +55,15 @@ class Backbone(ABC):
     Attributes:
         model_types: values of `model_type` in config.json that this class handles.
         language_pattern: full-match regex of the names of the language layers' attention and MLP linears.
-        projector_pattern: full-match regex of the names of the projector's linears.
+        projector_pattern: full-match regex of the names of the projector's linears; empty: it has none.
         projector_name: module whose output are the image tokens that the language model reads.
         unquantised: what stays in full precision under NF4. A skip module is matched from the start of a name
             or as a suffix, so the paths are whole: with a bare "vision_tower" the tower would be quantised
             silently.
-        image_token: placeholder of one image token in a prompt.
-        adds_bos: sequences begin with the tokenizer's BOS token.
-        answer_end: closes an answer; the last trained token.
+        image_token: what one image token is in a prompt, and the placeholder of a whole picture.
+        placeholders: what chat templates write for a picture; empty: the image token.
+        attention: implementations that can run, in the order in which `auto` tries them.
+        default_dialogue: where a checkpoint brings no chat template.
     """
 
     model_types: ClassVar[tuple[str, ...]]
@@ -52,8 +74,9 @@ class Backbone(ABC):
     projector_name: ClassVar[str]
     unquantised: ClassVar[tuple[str, ...]]
     image_token: ClassVar[str]
-    adds_bos: ClassVar[bool]
-    answer_end: ClassVar[str]
+    placeholders: ClassVar[tuple[str, ...]] = ()
+    attention: ClassVar[tuple[str, ...]] = ATTENTION
+    default_dialogue: ClassVar[Dialogue]
 
     def load(
         self,
@@ -70,7 +93,7 @@ class Backbone(ABC):
             path: folder or hub id, as returned by `find_backbone`.
             quant: `nf4` quantises the language layers' linears (double quantisation), and nothing else.
             dtype: of what is not quantised and of 4-bit arithmetic; `auto` is fp32 on the CPU, bf16 on CUDA.
-            attn: attention implementation; `auto` is flash-attn where it can run, else sdpa.
+            attn: attention implementation; `auto` is the first of `attention` that can run.
             device: `auto`, `cpu`, `cuda` or `cuda:1`.
 
         Raises:
@@ -83,20 +106,23 @@ class Backbone(ABC):
         options: dict[str, Any] = OWN_CODE | {
             "use_safetensors": True,
             "dtype": number,
-            "attn_implementation": resolve_attention(attn, place, number),
+            "device_map": {"": str(place)},
         }
         if quant == "nf4":
             options["quantization_config"] = _quant.nf4_config(number, self.unquantised)
         elif quant != "none":
             raise DeloError("Unknown quantisation.", given=quant, allowed=("nf4", "none"))
+        choices = attention_choices(attn, place, number, self.attention)
+        build = AutoModelForImageTextToText.from_pretrained
         try:
-            model = AutoModelForImageTextToText.from_pretrained(path, device_map={"": str(place)}, **options)
+            model = first_that_builds(choices, lambda a: build(path, attn_implementation=a, **options))
         except (OSError, SafetensorError) as error:
             raise DeloError(
                 f"The model's weights cannot be loaded: {error}",
                 given=path,
                 fix="weights must be safetensors; others can be converted with transformers' save_pretrained",
             ) from error
+        self.prepare(model)
         adapted_linears(model, self)
         if quant == "nf4":
             _quant.check_quantised(model, self.language_pattern)
@@ -104,9 +130,38 @@ class Backbone(ABC):
         decode_plainly(model)
         return model.requires_grad_(False).eval()
 
-    @abstractmethod
-    def load_processor(self, path: str) -> Any:
-        """A processor with `.tokenizer` (fast) and `.image_processor`; stock where it can be imported."""
+    def load_processor(self, path: str) -> Parts:
+        """The checkpoint's tokenizer, image processor, configuration and dialogue.
+
+        Raises:
+            DeloError: tokenizer and configuration disagree on the image token, or no single token ends
+                answers.
+        """
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
+
+        tokenizer = AutoTokenizer.from_pretrained(path, **OWN_CODE)
+        config = AutoConfig.from_pretrained(path, **OWN_CODE)
+        known = tokenizer.convert_tokens_to_ids(self.image_token)
+        if known != config.image_token_id:
+            raise DeloError(
+                "Tokenizer and configuration disagree on the image token.",
+                given=f"{self.image_token} is {known}, config.json says {config.image_token_id}",
+                fix="take both from one checkpoint",
+            )
+        template = ProcessorMixin.get_processor_dict(path)[0].get("chat_template") or tokenizer.chat_template
+        dialogue = self.dialogue(tokenizer, template)
+        require_end_token(dialogue, tokenizer)
+        return Parts(tokenizer, AutoImageProcessor.from_pretrained(path, **OWN_CODE), config, dialogue)
+
+    def dialogue(self, tokenizer: Any, template: str | None) -> Dialogue:
+        """How a turn is written: as the checkpoint's chat template does, else `default_dialogue`."""
+        if template is None:
+            return self.default_dialogue
+        return from_template(tokenizer, template, self.placeholders or (self.image_token,))
+
+    def prepare(self, model: nn.Module) -> None:
+        """Change a model just loaded, or on the meta device, so that it can be adapted; most need nothing."""
+        return None
 
     def projector(self, model: nn.Module) -> nn.Module:
         """The projector of a loaded model, bare or wrapped by PEFT."""
@@ -121,28 +176,26 @@ class Backbone(ABC):
         return int(config_of(model).get_text_config().hidden_size)
 
     @abstractmethod
-    def prompt(self, has_image: bool, context: str | None, instruction: str) -> list[tuple[str, int]]:
-        """The prompt up to where the answer begins: (text, segment) pieces, to be tokenised as one.
+    def encode_image(self, parts: Parts, image: Image.Image) -> EncodedImage:
+        """One RGB picture as the model takes it.
 
-        An image is one `image_token` of segment IMAGE; a missing image or context leaves its whole line out.
+        Raises:
+            ValueError: the model takes no picture of this form.
         """
 
-    @abstractmethod
-    def answer_suffix(self, answer: str) -> str:
-        """What follows the prompt when the answer is known, its end token included."""
+    def tiny_image(self, parts: Parts) -> dict[str, Tensor]:
+        """Model inputs of a picture of no meaning that costs little."""
+        return self.encode_image(parts, Image.new("RGB", (32, 32))).inputs
 
-    @abstractmethod
-    def encode_images(
-        self, processor: Any, images: Sequence[Image.Image]
-    ) -> tuple[dict[str, Tensor], list[int]]:
-        """Model inputs of RGB images, batched along dimension 0 in their order, and the tokens of each."""
+    def planned_image(self, config: Any) -> PlannedImage:
+        """What a picture of 1024×768 costs; by default one tile, every patch a token."""
+        patches = tile_patches(config.vision_config)
+        return PlannedImage(patches, patches, tower_floats(config.vision_config))
 
-    @abstractmethod
-    def tiny_image(self, model: nn.Module) -> dict[str, Tensor]:
-        """Model inputs of the smallest picture that `model` can take, of no meaning."""
-
-    def sequence_inputs(self, segments: Tensor) -> dict[str, Tensor]:
-        """Further model inputs that follow from the token kinds `segments` (B×S)."""
+    def sequence_inputs(self, segments: Tensor, answers: Tensor) -> dict[str, Tensor]:
+        """Further model inputs that follow from the token kinds `segments` (uint8 B×S) and from which tokens
+        are the answer's (bool B×S).
+        """
         return {}
 
 
@@ -175,11 +228,14 @@ def adapted_linears(model: nn.Module, backbone: Backbone) -> dict[str, tuple[int
 
     Raises:
         DeloError: language layers or projector have none: the checkpoint is not laid out as expected.
+            (An empty `projector_pattern` asks for none.)
     """
     model = unwrapped(model)
     linears = {n.replace(".base_layer", ""): m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     found: dict[str, tuple[int, int]] = {}
     for part, pattern in (("language", backbone.language_pattern), ("projector", backbone.projector_pattern)):
+        if not pattern:
+            continue
         matched = {n: (m.in_features, m.out_features) for n, m in linears.items() if re.fullmatch(pattern, n)}
         if not matched:
             raise DeloError(
@@ -229,12 +285,22 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     return DTYPES[dtype]
 
 
-def resolve_attention(attn: str, device: torch.device, dtype: torch.dtype) -> str:
-    """`auto` -> flash-attn when importable, on CUDA and in half precision (it knows no fp32), else sdpa."""
-    if attn not in ("auto", "sdpa", "eager", "flash_attention_2"):
+def attention_choices(
+    attn: str, device: torch.device, dtype: torch.dtype, allowed: Sequence[str] = ATTENTION
+) -> tuple[str, ...]:
+    """What to try, in order: `attn` itself, or for `auto` all of `allowed` that can run here. flash-attn must
+    be importable, on CUDA, and in half precision (it knows no fp32).
+
+    Raises:
+        DeloError: an unknown implementation, one that the family cannot use, or one that cannot run here.
+    """
+    if attn not in ("auto", *ATTENTION):
+        raise DeloError("Unknown attention.", given=attn, allowed=("auto", *ATTENTION))
+    if attn not in ("auto", *allowed):
         raise DeloError(
-            "Unknown attention.", given=attn, allowed=("auto", "sdpa", "eager", "flash_attention_2")
-        )
+            "This family's masks do not work with this attention.", given=attn, allowed=("auto", *allowed),
+            fix=f"use --attn={allowed[0]}",
+        )  # fmt: skip
     can_flash = (
         device.type == "cuda"
         and dtype != torch.float32
@@ -246,7 +312,19 @@ def resolve_attention(attn: str, device: torch.device, dtype: torch.dtype) -> st
             given=f"{device}, {dtype}",
             fix="use --attn=sdpa",
         )
-    return ("flash_attention_2" if can_flash else "sdpa") if attn == "auto" else attn
+    if attn != "auto":
+        return (attn,)
+    return tuple(choice for choice in allowed if can_flash or choice != "flash_attention_2")
+
+
+def first_that_builds(choices: Sequence[str], build: Callable[[str], Any]) -> Any:
+    """A model with the first attention that it has: `build` raises ValueError for one that it has not."""
+    for choice in choices[:-1]:
+        try:
+            return build(choice)
+        except ValueError:
+            continue
+    return build(choices[-1])
 
 
 def decode_plainly(model: Any) -> None:

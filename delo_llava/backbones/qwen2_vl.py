@@ -1,4 +1,4 @@
-"""Qwen2-VL (`qwen2_vl`): see `_qwen`."""
+"""Qwen2-VL (`qwen2_vl`): ChatML, a picture of any size, 28 pixels a token."""
 
 from delo_llava.backbones._qwen import QwenVL
 

@@ -10,6 +10,7 @@ from PIL import Image
 from delo_llava.backbones.base import find_backbone, resolve_device
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch, Collator
+from delo_llava.data.segments import SEGMENT_IMAGE
 from delo_llava.methods.base import Method, Stage
 from delo_llava.registry import load_plugin
 from delo_llava.runs.stage import checkpoint_activations
@@ -50,7 +51,7 @@ def measure_step(config: RunConfig, picture: Path, words: int) -> Measured:
     _step(method, model, batch)  # gradients and caches exist from here on
     peak = _cuda_peak(method, model, batch) if device.type == "cuda" else _cpu_peak(method, model, batch)
     rows, tokens = batch.inputs["input_ids"].shape
-    return Measured(peak, weights, rows, tokens, int(batch.image_tokens[0]))
+    return Measured(peak, weights, rows, tokens, int((batch.segments[0] == SEGMENT_IMAGE).sum()))
 
 
 def _items(rows: int, picture: Path, words: int) -> list[tuple[Record, tuple[bool, bool]]]:

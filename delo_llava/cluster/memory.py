@@ -95,7 +95,7 @@ class MemoryModel:
     def __init__(self, model: PlannedModel, config: RunConfig, tokens: int, cuda: bool = True) -> None:
         self.model, self.config, self.tokens, self.cuda = model, config, tokens, cuda
         self.dtype = torch.bfloat16 if cuda else torch.float32
-        base = meta_model(model.config, self.dtype)
+        base = meta_model(model.backbone, model.config, self.dtype)
         kind = cast(type[Method], load_plugin("method", config.method))
         options = kind.Config(**config.methods.get(config.method, {}))
         self.footprint: Footprint = kind(options, config, model.backbone).footprint(base)
@@ -160,10 +160,10 @@ class MemoryModel:
 
     def _simulate(self, quant: str, checkpointing: bool, rows: int) -> int:
         """Bytes of a step of `rows` samples."""
-        step = Step(rows, self.tokens, self.model.image_tokens, checkpointing, quant == "nf4")
+        step = Step(rows, self.tokens, self.model.image.tokens, checkpointing, quant == "nf4")
         backbone = self.model.backbone
         return peak_of_step(
-            meta_model(self.model.config, self.dtype),
+            meta_model(self.model.backbone, self.model.config, self.dtype),
             (backbone.language_pattern, backbone.projector_pattern),
             Update(self.footprint.kind, self.footprint.rank),
             step,
@@ -171,18 +171,18 @@ class MemoryModel:
 
     def _prefill(self, rows: int) -> int:
         """Bytes of reading the prompts, without gradient; the cache is counted apart."""
-        step = Step(rows, self.tokens, self.model.image_tokens, checkpointing=False, quantised=False)
-        model = meta_model(self.model.config, self.dtype)  # outside: its weights are counted apart
+        step = Step(rows, self.tokens, self.model.image.tokens, checkpointing=False, quantised=False)
+        model = meta_model(
+            self.model.backbone, self.model.config, self.dtype
+        )  # outside: its weights are counted apart
         with LiveBytes() as live:
             forward_only(model, step)
         return int(live.peak)
 
     def _tower(self, images: int) -> float:
-        """The vision tower runs without gradient: a few activations of one layer, and its output."""
-        vision = self.model.config.vision_config
-        merged = getattr(vision, "spatial_merge_size", 1) ** 2
-        wide = 6 * vision.hidden_size + 2 * vision.intermediate_size
-        return float(images * self.model.image_tokens * merged * wide * self.dtype.itemsize)
+        """The vision tower runs without gradient: a few activations of one layer."""
+        image = self.model.image
+        return float(images * image.patches * image.floats * self.dtype.itemsize)
 
 
 def _affine(peak: Callable[[int], int], rows: int) -> float:

@@ -5,28 +5,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from delo_llava.backbones._planned import PlannedImage
 from delo_llava.backbones.base import OWN_CODE, Backbone, find_backbone
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
 
 SHIPPED = Path(__file__).parent / "configs"
 
-#: Families that can be planned by the layout of another one, but have no backbone of their own yet.
-PLANNED_AS = {"llava_next": "llava"}
-
-#: Tokens of an image whose number follows from its size, unless the user says otherwise.
-QWEN_IMAGE_TOKENS = 1280
-
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """A model's configuration and layout; `note` says what a reader of the plan must know."""
+    """A model's configuration and layout, and the picture that it is planned with."""
 
     name: str
     config: Any
     backbone: Backbone
-    image_tokens: int
-    note: str = ""
+    image: PlannedImage
 
 
 def shipped_names() -> list[str]:
@@ -38,28 +32,18 @@ def planned_model(name: str, image_tokens: int | None = None) -> PlannedModel:
     """The model `name`: a shipped configuration (with or without its hub prefix), a folder, or a hub id.
 
     Args:
-        image_tokens: of one image, if not the family's usual number.
+        image_tokens: of one image, if not the family's number for 1024×768.
 
     Raises:
         DeloError: no such model, or a family that nothing is known of.
     """
     shipped = SHIPPED / f"{name.rsplit('/', 1)[-1]}.json"
     config = _shipped(shipped) if shipped.is_file() else _given(name)
-    kind = config.model_type
-    backbone = _backbone(PLANNED_AS.get(kind, kind))
-    note = ""
-    if kind in PLANNED_AS:
-        note = f"{kind} has no backbone here yet: this is planned as {PLANNED_AS[kind]} and cannot be trained"
-    return PlannedModel(name, config, backbone, image_tokens or usual_image_tokens(config), note)
-
-
-def usual_image_tokens(config: Any) -> int:
-    """Tokens of one image: all patches of a CLIP tower (five tiles in LLaVA-NeXT), 1280 for Qwen-VL."""
-    vision = config.vision_config
-    if hasattr(vision, "spatial_merge_size"):
-        return QWEN_IMAGE_TOKENS
-    patches = int(vision.image_size // vision.patch_size) ** 2
-    return patches * 5 if config.model_type == "llava_next" else patches
+    backbone = _backbone(config.model_type)
+    image = backbone.planned_image(config)
+    return PlannedModel(
+        name, config, backbone, image if image_tokens is None else image.with_tokens(image_tokens)
+    )
 
 
 def _shipped(path: Path) -> Any:
@@ -90,6 +74,4 @@ def _backbone(kind: str) -> Backbone:
         backbone = cast(Backbone, load_plugin("backbone", name))
         if kind in backbone.model_types:
             return backbone
-    raise DeloError(
-        "No backbone knows this model type.", given=kind, allowed=[*plugin_names("backbone"), *PLANNED_AS]
-    )
+    raise DeloError("No backbone knows this model type.", given=kind, allowed=plugin_names("backbone"))

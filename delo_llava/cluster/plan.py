@@ -78,14 +78,13 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
     steps = {task: _steps(config.for_task(task), count) for task, count in records.items()}
     return {
         "model": config.model,
-        "note": model.note,
         "parameters": memory.parameters,
         "trainable": memory.footprint.parameters,
         "method": config.method,
         "settings": setup.label(),
         "ranks": job.world,
         "tokens": tokens,
-        "image_tokens": model.image_tokens,
+        "image_tokens": model.image.tokens,
         "passes": passes,
         "training": _bytes(train),
         "evaluation": _bytes(answer),
@@ -185,8 +184,6 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
         f"{plan['trainable'] / 1e6:.1f} M a task; sequences up to {plan['tokens']} tokens "
         f"({plan['image_tokens']} of an image)"
     )
-    if plan["note"]:
-        yield f"note: {plan['note']}"
     yield _memory_table(plan)
     yield _fit_table(plan)
     yield _work_table(plan)

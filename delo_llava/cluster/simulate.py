@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from delo_llava.backbones.base import Backbone, attention_choices, first_that_builds
 from delo_llava.methods.base import answer_loss_sum
 
 #: What a method adds to a linear: factors gathered per sample, or one pair of matrices for all.
@@ -157,15 +158,17 @@ def _attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-def meta_model(config: Any, dtype: torch.dtype) -> Any:
-    """The model of a configuration with shapes but without weights, frozen."""
+def meta_model(backbone: Backbone, config: Any, dtype: torch.dtype) -> Any:
+    """The model of a configuration with shapes but without weights, frozen, as its backbone prepares it."""
     from transformers import AttentionInterface, AutoModelForImageTextToText
 
     AttentionInterface.register(ATTENTION, _attention)
+    build = AutoModelForImageTextToText.from_config
+    choices = attention_choices("auto", torch.device("cpu"), dtype, backbone.attention)
     with torch.device("meta"):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    language = model.model.language_model
-    language.config._attn_implementation = ATTENTION
+        model = first_that_builds(choices, lambda a: build(config, dtype=dtype, attn_implementation=a))
+    backbone.prepare(model)
+    model.get_decoder().config._attn_implementation = ATTENTION
     return model.requires_grad_(False)
 
 
@@ -176,7 +179,7 @@ def peak_of_step(model: Any, patterns: tuple[str, str], update: Update, step: St
         model: from `meta_model`; its adapted linears are replaced for good.
         patterns: full-match regexes of the language layers' and of the projector's linears.
     """
-    language, head = model.model.language_model, model.lm_head
+    language, head = model.get_decoder(), model.get_output_embeddings()
     _with_updates(model, patterns, update, step.quantised)
     language.train()
     if step.checkpointing:
@@ -197,14 +200,14 @@ def peak_of_step(model: Any, patterns: tuple[str, str], update: Update, step: St
 
 def forward_only(model: Any, step: Step) -> None:
     """Read a batch of prompts on the meta device; logits of the last position only, as in generation."""
-    language = model.model.language_model
+    language = model.get_decoder()
     number = next(model.parameters()).dtype
     with torch.no_grad():
         words = torch.empty(step.rows, step.tokens, language.config.hidden_size, dtype=number, device="meta")
         hidden = language(
             inputs_embeds=words, position_ids=_positions(step), attention_mask=_mask(step), use_cache=False
         ).last_hidden_state
-        model.lm_head(hidden[:, -1:]).float()
+        model.get_output_embeddings()(hidden[:, -1:]).float()
 
 
 def _positions(step: Step) -> Tensor:

@@ -3,7 +3,7 @@
 import argparse
 
 from delo_llava.commands.base import Command, say
-from delo_llava.registry import plugin_names, plugin_summary
+from delo_llava.registry import plugin_limits, plugin_names, plugin_summary
 
 #: Words of the command and the registry's kinds.
 LISTS = {
@@ -22,12 +22,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Names of the plug-ins of one kind, each with its first line of documentation."""
+    """Names of the plug-ins of one kind, each with its first line of documentation and, below, its limits."""
     kind = LISTS[options.what]
     names = plugin_names(kind)
     width = max(map(len, names), default=0)
     for name in names:
         say(f"{name:<{width}}  {plugin_summary(kind, name)}".rstrip() + "\n")
+        if limits := plugin_limits(kind, name):
+            say(f"{'':<{width}}  limits: {limits}\n")
     return 0
 
 

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.examples import Item, View, shown
 from delo_llava.data.images import (
     EncodedImage,
@@ -30,29 +32,21 @@ IGNORE = -100
 #: Makes further views of the rows that a batch will have, by name.
 Views = Callable[[Sequence[Item]], Mapping[str, View]]
 
+#: What the placeholder of an image becomes: see `EncodedImage`.
+Layout = tuple[tuple[str, int], ...]
+
 
 class PromptFormat(Protocol):
     """What the collator needs of a backbone; see `backbones.base.Backbone` for each member."""
 
     image_token: ClassVar[str]
-    adds_bos: ClassVar[bool]
 
-    def prompt(self, has_image: bool, context: str | None, instruction: str) -> list[tuple[str, int]]:
-        """(text, segment) pieces up to where the answer begins."""
+    def encode_image(self, parts: Any, image: Image.Image) -> EncodedImage:
+        """One picture as the model takes it."""
         ...
 
-    def answer_suffix(self, answer: str) -> str:
-        """The answer and its end token as they follow the prompt."""
-        ...
-
-    def encode_images(
-        self, processor: Any, images: Sequence[Image.Image]
-    ) -> tuple[dict[str, Tensor], list[int]]:
-        """Model inputs batched along dimension 0, and the tokens of each image."""
-        ...
-
-    def sequence_inputs(self, segments: Tensor) -> dict[str, Tensor]:
-        """Further inputs that follow from the token kinds B×S."""
+    def sequence_inputs(self, segments: Tensor, answers: Tensor) -> dict[str, Tensor]:
+        """Further inputs that follow from the token kinds B×S and from which tokens are the answer's."""
         ...
 
 
@@ -66,7 +60,8 @@ class Batch:
         segments: uint8 B×S, one of the SEGMENT_ kinds.
         presence: bool B×2 (image, text): what the sample really has; a dummy image counts as missing.
         image_rows: int64 N, the batch row of each image given to the tower.
-        image_tokens: int64 N, how many tokens each becomes (projector outputs, in order).
+        image_units: int64 N, entries of each along dimension 0 of the projector's output.
+        image_kept: bool, which projector outputs, in order, the language model sees; None: all.
         answers: reference answers.
         views: some rows once more, shown in another way, by the view's name.
         filler: no record of this batch could be used; it keeps the ranks in step and trains nothing.
@@ -78,7 +73,8 @@ class Batch:
     segments: Tensor
     presence: Tensor
     image_rows: Tensor
-    image_tokens: Tensor
+    image_units: Tensor
+    image_kept: Tensor | None
     record_ids: list[str]
     tasks: list[str]
     answers: list[str]
@@ -98,7 +94,8 @@ class Batch:
             segments=self.segments.to(device),
             presence=self.presence.to(device),
             image_rows=self.image_rows.to(device),
-            image_tokens=self.image_tokens.to(device),
+            image_units=self.image_units.to(device),
+            image_kept=None if self.image_kept is None else self.image_kept.to(device),
             views={
                 name: BatchView(view.rows.to(device), view.batch.to(device))
                 for name, view in self.views.items()
@@ -138,7 +135,7 @@ class Collator:
     """Builds batches for one backbone; pads right for training, left (and without the answer) for generation.
 
     Args:
-        backbone: the family's prompt and image format.
+        backbone: the family's image format.
         processor: from `backbone.load_processor`.
         max_length: most tokens of a training sequence, image tokens included; in generation, of the prompt.
             What is too long loses the end of its context, then of its instruction (counted in `truncated`),
@@ -165,6 +162,7 @@ class Collator:
                 "Unknown treatment of missing images.", given=image_mode, allowed=("absent", "dummy")
             )
         self.backbone, self.processor, self.tokenizer = backbone, processor, processor.tokenizer
+        self.dialogue: Dialogue = processor.dialogue
         self.max_length, self.image_mode, self.generation = max_length, image_mode, generation
         self.truncated: Counter[str] = Counter()
         self.skip_bad_images = skip_bad_images
@@ -174,6 +172,8 @@ class Collator:
         self._image_id = int(self.tokenizer.convert_tokens_to_ids(backbone.image_token))
         pad = self.tokenizer.pad_token_id
         self._pad_id = int(self.tokenizer.eos_token_id if pad is None else pad)
+        #: Token ids of a piece of a picture's layout.
+        self._ids = cache(lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
     def collate(self, items: Sequence[Item], views: Views | None = None) -> Batch:
         """The batch of `items`, in their order, with further views of its rows.
@@ -223,19 +223,21 @@ class Collator:
         records = [record for record, _ in items]
         presence = [shown(item) for item in items]
         images = [self._image(record, has[0]) for record, has in zip(records, presence, strict=True)]
-        rows = self.layout(records, presence, [0 if image is None else image.tokens for image in images])
+        rows = self.layout(records, presence, [None if image is None else image.layout for image in images])
         given = [(row, image) for row, image in enumerate(images) if image is not None]
         tensors = self._pad(rows)
         inputs = {"input_ids": tensors["ids"], "attention_mask": tensors["mask"]}
         for key in given[0][1].inputs if given else ():
             inputs[key] = torch.cat([image.inputs[key] for _, image in given])
+        kept = [image.kept for _, image in given if image.kept is not None]
         return Batch(
-            inputs=inputs | self.backbone.sequence_inputs(tensors["kinds"]),
+            inputs=inputs | self.backbone.sequence_inputs(tensors["kinds"], tensors["trained"]),
             labels=None if self.generation else tensors["labels"],
             segments=tensors["kinds"],
             presence=torch.tensor(presence, dtype=torch.bool).reshape(-1, 2),
             image_rows=torch.tensor([row for row, _ in given], dtype=torch.int64),
-            image_tokens=torch.tensor([image.tokens for _, image in given], dtype=torch.int64),
+            image_units=torch.tensor([image.units for _, image in given], dtype=torch.int64),
+            image_kept=torch.cat(kept) if kept else None,
             record_ids=[record.id for record in records],
             tasks=[record.task for record in records],
             answers=[record.answer for record in records],
@@ -251,22 +253,24 @@ class Collator:
         def encode() -> EncodedImage:
             picture = dummy_image() if path is None else load_image(path, record)
             try:
-                inputs, tokens = self.backbone.encode_images(self.processor, [picture])
+                return self.backbone.encode_image(self.processor, picture)
             except ValueError as error:
                 raise image_error(path, record, str(error)) from error
-            return EncodedImage(inputs, tokens[0])
 
         return self._cache.get(path, encode)
 
     def layout(
-        self, records: list[Record], presence: list[tuple[bool, bool]], image_tokens: list[int]
+        self, records: list[Record], presence: list[tuple[bool, bool]], images: Sequence[Layout | None]
     ) -> list[Row]:
-        """Every record tokenised, its placeholder expanded to `image_tokens`, and cut to `max_length`."""
+        """Every record tokenised, its placeholder expanded to its image's layout, and cut to `max_length`."""
+        token = self.backbone.image_token
         prompts = [
-            self.backbone.prompt(count > 0, record.context if has_text else None, record.instruction)
-            for record, (_, has_text), count in zip(records, presence, image_tokens, strict=True)
+            self.dialogue.prompt(
+                None if image is None else token, record.context if has_text else None, record.instruction
+            )
+            for record, (_, has_text), image in zip(records, presence, images, strict=True)
         ]
-        suffixes = ["" if self.generation else self.backbone.answer_suffix(r.answer.strip()) for r in records]
+        suffixes = ["" if self.generation else self.dialogue.answer(r.answer.strip()) for r in records]
         texts = [
             "".join(text for text, _ in prompt) + suffix
             for prompt, suffix in zip(prompts, suffixes, strict=True)
@@ -275,15 +279,15 @@ class Collator:
         rows = []
         for i, record in enumerate(records):
             kinds = token_kinds(texts[i], encoded["offset_mapping"][i], prompts[i], record)
-            row = self._expand(encoded["input_ids"][i], kinds, image_tokens[i], record)
+            row = self._expand(encoded["input_ids"][i], kinds, images[i] or (), record)
             self._fit(row, record)
             rows.append(row)
         return rows
 
-    def _expand(self, ids: list[int], kinds: list[int | None], count: int, record: Record) -> Row:
-        """One placeholder -> `count` image tokens; BOS in front where the family has one."""
+    def _expand(self, ids: list[int], kinds: list[int | None], image: Layout, record: Record) -> Row:
+        """The placeholder -> the image's layout; BOS in front where the dialogue has one."""
         row = Row([], [], [])
-        if self.backbone.adds_bos:
+        if self.dialogue.bos:
             row.extend(1, self.tokenizer.bos_token_id, SEGMENT_OTHER, False)
         answerable = bool(record.answer.strip())
         for token, kind in zip(ids, kinds, strict=True):
@@ -293,9 +297,20 @@ class Collator:
                     given=self.backbone.image_token,
                     fix="remove it from the text",
                 )
-            copies = count if kind == SEGMENT_IMAGE else 1
-            row.extend(copies, token, kind or SEGMENT_OTHER, kind is None and answerable)
+            if kind == SEGMENT_IMAGE:
+                self._lay(row, image)
+            else:
+                row.extend(1, token, kind or SEGMENT_OTHER, kind is None and answerable)
         return row
+
+    def _lay(self, row: Row, image: Layout) -> None:
+        """Append an image: its tokens, and what stands around and between them."""
+        for text, copies in image:
+            if text == self.backbone.image_token:
+                row.extend(copies, self._image_id, SEGMENT_IMAGE, False)
+                continue
+            for token in self._ids(text) * copies:
+                row.extend(1, token, SEGMENT_OTHER, False)
 
     def _fit(self, row: Row, record: Record) -> None:
         """Cut context, then instruction, from the end; one token of each stays, as a query is their mean."""
@@ -314,7 +329,7 @@ class Collator:
             )
 
     def _pad(self, rows: list[Row]) -> dict[str, Tensor]:
-        """Rectangular tensors B×S of ids, mask, kinds, labels."""
+        """Rectangular tensors B×S of ids, mask, kinds, which are trained, labels."""
         width = max(len(row.ids) for row in rows)
         shape = (len(rows), width)
         ids = torch.full(shape, self._pad_id, dtype=torch.int64)
@@ -326,7 +341,8 @@ class Collator:
             ids[i, span], mask[i, span] = torch.tensor(row.ids), 1
             kinds[i, span] = torch.tensor(row.kinds, dtype=torch.uint8)
             trained[i, span] = torch.tensor(row.trained)
-        return {"ids": ids, "mask": mask, "kinds": kinds, "labels": ids.masked_fill(~trained, IGNORE)}
+        labels = ids.masked_fill(~trained, IGNORE)
+        return {"ids": ids, "mask": mask, "kinds": kinds, "trained": trained, "labels": labels}
 
 
 def token_kinds(

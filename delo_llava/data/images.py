@@ -5,10 +5,11 @@ import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from stat import S_ISREG
-from typing import IO, TYPE_CHECKING, NamedTuple
+from typing import IO, TYPE_CHECKING
 from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
@@ -41,11 +42,28 @@ class UnusableImage(DeloError):
     """A record's image cannot be used."""
 
 
-class EncodedImage(NamedTuple):
-    """One image as the model takes it: inputs (batched along dimension 0) and how many tokens it becomes."""
+@dataclass(frozen=True)
+class EncodedImage:
+    """One picture as the model takes it.
+
+    Attributes:
+        inputs: model inputs; those of several pictures are joined along dimension 0.
+        layout: what its placeholder in a prompt becomes: (text, copies), of which those whose text is the
+            family's image token are image tokens. It begins and ends with special tokens, so that its
+            neighbours cannot merge with it.
+        units: its entries along dimension 0 of the projector's output (pictures, tiles, or merged patches).
+        kept: bool, which of the projector's outputs (units in order) the language model sees; None: all. A
+            family gives it for every picture or for none.
+    """
 
     inputs: "dict[str, Tensor]"
-    tokens: int
+    layout: tuple[tuple[str, int], ...]
+    units: int
+    kept: "Tensor | None" = None
+
+    def tokens(self, image_token: str) -> int:
+        """How many image tokens it becomes."""
+        return sum(copies for text, copies in self.layout if text == image_token)
 
 
 class BadImage(Exception):

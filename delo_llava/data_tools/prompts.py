@@ -7,7 +7,8 @@ from typing import Any
 from PIL import Image
 
 from delo_llava.backbones.base import SHIPPED, Backbone, find_backbone
-from delo_llava.data.collate import Collator, Row
+from delo_llava.data.collate import Collator, Layout, Row
+from delo_llava.data.dialogue import Dialogue
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -32,7 +33,7 @@ class Prompts:
             generation: Collator(self.backbone, self.processor, max_length, generation=generation)
             for generation in (False, True)
         }
-        self.image_tokens = lru_cache(maxsize=4096)(self._image_tokens)
+        self.image_layout = lru_cache(maxsize=4096)(self._image_layout)
 
     @property
     def tokenizer(self) -> Any:
@@ -62,25 +63,28 @@ class Prompts:
         """
         shown = [bool(record.context) for record in records] if text is None else list(text)
         presence = [(size is not None, has) for size, has in zip(sizes, shown, strict=True)]
-        tokens = [0 if size is None else self.image_tokens(size) for size in sizes]
+        images = [None if size is None else self.image_layout(size) for size in sizes]
         generation = records[0].split != "train"
-        return self._collators[generation].layout(list(records), presence, tokens)
+        return self._collators[generation].layout(list(records), presence, images)
 
     def text(self, record: Record, has_image: bool, has_context: bool) -> str:
         """What `rows` tokenises, before the placeholder is expanded and anything is cut."""
         context = record.context if has_context else None
-        pieces = self.backbone.prompt(has_image, context, record.instruction)
-        answer = self.backbone.answer_suffix(record.answer.strip()) if record.split == "train" else ""
+        dialogue: Dialogue = self.processor.dialogue
+        pieces = dialogue.prompt(
+            self.backbone.image_token if has_image else None, context, record.instruction
+        )
+        answer = dialogue.answer(record.answer.strip()) if record.split == "train" else ""
         return "".join(text for text, _ in pieces) + answer
 
-    def _image_tokens(self, size: tuple[int, int]) -> int:
-        """How many tokens an image of this width and height becomes.
+    def _image_layout(self, size: tuple[int, int]) -> Layout:
+        """What an image of this width and height becomes.
 
         Raises:
             DeloError: the model takes no image of this form.
         """
         try:
-            return self.backbone.encode_images(self.processor, [Image.new("RGB", size)])[1][0]
+            return self.backbone.encode_image(self.processor, Image.new("RGB", size)).layout
         except ValueError as error:
             raise DeloError(f"The model takes no image of {size[0]}x{size[1]}: {error}") from error
 

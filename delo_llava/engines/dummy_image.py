@@ -4,7 +4,7 @@ modules.
 Under ZeRO-3 ranks gather parameters module by module, together: one whose micro-batch has no image would
 leave the others waiting at the vision tower, and its projector, left without a gradient, would be updated by
 that of the step before. The dummy's features are added to the word embeddings, times zero: there, as backward
-passes must gather in one order too. What it costs is one smallest image through the tower for each
+passes must gather in one order too. What it costs is one small image through the tower for each
 micro-batch without images.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from delo_llava.adapters.carrier import find_carrier
-from delo_llava.backbones.base import Backbone, unwrapped
+from delo_llava.backbones.base import unwrapped
 
 
 class DummyImage:
@@ -22,13 +22,14 @@ class DummyImage:
 
     Args:
         model: bare or wrapped by PEFT; it must not be sharded yet.
+        inputs: the picture's, from the backbone's `tiny_image`.
     """
 
-    def __init__(self, model: nn.Module, backbone: Backbone) -> None:
+    def __init__(self, model: nn.Module, inputs: dict[str, Tensor]) -> None:
         inner: Any = unwrapped(model)
         self._inner = inner
         self._carrier, self._wanted = find_carrier(model), False
-        self._inputs = backbone.tiny_image(inner)
+        self._inputs = inputs
         self._hooks = [
             inner.register_forward_pre_hook(self._note, with_kwargs=True, prepend=True),
             inner.register_forward_hook(self._forget, always_call=True),

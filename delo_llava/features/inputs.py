@@ -22,7 +22,9 @@ class RouteInputs:
         input_ids: B×S; segments: uint8 B×S (see `queries`); presence: bool B×2 (image, text), as the data
             says.
         image_rows: int64 N, batch row of each image that goes through the tower.
-        image_tokens: int64 N, projector output tokens of each image.
+        image_units: int64 N, entries of each image along dimension 0 of the projector's output.
+        image_kept: bool, which of the projector's outputs, in order, the language model sees; None: all. It
+            has no default: without it, queries of letterboxed pictures are wrong and nothing fails.
         tasks: one task for all rows, or one per row, or None for the active adapter.
         choose: picks the tasks from frozen queries instead; used when `tasks` is None.
         expand: beams per row, for `generate`, which repeats rows.
@@ -33,7 +35,8 @@ class RouteInputs:
     segments: Tensor
     presence: Tensor
     image_rows: Tensor
-    image_tokens: Tensor
+    image_units: Tensor
+    image_kept: Tensor | None
     tasks: str | Sequence[str] | None = None
     choose: Chooser | None = None
     expand: int = 1
@@ -52,17 +55,32 @@ class RouteInputs:
             )
         if self.tasks is not None and not isinstance(self.tasks, str) and len(self.tasks) != rows:
             raise DeloError("There must be one task per row", given=f"{len(self.tasks)} tasks, {rows} rows")
-        if len(self.image_rows) != len(self.image_tokens):
+        if len(self.image_rows) != len(self.image_units):
             raise DeloError(
-                "Each image needs a row and a number of tokens",
-                given=f"{len(self.image_rows)}, {len(self.image_tokens)}",
+                "Each image needs a row and a number of units",
+                given=f"{len(self.image_rows)}, {len(self.image_units)}",
             )
 
     @classmethod
     def from_batch(cls, batch: Any, **options: Any) -> "RouteInputs":
         """From a collated batch; `options` are `tasks`, `choose`, `expand` and `queries`."""
-        fields = ("segments", "presence", "image_rows", "image_tokens")
+        fields = ("segments", "presence", "image_rows", "image_units", "image_kept")
         return cls(batch.inputs["input_ids"], *(getattr(batch, name) for name in fields), **options)
+
+    def image_lengths(self, tokens: int) -> list[int]:
+        """How many of a projector tensor's `tokens` (all its dimensions but the last) are each image's.
+
+        Raises:
+            DeloError: units and tokens cannot belong together.
+        """
+        units = self.image_units.tolist()
+        whole = sum(units)
+        if tokens % whole if whole else tokens:
+            raise DeloError(
+                "image_units does not add up to the projector's output",
+                given=f"{whole} units and {tokens} tokens",
+            )
+        return [count * (tokens // whole) for count in units]
 
     @property
     def rows(self) -> int:

@@ -43,18 +43,24 @@ def segment_mean(embed: nn.Module, input_ids: Tensor, segments: Tensor, segment:
     return F.normalize(owner.T @ words, dim=-1).float()
 
 
-def image_mean(features: Tensor, lengths: list[int], rows: Tensor, batch: int) -> Tensor:
+def image_mean(
+    features: Tensor, lengths: list[int], rows: Tensor, batch: int, kept: Tensor | None = None
+) -> Tensor:
     """Normalised mean of the projector's output over each row's image tokens.
 
     Args:
-        features: packed total×d, or N×T×d.
+        features: packed total×d, or units×T×d.
         lengths: tokens of each of the N images.
         rows: int64 N, the batch row of each image.
         batch: number of rows B.
+        kept: bool total, the tokens that the language model sees, if not all.
 
     Returns:
         B×d; zero for rows without an image. A row with several images has the mean over all their tokens.
     """
     flat = features.double().reshape(-1, features.shape[-1])
+    if kept is not None:
+        lengths = [int(part.sum()) for part in kept.split(lengths)]
+        flat = flat[kept]
     sums = torch.stack([part.sum(0) for part in flat.split(lengths)])
     return F.normalize(F.one_hot(rows, batch).double().T @ sums, dim=-1).float()

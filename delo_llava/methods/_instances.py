@@ -18,15 +18,17 @@ def instance_means(layer: LowRankLayer, x: Tensor, plan: RowPlan) -> Tensor:
     """The mean input of each of a layer's rows, n×d_in, fp32.
 
     Args:
-        x: R×S×d_in in the language model; of the images, N×T×d_in or packed tokens×d_in, in the projector.
+        x: R×S×d_in (or all rows' tokens in one line) in the language model; in the projector, units×T×d_in or
+            tokens×d_in of the images.
     """
     if layer.projector:
-        lengths = plan.inputs.image_tokens.tolist()
-        parts = x.unbind(0) if x.dim() == 3 else x.split(lengths)
+        flat = x.reshape(-1, x.shape[-1])
+        parts = flat.split(plan.inputs.image_lengths(len(flat)))
         return torch.stack([part.float().mean(0) for part in parts])
     counted = (plan.inputs.segments != SEGMENT_OTHER).float()
     mask = counted.repeat_interleave(plan.inputs.expand, dim=0).unsqueeze(1)
-    return (torch.bmm(mask, x.float()) / mask.sum(-1, keepdim=True).clamp(min=1)).squeeze(1)
+    rows = x if x.dim() == 3 else x.unflatten(0, (len(mask), -1))
+    return (torch.bmm(mask, rows.float()) / mask.sum(-1, keepdim=True).clamp(min=1)).squeeze(1)
 
 
 def at_prefill(layer: LowRankLayer, plan: RowPlan, make: Callable[[], Tensor]) -> Tensor:

@@ -113,7 +113,7 @@ class SmoLora(RoutedMethod):
         words = plan.of(layer, plan.values[INSTRUCTION])
         asked = self._gate(layer, INSTRUCTION, words)
         seen, told = layer.down(ADAPTER, x).chunk(2, dim=-1)
-        seen, told = (weighted(u, plan.spread(g, x)) for u, g in ((seen, visual), (told, asked)))
+        seen, told = (weighted(u, plan.spread(layer, g, x)) for u, g in ((seen, visual), (told, asked)))
         u = layer.up(ADAPTER, torch.cat([seen, torch.zeros_like(told)], -1))
         v = layer.up(ADAPTER, torch.cat([torch.zeros_like(seen), told], -1))
         scores = [layer.head(ADAPTER, FUSE_VISUAL, u), layer.head(ADAPTER, FUSE_INSTRUCTION, v)]

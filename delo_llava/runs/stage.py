@@ -7,6 +7,7 @@ adapter.
 import gc
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -15,11 +16,13 @@ from torch import nn
 
 from delo_llava.adapters.own import TENSORS
 from delo_llava.adapters.store import require_same_tensors
+from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.examples import Examples
 from delo_llava.data.missing import effective
 from delo_llava.data.readers import read_records
 from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.signals import Preempted
+from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method, Past, Stage
 from delo_llava.runs.job import Job
 from delo_llava.runs.observer import StageObserver
@@ -52,6 +55,7 @@ class StageTrainer:
         #: It holds no state between stages that is not on disk.
         self.method = job.method
         self.kit = Kit(job.backbone, job.backbone.load_processor(job.base))
+        ranks.run_first(lambda: note_dialogue(store, self.kit.processor.dialogue))
 
     def train(self, stage: Stage, progress: RunProgress) -> None:
         """Train `stage`, from its last checkpoint if there is one, and publish `adapters/<its name>`.
@@ -217,6 +221,23 @@ class PastExamples(Mapping[str, Examples]):
 
     def __len__(self) -> int:
         return len(self._past)
+
+
+def note_dialogue(store: RunStore, dialogue: Dialogue) -> None:
+    """Record how the run's prompts are written, or check that they still are.
+
+    Raises:
+        DeloError: the base's chat template was changed since.
+    """
+    known, now = store.read_run().get("dialogue"), asdict(dialogue)
+    if known not in (None, now):
+        raise DeloError(
+            "The base's chat template is not the one that this run was trained with",
+            given=now,
+            allowed=[known],
+            fix="put the base's own files back, or start with another --output",
+        )
+    store.update_run(dialogue=now)
 
 
 def make_stage(index: int, job: Job, store: RunStore) -> Stage:

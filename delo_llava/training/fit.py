@@ -135,6 +135,10 @@ class Kit:
             skip_bad_images=config.data.on_bad_image == "skip",
         )
 
+    def tiny_image(self) -> dict[str, torch.Tensor]:
+        """Model inputs of a picture of no meaning."""
+        return self.backbone.tiny_image(self.processor)
+
 
 def fit(
     model: nn.Module,
@@ -210,7 +214,7 @@ class _Fit:
     def _engaged(self, groups: list[dict[str, Any]], batches: StageBatches) -> Ledger:
         """The steps in an engine, which is gone afterwards."""
         stage = zero_stage(self.config)
-        dummy = DummyImage(self.model, self.kit.backbone) if stage == 3 else None
+        dummy = DummyImage(self.model, self.kit.tiny_image()) if stage == 3 else None
         module = MethodModule(self.model, self.method, touch_all=stage < 3)
         train = self.config.train
         accumulation = plan_accumulation(train.global_batch, train.micro_batch, self.ranks.world)

@@ -56,6 +56,8 @@ class Answerer:
     device: torch.device
     trained: tuple[str, ...]
     beams: int = 1
+    #: Ids of tokens that end an answer, besides those of the tokenizer and of the checkpoint.
+    ends: tuple[int, ...] = ()
     #: Turned off, the true task is given to no method that can do without.
     oracle: bool = True
     #: A record whose image cannot be used is answered by nothing instead of ending the evaluation.
@@ -168,7 +170,7 @@ class Answerer:
             batch: the collated questions, if they are there already.
         """
         batch = batch or self._batch(questions)
-        settings = decoding(self.tokenizer, self.model, max_new_tokens, self.beams)
+        settings = decoding(self.tokenizer, self.model, max_new_tokens, self.beams, self.ends)
         with self.method.answering(self.model, batch, tasks, self.beams) as prompt:
             ids: Tensor = cast(Any, self.model).generate(**prompt.inputs, generation_config=settings)
         return self.tokenizer.batch_decode(ids[:, prompt.skip :], skip_special_tokens=True)
@@ -199,6 +201,7 @@ def loaded(
         method=method,
         collate=Collator(backbone, processor, config.data.max_length, config.missing.image, generation=True),
         tokenizer=processor.tokenizer,
+        ends=(processor.tokenizer.convert_tokens_to_ids(processor.dialogue.end),),
         device=device,
         trained=trained,
         beams=config.eval.num_beams,
@@ -236,8 +239,10 @@ def batches(questions: Sequence[Question], batch_size: int) -> list[list[Questio
     return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
 
 
-def decoding(tokenizer: Tokenizer, model: nn.Module, max_new_tokens: int, beams: int) -> GenerationConfig:
-    """Plain greedy or beam search.
+def decoding(
+    tokenizer: Tokenizer, model: nn.Module, max_new_tokens: int, beams: int, more_ends: Sequence[int] = ()
+) -> GenerationConfig:
+    """Plain greedy or beam search, until the tokenizer's, the checkpoint's or one of `more_ends` tokens.
 
     Whatever the checkpoint's generation_config.json asks for (Qwen2-VL: sampling and a repetition penalty) is
     overridden, since unset values would be taken from there; only its end-of-sequence tokens are kept.
@@ -245,7 +250,8 @@ def decoding(tokenizer: Tokenizer, model: nn.Module, max_new_tokens: int, beams:
     own: Any = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None) or []
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    stops = sorted({tokenizer.eos_token_id, *(ends if isinstance(ends, list) else [ends])} - {None})
+    listed = ends if isinstance(ends, list) else [ends]
+    stops = sorted({tokenizer.eos_token_id, *listed, *more_ends} - {None})
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         num_beams=beams,

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from delo_eval.answers.predictions import Prediction, prediction_file, read_predictions
 from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.content import RunContent
-from delo_llava.backbones.base import Backbone, find_backbone
+from delo_llava.backbones.base import find_backbone
+from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.images import load_image
 from delo_llava.data.missing import hash_rank
 from delo_llava.data.readers import read_records
@@ -18,6 +19,8 @@ from delo_llava.tasks import Record, Split, TaskSequence
 
 #: Samples of each task.
 PER_TASK = 6
+#: Stands for a picture where the family's own token is not known any more.
+PICTURE = "<image>"
 #: Longest side of a thumbnail in pixels; bytes that all thumbnails of a page may take.
 SIDE, BUDGET = 192, 1_000_000
 
@@ -51,10 +54,11 @@ class Sample:
 
 @dataclass
 class _Source:
-    """The run's data, as far as it is still there."""
+    """The run's data and its prompts' format, as far as they are still there."""
 
     sequence: TaskSequence | None
-    backbone: Backbone | None
+    dialogue: Dialogue | None
+    image: str
     split: Split
     spent: int = field(default=0)
 
@@ -105,7 +109,11 @@ def _source(content: RunContent) -> _Source:
         backbone = find_backbone(config.get("model", ""))[0]
     except DeloError:
         pass
-    return _Source(sequence, backbone, content.results["split"])
+    dialogue = None if backbone is None else backbone.default_dialogue
+    if "dialogue" in content.record:
+        dialogue = Dialogue(**content.record["dialogue"])
+    image = PICTURE if backbone is None else backbone.image_token
+    return _Source(sequence, dialogue, image, content.results["split"])
 
 
 def _records(source: _Source, task: str, ids: Sequence[str]) -> dict[str, Record]:
@@ -127,22 +135,21 @@ def _sample(row: Prediction, record: Record | None, source: _Source) -> Sample:
     if record is None:
         return Sample(row, verdict(row["score"]), fault="the data is not where the run found it")
     prompt = ""
-    if source.backbone is not None:
+    if source.dialogue is not None:
         seen = row["presence"]
-        pieces = source.backbone.prompt(
-            seen["image"], record.context if seen["text"] else None, record.instruction
-        )
+        image, context = source.image if seen["image"] else None, record.context if seen["text"] else None
+        pieces = source.dialogue.prompt(image, context, record.instruction)
         prompt = "".join(text for text, _ in pieces)
-    image, fault = "", ""
+    shown, fault = "", ""
     if record.image is not None and source.spent < BUDGET:
         try:
-            image = thumbnail(record)
-            source.spent += len(image)
+            shown = thumbnail(record)
+            source.spent += len(shown)
         except DeloError as error:
             fault = str(error)
     elif record.image is not None:
         fault = "left out to keep this page small"
-    return Sample(row, verdict(row["score"]), record, prompt, image, fault)
+    return Sample(row, verdict(row["score"]), record, prompt, shown, fault)
 
 
 def thumbnail(record: Record) -> str:

@@ -109,7 +109,7 @@ def batch(
     if pixels:
         inputs["pixel_values"] = torch.stack(pixels)
     route = RouteInputs(
-        input_ids, segments, torch.tensor(rows), images, torch.full((len(images),), IMAGE_TOKENS)
+        input_ids, segments, torch.tensor(rows), images, torch.ones(len(images), dtype=torch.int64), None
     )
     return inputs, route
 

@@ -22,8 +22,8 @@ from delo_llava.backbones import _quant
 from delo_llava.backbones.base import (
     Backbone,
     adapted_linears,
+    attention_choices,
     find_backbone,
-    resolve_attention,
     resolve_dtype,
 )
 from delo_llava.data.collate import SEGMENT_IMAGE, Collator
@@ -209,8 +209,8 @@ def test_bad_models_are_refused(tmp_path: Path) -> None:
         find_backbone(tmp_path / "nothing")
     with pytest.raises(DeloError, match=r"config\.json is missing"):
         find_backbone(tmp_path)
-    (tmp_path / "config.json").write_text('{"model_type": "llava_next"}')
-    with pytest.raises(DeloError, match=r"(?s)llava_next.*did you mean llava"):
+    (tmp_path / "config.json").write_text('{"model_type": "llavas"}')
+    with pytest.raises(DeloError, match=r"(?s)llavas.*did you mean llava"):
         find_backbone(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(DeloError, match="no model_type"):
@@ -251,44 +251,18 @@ def test_choices_are_checked() -> None:
             backbone.load(path, **({"device": "cpu"} | wrong))
     assert resolve_dtype("auto", CPU) == torch.float32
     assert resolve_dtype("auto", CUDA) == torch.bfloat16
-    assert resolve_attention("auto", CPU, torch.bfloat16) == "sdpa"
+    assert attention_choices("auto", CPU, torch.bfloat16)[0] == "sdpa"
     with pytest.raises(DeloError, match="flash_attention_2 needs"):
-        resolve_attention("flash_attention_2", CPU, torch.bfloat16)
+        attention_choices("flash_attention_2", CPU, torch.bfloat16)
 
 
 def test_flash_attention_is_chosen_where_it_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     import importlib.util
 
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "flash_attn" else None)
-    assert resolve_attention("auto", CUDA, torch.bfloat16) == "flash_attention_2"
-    assert resolve_attention("auto", CUDA, torch.float32) == "sdpa"
-    assert resolve_attention("auto", CPU, torch.bfloat16) == "sdpa"
-
-
-@pytest.mark.parametrize("kind", FAMILIES)
-def test_stock_processor_is_used_where_torchvision_is(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import AutoProcessor
-
-    from delo_llava.backbones import _qwen
-
-    backbone, path = find_backbone(tiny_models.session(kind))
-    stock = loaded(kind)[2]
-    monkeypatch.setattr(
-        AutoProcessor, "from_pretrained", lambda given, **options: stock if given == path else None
-    )
-    monkeypatch.setattr(_qwen, "is_torchvision_available", lambda: True)
-    assert backbone.load_processor(path) is stock
-
-
-def test_llava_processor_fields_that_old_checkpoints_lack(tmp_path: Path) -> None:
-    import shutil
-
-    folder = tmp_path / "old"
-    shutil.copytree(tiny_models.session("llava"), folder)
-    (folder / "processor_config.json").write_text('{"processor_class": "LlavaProcessor"}')
-    backbone, path = find_backbone(folder)
-    image = Image.new("RGB", (64, 64))
-    assert backbone.encode_images(backbone.load_processor(path), [image])[1] == [16]
+    assert attention_choices("auto", CUDA, torch.bfloat16)[0] == "flash_attention_2"
+    assert attention_choices("auto", CUDA, torch.float32)[0] == "sdpa"
+    assert attention_choices("auto", CPU, torch.bfloat16)[0] == "sdpa"
 
 
 # ---- running ----------------------------------------
@@ -350,7 +324,7 @@ def test_a_row_alone_equals_the_row_in_a_mixed_batch(kind: str, items) -> None:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_projector_output_matches_the_batch_description(kind: str, items) -> None:
-    """`image_tokens` are the projector's outputs in order, and `segments` has as many image positions."""
+    """`image_units` are the projector's outputs in order, and `segments` has as many image positions."""
     backbone, model, processor = loaded(kind)
     batch = Collator(backbone, processor, 512)(items)
     outputs = []
@@ -358,10 +332,11 @@ def test_projector_output_matches_the_batch_description(kind: str, items) -> Non
     with torch.no_grad():
         model(**batch.inputs)
     hook.remove()
-    assert outputs[0].flatten(0, -2).shape == (int(batch.image_tokens.sum()), backbone.hidden_size(model))
     per_row = (batch.segments == SEGMENT_IMAGE).sum(1)
-    assert per_row[batch.image_rows].tolist() == batch.image_tokens.tolist()
-    assert per_row.sum() == batch.image_tokens.sum()
+    assert outputs[0].flatten(0, -2).shape == (int(per_row.sum()), backbone.hidden_size(model))
+    assert len(outputs[0]) == int(batch.image_units.sum())
+    tokens = outputs[0].shape[:-1].numel() // len(outputs[0])
+    assert per_row[batch.image_rows].tolist() == (batch.image_units * tokens).tolist()
     assert batch.image_rows.tolist() == [0, 2, 3, 5]
 
 
@@ -424,7 +399,7 @@ def test_the_shipped_model_loads_by_name(items) -> None:
     model, processor = backbone.load(path, quant="nf4", device="cpu"), backbone.load_processor(path)
     assert len(adapted_linears(model, backbone)) == 7 * model.config.text_config.num_hidden_layers + 2
     batch = Collator(backbone, processor, 512)(items)
-    assert batch.image_tokens.tolist() == [16] * 4
+    assert (batch.segments == SEGMENT_IMAGE).sum(1).tolist() == [16, 0, 16, 16, 0, 16]
     assert batch.inputs["input_ids"][:, 0].tolist() == [processor.tokenizer.bos_token_id] * 6
     with torch.no_grad():
         assert model(**batch.inputs, labels=batch.labels).loss.isfinite()

@@ -167,16 +167,25 @@ def test_a_batch_without_trained_tokens_is_refused(record: Record) -> None:
 # ---- presence ----------------------------------------
 
 
+def image_tokens(kind: str, record: Record) -> int:
+    """What the record's own image becomes."""
+    backbone, processor = family(kind)
+    return backbone.encode_image(processor, images.load_image(record.image, record)).tokens(
+        backbone.image_token
+    )
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_absent_images_have_no_tokens_and_no_pixels(kind: str, record: Record) -> None:
     batch = collator(kind)([(record, NO_IMAGE), (record, BOTH), (record, NEITHER)])
     assert batch.presence.tolist() == [[False, True], [True, True], [False, False]]
     assert batch.image_rows.tolist() == [1]
-    assert (batch.segments == 1).sum(1).tolist() == [0, int(batch.image_tokens[0]), 0]
+    counts = (batch.segments == 1).sum(1).tolist()
+    assert counts == [0, image_tokens(kind, record), 0]
     assert (batch.segments == 2).any(1).tolist() == [True, True, False]
     none = collator(kind)([(record, NO_IMAGE)])
     assert not {"pixel_values", "image_grid_thw"} & none.inputs.keys()
-    assert none.image_rows.shape == none.image_tokens.shape == (0,)
+    assert none.image_rows.shape == none.image_units.shape == (0,)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -184,12 +193,12 @@ def test_dummy_images_are_white_fed_and_flagged_missing(kind: str, record: Recor
     batch = collator(kind, image_mode="dummy")([(record, NO_IMAGE), (record, BOTH)])
     assert batch.presence.tolist() == [[False, True], [True, True]]
     assert batch.image_rows.tolist() == [0, 1]
-    assert (batch.segments == 1).sum(1).tolist() == batch.image_tokens.tolist()
     backbone, processor = family(kind)
-    white, tokens = backbone.encode_images(processor, [Image.new("RGB", images.DUMMY_SIZE, "white")])
-    first = batch.inputs["pixel_values"][: len(white["pixel_values"])]
-    assert torch.equal(first, white["pixel_values"])
-    assert tokens[0] == batch.image_tokens[0]
+    white = backbone.encode_image(processor, Image.new("RGB", images.DUMMY_SIZE, "white"))
+    pixels = white.inputs["pixel_values"]
+    assert torch.equal(batch.inputs["pixel_values"][: len(pixels)], pixels)
+    counts = (batch.segments == 1).sum(1).tolist()
+    assert counts == [white.tokens(backbone.image_token), image_tokens(kind, record)]
 
 
 def test_flags_not_content_decide(record: Record) -> None:
@@ -292,14 +301,14 @@ def test_cache_is_bounded_and_forgets_the_oldest() -> None:
     made: list[str] = []
 
     def get(key: str) -> EncodedImage:
-        return cache_of_two.get(key, lambda: made.append(key) or EncodedImage({"x": torch.zeros(25)}, 1))
+        return cache_of_two.get(key, lambda: made.append(key) or EncodedImage({"x": torch.zeros(25)}, (), 1))
 
     cache_of_two = ImageCache(max_bytes=200)
     for key in "abacab":
         get(key)
     assert "".join(made) == "abcb"
     assert cache_of_two.bytes == 200
-    cache_of_two.get("large", lambda: EncodedImage({"x": torch.zeros(99)}, 1))
+    cache_of_two.get("large", lambda: EncodedImage({"x": torch.zeros(99)}, (), 1))
     assert cache_of_two.bytes <= 200
 
 
@@ -368,7 +377,7 @@ def test_to_moves_every_tensor(record: Record) -> None:
             part.segments,
             part.presence,
             part.image_rows,
-            part.image_tokens,
+            part.image_units,
         ]
         assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
     assert moved.record_ids == batch.record_ids

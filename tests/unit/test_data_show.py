@@ -11,7 +11,7 @@ from rich.console import Console
 
 from delo_llava import cli
 from delo_llava.backbones.base import find_backbone
-from delo_llava.data.collate import Collator
+from delo_llava.data.collate import SEGMENT_IMAGE, Collator
 from delo_llava.data.readers import read_records
 from delo_llava.data.recipe import load_sequence
 from delo_llava.data_tools.prompts import Prompts, local_model
@@ -45,8 +45,8 @@ def test_segments_are_the_collator_s(data: Sequence, kind: str, mode: str) -> No
         trained = sum(segment.size for segment in item.segments if segment.trained)
         assert trained == int((batch.labels >= 0).sum())
         images = sum(segment.size for segment in item.segments if segment.kind == "image")
-        assert images == int(batch.image_tokens.sum())
-        assert item.prompt.endswith(backbone.answer_suffix(item.record.answer))
+        assert images == int((batch.segments == SEGMENT_IMAGE).sum())
+        assert item.prompt.endswith(collator.dialogue.answer(item.record.answer))
 
 
 def command(data: Sequence, *more: str) -> list[str]:

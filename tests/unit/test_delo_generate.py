@@ -79,7 +79,8 @@ def test_one_row_equals_the_same_row_in_a_batch(model, beams: int) -> None:
             route.segments[i : i + 1, mask],
             route.presence[i : i + 1],
             rows,
-            rows + 16,
+            rows + 1,
+            None,
             tasks=TASKS[i],
             expand=beams,
         )

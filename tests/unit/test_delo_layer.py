@@ -63,6 +63,7 @@ def plan_for(
         torch.ones(ROWS, 2).bool(),
         torch.tensor(rows, dtype=torch.int64),
         torch.tensor(lengths),
+        None,
     )
     used = tuple(dict.fromkeys(tasks))
     plan = RoutePlan.build(
@@ -75,7 +76,6 @@ def plan_for(
         text_start=E,
         projector_slots=projector_slots,
         own_tokens=own,
-        lengths=list(lengths),
     )
     return plan, is_image
 

@@ -109,7 +109,8 @@ def test_routes_ignore_batch_composition_and_order(model) -> None:
         route.segments[order],
         route.presence[order],
         rows,
-        route.image_tokens[: len(parts)],
+        route.image_units[: len(parts)],
+        None,
     )
     assert same_routes(plan_of(model, picked, part), whole, order)
 
@@ -262,16 +263,16 @@ def test_inputs_that_disagree_are_refused(model) -> None:
     with pytest.raises(DeloError, match="one task per row"):
         changed(route, tasks=["one"])
     with pytest.raises(DeloError, match="row and a number"):
-        changed(route, image_tokens=route.image_tokens[1:])
+        changed(route, image_units=route.image_units[1:])
     with pytest.raises(DeloError, match="does not add up"):
-        plan_of(model, inputs, changed(route, image_tokens=route.image_tokens - 1))
+        plan_of(model, inputs, changed(route, image_units=route.image_units * 0))
     with pytest.raises(DeloError, match="No experts for this task"):
         plan_of(model, inputs, changed(route, tasks="two"))
     without = {k: v for k, v in inputs.items() if k != "pixel_values"}
     text_only = without | {"input_ids": inputs["input_ids"].masked_fill(route.segments == 1, 300)}
     with pytest.raises(DeloError, match="disagree on the images"):
         plan_of(model, text_only, route)
-    none = replace(route, image_rows=route.image_rows[:0], image_tokens=route.image_tokens[:0])
+    none = replace(route, image_rows=route.image_rows[:0], image_units=route.image_units[:0])
     with pytest.raises(DeloError, match="marked as having an image"):
         plan_of(model, text_only, none)
     with pytest.raises(DeloError, match="number of rows"):

@@ -97,6 +97,7 @@ def fake_collate(items: Sequence[tuple[Record, tuple[bool, bool]]]) -> Batch:
         torch.tensor([p for _, p in items]),
         empty,
         empty,
+        None,
         [r.id for r in records],
         [r.task for r in records],
         [r.answer for r in records],

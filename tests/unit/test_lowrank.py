@@ -122,10 +122,14 @@ def test_packed_tokens_take_their_images_row() -> None:
         torch.ones(3, 2, dtype=torch.bool),
         torch.tensor([2, 0]),
         torch.tensor([1, 3]),
+        None,
     )
     plan = RowPlan({"c": torch.arange(3.0).view(3, 1)}, inputs)
     assert plan.at(layer, "c", torch.zeros(4, 3)).flatten().tolist() == [2, 0, 0, 0]
-    assert plan.at(layer, "c", torch.zeros(2, 5, 3)).shape == (2, 1, 1)
+    tiles = plan.at(layer, "c", torch.zeros(4, 5, 3))
+    assert tiles.shape == (4, 1, 1) and tiles.flatten().tolist() == [2, 0, 0, 0]
+    language = LowRankLayer(torch.nn.Linear(3, 3), None, False)
+    assert plan.at(language, "c", torch.zeros(6, 3)).flatten().tolist() == [0, 0, 1, 1, 2, 2]
     taken = plan.index_select(torch.tensor([1, 1]))
     assert taken.rows == 2 and taken.values["c"].flatten().tolist() == [1, 1]
 

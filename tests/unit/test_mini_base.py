@@ -140,9 +140,10 @@ def test_the_stock_chat_template_says_what_the_backbone_says(base):
         [{"role": "user", "content": content}],
         add_generation_prompt=True,
         tokenize=False,
-        chat_template=base.processor.chat_template,
+        chat_template=(base.folder / "chat_template.jinja").read_text(),
     )
-    pieces = base.backbone.prompt(True, "a note", "spell the card.")
+    assert base.processor.dialogue == base.backbone.default_dialogue
+    pieces = base.processor.dialogue.prompt(base.backbone.image_token, "a note", "spell the card.")
     assert told == "".join(text for text, _ in pieces)
 
 

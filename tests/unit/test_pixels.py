@@ -270,7 +270,7 @@ def test_training_check_and_show_see_the_same_picture(tmp_path: Path) -> None:
     backbone, path = find_backbone("mini-llava")
     processor = backbone.load_processor(path)
     batch = Collator(backbone, processor, 512)([(record, (True, True))])
-    expected, _ = backbone.encode_images(processor, [upright])
+    expected = backbone.encode_image(processor, upright).inputs
     assert (batch.inputs["pixel_values"] == expected["pixel_values"]).all()
     verdict = judge(str(record.image))
     assert (verdict.width, verdict.height) == upright.size

@@ -82,7 +82,7 @@ def test_a_method_s_footprint_is_what_it_trains(method: str) -> None:
     model = planned_model("mini-llava")
     kind = cast(type[Method], load_plugin("method", method))
     here = kind(kind.Config(**run.methods[method]), run, model.backbone)
-    said = here.footprint(meta_model(model.config, torch.float32))
+    said = here.footprint(meta_model(model.backbone, model.config, torch.float32))
     base = model.backbone.load(str(Path(cli.__file__).parent / "mini/assets/mini_llava"), quant="none")
     trained = sum(p.numel() for p in here.begin(base, Stage(0, "a")).parameters() if p.requires_grad)
     assert said.parameters == trained
@@ -94,7 +94,8 @@ def test_a_method_s_footprint_is_what_it_trains(method: str) -> None:
      ("Qwen2.5-VL-72B-Instruct", 73.41)],
 )  # fmt: skip
 def test_shipped_configurations_have_the_models_sizes(name: str, billions: float) -> None:
-    model = meta_model(planned_model(name).config, torch.bfloat16)
+    planned = planned_model(name)
+    model = meta_model(planned.backbone, planned.config, torch.bfloat16)
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=0.01)
     assert name in shipped_names()
 

@@ -9,7 +9,7 @@ import pytest
 
 from delo_llava import registry
 from delo_llava.errors import DeloError
-from delo_llava.registry import PluginKind, load_plugin, plugin_names, plugin_summary
+from delo_llava.registry import PluginKind, load_plugin, plugin_limits, plugin_names, plugin_summary
 
 
 @pytest.fixture
@@ -78,6 +78,9 @@ def test_summary_reads_without_importing(shelf: Path) -> None:
     assert plugin_summary("toy", "red") == "A red one."
     assert plugin_summary("toy", "broken") == ""
     assert plugin_summary("sheet", "one") == "One sheet"
+    (shelf / "gold.py").write_text('"""Gold.\n\nMore.\n\nLimits: heavy,\nand dear.\n"""\nTOY = 1\n')
+    assert plugin_limits("toy", "gold") == "heavy, and dear."
+    assert plugin_limits("toy", "red") == plugin_limits("sheet", "one") == ""
     assert "toy_shelf.red" not in sys.modules
 
 

@@ -56,18 +56,20 @@ class DeloLayer(CarriedLayer):
         plan: RoutePlan = self.carrier.current()
         if not self.projector:
             return self._language(x, y, plan)
-        if plan.projector is None or plan.packing is None:
+        if plan.projector is None:
             raise self.carrier.missing_plan()
-        if x.dim() == 3:
-            return self._add(x, y, plan, plan.projector, None)
-        packing = plan.packing
-        padded = packing.pad(x)
-        delta = self._add(
-            padded, padded.new_zeros(*padded.shape[:2], self.out_features), plan, plan.projector, None
-        )
-        return y + packing.unpad(delta).to(y.dtype)
+        packing = plan.packing(x.shape[:-1].numel())
+        padded, flat = packing.pad(x.reshape(-1, x.shape[-1])), y.reshape(-1, self.out_features)
+        if packing.flat is None:
+            return self._add(padded, packing.pad(flat), plan, plan.projector, None).view(y.shape)
+        nothing = padded.new_zeros(*padded.shape[:2], self.out_features)
+        delta = packing.unpad(self._add(padded, nothing, plan, plan.projector, None))
+        return y + delta.to(y.dtype).view(y.shape)
 
     def _language(self, x: Tensor, y: Tensor, plan: RoutePlan) -> Tensor:
+        if x.dim() == 2:  # a mixture's shared expert sees all rows' tokens in one line
+            rows = (plan.rows, -1)
+            return self._language(x.view(*rows, x.shape[-1]), y.view(*rows, y.shape[-1]), plan).view_as(y)
         weight = plan.token_weight
         if weight is None:
             return self._add(x, y, plan, plan.language, None)

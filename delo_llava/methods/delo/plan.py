@@ -73,7 +73,8 @@ class RoutePlan:
             share one.
         language, projector: what layers read.
         token_weight: B×S×2r, 1 where a factor acts on a token; None when every token gets both updates.
-        packing: of the images in the projector.
+        inputs: what is known of the batch.
+        packings: of the images' tokens in the projector, by how many tokens there are in all.
         cache: gathered factors, filled by layers when no gradient is wanted.
     """
 
@@ -86,9 +87,10 @@ class RoutePlan:
     text_start: int
     projector_slots: int
     language: RouteTable
+    inputs: RouteInputs
     projector: RouteTable | None = None
     token_weight: Tensor | None = None
-    packing: Packing | None = None
+    packings: dict[int, Packing] = field(default_factory=dict)
     cache: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -104,7 +106,6 @@ class RoutePlan:
         text_start: int,
         projector_slots: int,
         own_tokens: bool,
-        lengths: list[int],
     ) -> "RoutePlan":
         """Lay the selection out for the layers: one contiguous table per linear, offsets of modality and task
         included."""
@@ -119,17 +120,23 @@ class RoutePlan:
             text_start,
             projector_slots,
             _language_table(selection, position, text_start, pool_size, projector_slots),
+            inputs,
         )
         if own_tokens:
             is_image = inputs.segments == SEGMENT_IMAGE
             rank = selection.image_a.shape[-1]
             plan.token_weight = torch.stack([is_image, ~is_image], -1).float().repeat_interleave(rank, -1)
-        if lengths:
+        if len(inputs.image_rows):
             plan.projector = _projector_table(
                 selection, position, pool_size, projector_slots, inputs.image_rows
             )
-            plan.packing = Packing.of(lengths, inputs.presence.device)
         return plan
+
+    def packing(self, tokens: int) -> Packing:
+        """Where the images' tokens lie in a tensor of the projector with so many of them."""
+        if tokens not in self.packings:
+            self.packings[tokens] = Packing.of(self.inputs.image_lengths(tokens), self.presence.device)
+        return self.packings[tokens]
 
     @property
     def rows(self) -> int:
@@ -151,7 +158,6 @@ class RoutePlan:
             presence=self.presence[rows],
             language=table,
             projector=None,
-            packing=None,
             token_weight=weight,
             cache={},
         )

@@ -130,7 +130,6 @@ class DeloModel(CarriedTuner):
             text_start=config.pool_starts()[0],
             projector_slots=len(self.layers()[1]),
             own_tokens=config.scope == "own",
-            lengths=inputs.image_tokens.tolist(),
         )
 
     def _tasks(self, inputs: RouteInputs, queries: Queries) -> list[str]:

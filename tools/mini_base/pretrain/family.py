@@ -89,7 +89,9 @@ class Tongue(ABC):
     def prompt(self, talk: Talk, turn: int, picture: bool) -> str:
         """One turn up to its answer, worded as in training and evaluation."""
         context = talk.context if turn == 0 else None
-        return "".join(p for p, _ in self.backbone.prompt(picture, context or None, talk.turns[turn][0]))
+        image = self.backbone.image_token if picture else None
+        pieces = self.backbone.default_dialogue.prompt(image, context or None, talk.turns[turn][0])
+        return "".join(text for text, _ in pieces)
 
     def render(self, talk: Talk, picture: bool) -> tuple[str, list[tuple[int, int]]]:
         """The talk as one string, its image tokens written out, and the character spans of its answers (each
@@ -99,8 +101,9 @@ class Tongue(ABC):
         for turn, (_, answer) in enumerate(talk.turns):
             prompt = self.prompt(talk, turn, picture and turn == 0)
             text += prompt.replace(self.image, self.image * TOKENS)
-            spans.append((len(text), len(text) + len(self.backbone.answer_suffix(answer))))
-            text += self.backbone.answer_suffix(answer)
+            said = self.backbone.default_dialogue.answer(answer)
+            spans.append((len(text), len(text) + len(said)))
+            text += said
         return text, spans
 
 
