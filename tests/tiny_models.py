@@ -122,7 +122,7 @@ def session(kind: str) -> Path:
 
 def tiny_clip(folder: Path) -> Path:
     """Save a CLIP (32 px, a joint space of 48, 24 text tokens) and return `folder`."""
-    tokenizer = _llama_tokenizer()
+    tokenizer = llama_tokenizer()
     text = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 24, **_special_ids(tokenizer),

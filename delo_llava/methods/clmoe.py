@@ -178,7 +178,7 @@ class ClMoe(RoutedMethod):
             # A dummy in a missing image's place is no sample's, and which engine needs one must not matter.
             shown = inputs.presence[inputs.image_rows, 0] if layer.projector else slice(None)
             self._seen[layer.name] = gate.detach()[shown]
-        return layer.up(ADAPTER, weighted(layer.down(ADAPTER, x), plan.spread(gate, x)))
+        return layer.up(ADAPTER, weighted(layer.down(ADAPTER, x), plan.spread(layer, gate, x)))
 
     def _instance(self, layer: LowRankLayer, x: Tensor, plan: RowPlan) -> Tensor:
         return gates(layer.scores(ADAPTER, instance_means(layer, x, plan)), self.options.top_k)
