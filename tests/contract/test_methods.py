@@ -21,10 +21,12 @@ from delo_llava.runs.export import merge
 from delo_llava.runs.job import make_job
 
 METHODS = plugin_names("method")
-#: LLaVA always; the others by --long or in turn.
-FAMILIES = ("llava", "qwen2_5_vl")
+#: Always tried, on LLaVA: an expert method and a baseline; all else by --long or in turn.
+CORE = ("delo", "lora")
+#: One tower, a picture of any size, tiles.
+FAMILIES = ("llava", "qwen2_5_vl", "llava_next")
 CASES = [
-    pytest.param(name, kind, marks=() if kind == "llava" else pytest.mark.long)
+    pytest.param(name, kind, marks=() if kind == "llava" and name in CORE else pytest.mark.long)
     for name in METHODS
     for kind in FAMILIES
 ]
@@ -37,7 +39,9 @@ def every(test: Any) -> Any:
 
 #: Column of the table of support -> quantisation and further words.
 BITS = {"4 bit": ("nf4",), "16 bit": ("none", "--dtype=bfloat16")}
-every_method = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in CORE else pytest.mark.long) for name in METHODS]
+)
 MIXED = [*items("task0")[:2], *items("task1")[1:3], items("task0")[3]]
 
 
