@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, cast
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BaseModel, BeforeValidator, Field, model_validator
 
+from delo_llava.data.images import ImageLimits
 from delo_llava.data.missing import MissingSpec
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
@@ -51,6 +52,9 @@ class DataConfig(Section):
         sub: share of every training set that is used, drawn by the run's seed.
         max_length: longest prompt with answer, in tokens; context is cut first.
         group_by_length: build batches of similar length.
+        min_pixels, max_pixels: between which a picture is resized, for families that take any size
+            (Qwen-VL); None keeps the checkpoint's own bounds.
+        max_tiles: into which a picture is cut at most, for families whose tiles can be limited (InternVL).
         on_bad_image: an image that training cannot read is an `error`, or its record is left out (`skip`), up
             to `max_bad_images` records of a stage; never replaced by another.
         max_bad_images: how many records of a stage may be left out so.
@@ -60,9 +64,23 @@ class DataConfig(Section):
     template: str | None = None
     sub: float = Field(default=1.0, gt=0.0, le=1.0)
     max_length: int = Field(default=2048, ge=16)
+    min_pixels: int | None = Field(default=None, ge=1)
+    max_pixels: int | None = Field(default=None, ge=1)
+    max_tiles: int | None = Field(default=None, ge=1)
     group_by_length: bool = True
     on_bad_image: Literal["error", "skip"] = "error"
     max_bad_images: int = Field(default=10, ge=0)
+
+    @model_validator(mode="after")
+    def _bounds_in_order(self) -> "DataConfig":
+        if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
+            raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
+        return self
+
+    @property
+    def limits(self) -> ImageLimits:
+        """How large a picture is shown."""
+        return ImageLimits(self.min_pixels, self.max_pixels, self.max_tiles)
 
 
 class TrainConfig(Section):

@@ -21,6 +21,7 @@ class QwenVL(Backbone):
     projector_name = "model.visual.merger"
     unquantised = ("model.visual", "lm_head")
     image_token = "<|image_pad|>"
+    limits = {"min_pixels": "min_pixels", "max_pixels": "max_pixels"}
     default_dialogue = chatml(SYSTEM, "<|vision_start|>", "<|vision_end|>")
 
     def encode_image(self, parts: Parts, image: Image.Image) -> EncodedImage:

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,7 +19,7 @@ from delo_llava.backbones import _quant
 from delo_llava.backbones._planned import PlannedImage, tile_patches, tower_floats
 from delo_llava.backbones._template import from_template, require_end_token
 from delo_llava.data.dialogue import Dialogue
-from delo_llava.data.images import EncodedImage
+from delo_llava.data.images import EncodedImage, ImageLimits
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
 
@@ -30,6 +30,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: For every `from_pretrained`: code that a checkpoint brings is never run, and no one is asked about it.
 OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
 Quant = Literal["nf4", "none"]
+#: Pictures as large as the checkpoint says.
+OWN_LIMITS = ImageLimits()
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
@@ -63,6 +65,7 @@ class Backbone(ABC):
         image_token: what one image token is in a prompt, and the placeholder of a whole picture.
         placeholders: what chat templates write for a picture; empty: the image token.
         attention: implementations that can run, in the order in which `auto` tries them.
+        limits: those of `ImageLimits` that can be set -> the image processor's option.
         default_dialogue: where a checkpoint brings no chat template.
     """
 
@@ -76,6 +79,7 @@ class Backbone(ABC):
     image_token: ClassVar[str]
     placeholders: ClassVar[tuple[str, ...]] = ()
     attention: ClassVar[tuple[str, ...]] = ATTENTION
+    limits: ClassVar[Mapping[str, str]] = {}
     default_dialogue: ClassVar[Dialogue]
 
     def load(
@@ -130,12 +134,12 @@ class Backbone(ABC):
         decode_plainly(model)
         return model.requires_grad_(False).eval()
 
-    def load_processor(self, path: str) -> Parts:
+    def load_processor(self, path: str, limits: ImageLimits = OWN_LIMITS) -> Parts:
         """The checkpoint's tokenizer, image processor, configuration and dialogue.
 
         Raises:
-            DeloError: tokenizer and configuration disagree on the image token, or no single token ends
-                answers.
+            DeloError: tokenizer and configuration disagree on the image token, no single token ends answers,
+                or the family knows no such limit.
         """
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
@@ -151,7 +155,25 @@ class Backbone(ABC):
         template = ProcessorMixin.get_processor_dict(path)[0].get("chat_template") or tokenizer.chat_template
         dialogue = self.dialogue(tokenizer, template)
         require_end_token(dialogue, tokenizer)
-        return Parts(tokenizer, AutoImageProcessor.from_pretrained(path, **OWN_CODE), config, dialogue)
+        options = OWN_CODE | self.limit_options(limits)
+        return Parts(tokenizer, AutoImageProcessor.from_pretrained(path, **options), config, dialogue)
+
+    def limit_options(self, limits: ImageLimits) -> dict[str, int]:
+        """Options of the image processor that set limits.
+
+        Raises:
+            DeloError: the family has no such limit.
+        """
+        given = limits.given()
+        for name in given:
+            if name not in self.limits:
+                raise DeloError(
+                    f"This family's pictures have no such limit: {type(self).__name__}",
+                    given=f"--data.{name}={given[name]}",
+                    allowed=[f"--data.{known}" for known in self.limits],
+                    fix="leave it out; docs/backbones.md says how large pictures are",
+                )
+        return {self.limits[name]: value for name, value in given.items()}
 
     def dialogue(self, tokenizer: Any, template: str | None) -> Dialogue:
         """How a turn is written: as the checkpoint's chat template does, else `default_dialogue`."""

@@ -26,6 +26,7 @@ class InternVL(Backbone):
     unquantised = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_token = "<IMG_CONTEXT>"
     placeholders = ("<IMG_CONTEXT>", "<image>")
+    limits = {"max_tiles": "max_patches"}
     default_dialogue = chatml("", "", "\n")
 
     def encode_image(self, parts: Parts, image: Image.Image) -> EncodedImage:

@@ -45,7 +45,7 @@ def measure_step(config: RunConfig, picture: Path, words: int) -> Measured:
     if config.train.gradient_checkpointing:
         checkpoint_activations(base, model, method)
     model.train()
-    collator = Collator(backbone, backbone.load_processor(path), config.data.max_length)
+    collator = Collator(backbone, backbone.load_processor(path, config.data.limits), config.data.max_length)
     batch = collator(_items(config.train.micro_batch, picture, words)).to(device)
     weights = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
     _step(method, model, batch)  # gradients and caches exist from here on

@@ -60,6 +60,7 @@ def _sequence_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", "--data.root", dest="root", type=user_path, help=root)
     parser.add_argument("--model", help="whose tokenizer is used (default: the recipe's, if on this disk)")
     _settings(parser, "data.max_length", "data.template")
+    _settings(parser, "data.min_pixels", "data.max_pixels", "data.max_tiles")
 
 
 def _settings(parser: argparse.ArgumentParser, *keys: str) -> None:
@@ -108,7 +109,7 @@ def _prompts(options: argparse.Namespace, config: "RunConfig") -> "Prompts":
             f"{config.model} is not on this disk: prompts are made with the tokenizer of {STAND_IN}, "
             "so counts of tokens differ; --model names another\n"
         )
-    return Prompts(model or STAND_IN, config.data.max_length)
+    return Prompts(model or STAND_IN, config.data.max_length, config.data.limits)
 
 
 def _console() -> "Console":

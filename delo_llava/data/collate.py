@@ -325,7 +325,7 @@ class Collator:
             raise DeloError(
                 f"Record {record.id!r} does not fit: image, answer and template are {len(row.ids)} tokens.",
                 given=f"max_length {self.max_length}",
-                fix="raise data.max_length",
+                fix="raise data.max_length, or show smaller pictures (data.max_pixels, data.max_tiles)",
             )
 
     def _pad(self, rows: list[Row]) -> dict[str, Tensor]:

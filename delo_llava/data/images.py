@@ -43,6 +43,24 @@ class UnusableImage(DeloError):
 
 
 @dataclass(frozen=True)
+class ImageLimits:
+    """How large a picture is shown, where its family leaves the choice; None keeps the checkpoint's setting.
+
+    Attributes:
+        min_pixels, max_pixels: a picture is resized to lie between them.
+        max_tiles: into which it is cut at most, beside the whole picture.
+    """
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    max_tiles: int | None = None
+
+    def given(self) -> dict[str, int]:
+        """Those that are set."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class EncodedImage:
     """One picture as the model takes it.
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from PIL import Image
 
-from delo_llava.backbones.base import SHIPPED, Backbone, find_backbone
+from delo_llava.backbones.base import OWN_LIMITS, SHIPPED, Backbone, find_backbone
 from delo_llava.data.collate import Collator, Layout, Row
 from delo_llava.data.dialogue import Dialogue
+from delo_llava.data.images import ImageLimits
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -21,14 +22,14 @@ class Prompts:
 
     Args:
         model: name of a shipped model, folder or hub id.
-        max_length: as `data.max_length`.
+        max_length: as `data.max_length`; limits: as those of `data`.
     """
 
-    def __init__(self, model: str, max_length: int) -> None:
+    def __init__(self, model: str, max_length: int, limits: ImageLimits = OWN_LIMITS) -> None:
         self.model, self.max_length = model, max_length
         self.backbone: Backbone
         self.backbone, path = find_backbone(model)
-        self.processor: Any = self.backbone.load_processor(path)
+        self.processor: Any = self.backbone.load_processor(path, limits)
         self._collators = {
             generation: Collator(self.backbone, self.processor, max_length, generation=generation)
             for generation in (False, True)

@@ -52,6 +52,7 @@ def make_job(config: RunConfig) -> Job:
     from delo_llava.backbones.base import find_backbone
 
     backbone, base = find_backbone(config.model)
+    backbone.limit_options(config.data.limits)
     check_engine(config)
     kind: Any = load_plugin("method", config.method)
     method = kind(kind.Config(**config.methods.get(config.method, {})), config, backbone)

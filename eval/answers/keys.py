@@ -64,6 +64,7 @@ def model_facts(
         "beams": config.eval.num_beams,
         "oracle": config.eval.oracle,
         "max_length": config.data.max_length,
+        "limits": config.data.limits.given(),
         "missing_image": config.missing.image,
         "code": code,
         "versions": package_versions(),

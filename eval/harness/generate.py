@@ -195,7 +195,7 @@ def loaded(
     base = backbone.load(
         model_path, quant=config.quant, dtype=config.dtype, attn=config.attn, device=str(device)
     )
-    processor = backbone.load_processor(model_path)
+    processor = backbone.load_processor(model_path, config.data.limits)
     ready = Answerer(
         model=method.load(base, past).eval(),
         method=method,
