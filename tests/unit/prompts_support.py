@@ -34,7 +34,7 @@ def queries(presence: list[tuple[bool, bool]], width: int = WIDTH) -> Queries:
 def inputs(presence: list[tuple[bool, bool]], tasks: Any = None) -> RouteInputs:
     """What routing knows of rows without images of their own."""
     ids, none = torch.zeros(len(presence), 3, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    return RouteInputs(ids, ids.to(torch.uint8), torch.tensor(presence), none, none, tasks=tasks)
+    return RouteInputs(ids, ids.to(torch.uint8), torch.tensor(presence), none, none, None, tasks=tasks)
 
 
 class Built:

@@ -114,7 +114,7 @@ def test_what_a_prefill_decides_holds_for_every_token_that_follows() -> None:
     method: Any = bench.method
     route = method.inputs(prompt)
     whole = RouteInputs(
-        ids, segments, route.presence, route.image_rows, route.image_tokens, queries=route.queries
+        ids, segments, route.presence, route.image_rows, route.image_units, None, queries=route.queries
     )
     with torch.no_grad(), routing(model, whole):
         logits = model(**batch).logits
@@ -127,7 +127,7 @@ def test_means_are_of_the_prompt_alone_and_kept_after_it() -> None:
     segments = torch.tensor([[0, 1, 1, 3, 0], [0, 0, 2, 3, 0]], dtype=torch.uint8)
     inputs = RouteInputs(
         torch.zeros(2, 5, dtype=torch.int64), segments, torch.ones(2, 2, dtype=torch.bool),
-        torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), expand=2,
+        torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), None, expand=2,
     )  # fmt: skip
     plan = RowPlan({"instruction": torch.zeros(4, 3)}, inputs)
     x = torch.randn(4, 5, 3)
@@ -146,7 +146,9 @@ def test_means_are_of_the_prompt_alone_and_kept_after_it() -> None:
     layer.projector = True
     packed = RowPlan(
         {"instruction": torch.zeros(2, 3)},
-        RouteInputs(inputs.input_ids, segments, inputs.presence, torch.tensor([1, 0]), torch.tensor([1, 3])),
+        RouteInputs(
+            inputs.input_ids, segments, inputs.presence, torch.tensor([1, 0]), torch.tensor([1, 3]), None
+        ),
     )
     tokens = torch.randn(4, 3)
     torch.testing.assert_close(
