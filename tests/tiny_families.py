@@ -32,6 +32,8 @@ from transformers import (
     Qwen3VLMoeForConditionalGeneration,
     SmolVLMConfig,
     SmolVLMForConditionalGeneration,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
 )
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
@@ -224,6 +226,22 @@ def tiny_paligemma(folder: Path, text: str = "gemma") -> Path:
 def tiny_paligemma2(folder: Path) -> Path:
     """PaliGemma 2, whose Gemma 2 has eager attention only."""
     return tiny_paligemma(folder, "gemma2")
+
+
+def tiny_vipllava(folder: Path) -> Path:
+    """ViP-LLaVA, which has no backbone here: docs/extending.md has one. Sixteen tokens a picture."""
+    tokenizer = tiny_models.llama_tokenizer()
+    config = VipLlavaConfig(
+        vision_config={"model_type": "clip_vision_model", **VISION}, text_config=language(tokenizer, "llama"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"), vision_feature_layer=[-1, -2],
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    image = {
+        "image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 64},
+        "crop_size": {"height": 64, "width": 64}, **tiny_models.CLIP_STATS,
+    }  # fmt: skip
+    model_class = VipLlavaForConditionalGeneration
+    return save(folder, model_class, config, tokenizer, image, "LlavaProcessor")
 
 
 BUILDERS = {

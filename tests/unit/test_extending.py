@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_families
 import tiny_models
 import training_support as support
 
@@ -33,11 +34,22 @@ def run(plugins: Path, *words: str) -> str:
 
 
 def test_the_page_has_one_of_each(plugins: Path) -> None:
-    assert {path.parent.name for path in plugins.rglob("*.*")} == {"methods", "recipes", "scorers"}
+    assert {path.parent.name for path in plugins.rglob("*.*")} == {
+        "methods",
+        "backbones",
+        "recipes",
+        "scorers",
+    }
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("methods", "ia3_chain"), ("recipes", "shades"), ("scorers", "first_word")]
+    ("kind", "name"),
+    [
+        ("methods", "ia3_chain"),
+        ("backbones", "vipllava"),
+        ("recipes", "shades"),
+        ("scorers", "first_word"),
+    ],  # fmt: skip
 )
 def test_they_are_listed(plugins: Path, kind: str, name: str) -> None:
     assert name in run(plugins, "list", kind)
@@ -56,3 +68,15 @@ def test_the_method_is_trained_on_the_sequence_and_scored(plugins: Path, tmp_pat
     assert all(score is not None for score in results["matrix"]["matched"][1])
     losses = [entry["loss"] for entry in support.metrics(output)]
     assert len(losses) == 2
+
+
+@pytest.mark.slow
+def test_the_backbone_is_planned_trained_and_evaluated(plugins: Path, tmp_path: Path) -> None:
+    support.write_sequence(tmp_path, records=8)
+    model, output = tiny_families.tiny_vipllava(tmp_path / "model"), tmp_path / "run"
+    common = ("--task_seq=shades", "--method=delo", f"--data.root={tmp_path}", f"--model={model}")
+    assert "16 of an image" in run(plugins, "plan", *common, "--zero=none", "--tokens=64")
+    small = ("--delo.rank=2", "--delo.pool_size=4", "--quant=nf4", "--device=cpu", "--zero=none")
+    run(plugins, "train", *common, *small, f"--output={output}")
+    results = json.loads((output / "results.json").read_text())
+    assert all(score is not None for score in results["matrix"]["matched"][1])
