@@ -12,6 +12,10 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 MODALITIES: tuple[str, str] = ("image", "text")
 
 
+#: Key of `Record.extra`: the answer with its surrounding blanks, where it has any.
+AS_WRITTEN = "answer_as_written"
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One example. `image` and `context` may be absent in the data itself; an instruction never is.

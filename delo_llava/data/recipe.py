@@ -9,9 +9,9 @@ from typing import Any, Protocol, cast
 from delo_llava.data.recipe_file import Recipe, SideEntry, TaskEntry, Template, read_recipe
 from delo_llava.errors import DeloError
 from delo_llava.schema import merged
-from delo_llava.tasks import SPLITS, ClassTask, SideFile, TaskSequence, TaskSpec
+from delo_llava.tasks import SPLITS, ClassTask, SideFile, Split, TaskSequence, TaskSpec
 
-__all__ = ["DATA_ENV", "data_root", "load_sequence", "read_recipe", "recipe_defaults"]
+__all__ = ["DATA_ENV", "data_root", "load_sequence", "load_task", "read_recipe", "recipe_defaults"]
 
 #: Environment variable with the data root, for recipes whose data the user provides.
 DATA_ENV = "DELO_LLAVA_DATA"
@@ -43,13 +43,40 @@ def load_sequence(name_or_path: str, root: Path | None = None, template: str | N
     """
     recipe = read_recipe(name_or_path)
     chosen = _template(recipe, template)
-    folder = _build(recipe.builder, root) if recipe.builder else data_root(recipe.name, root)
-    place = _Place(folder, recipe.templates[chosen] if chosen else None)
-    if absent := list(_absent(recipe, place)):
-        raise _missing_data(recipe, folder, absent, name_or_path)
+    place = _place(recipe, root, chosen)
+    if absent := list(_absent(recipe.tasks, place)):
+        raise _missing_data(recipe, place.folder, absent, name_or_path)
     tasks = tuple(_task(entry, place) for entry in recipe.tasks)
     about = (recipe.title, recipe.source, recipe.licence)
     return TaskSequence(recipe.name, tasks, *about, defaults=recipe.defaults, template=chosen)
+
+
+def load_task(name_or_path: str, task: str, split: Split, root: Path | None = None) -> TaskSpec:
+    """One task of a recipe for reading one split's questions and answers: nothing else has to be there.
+
+    Args:
+        name_or_path, root: as for `load_sequence`.
+
+    Raises:
+        DeloError: no such recipe, task or split, a fault in the recipe, or missing files of this split.
+    """
+    recipe = read_recipe(name_or_path)
+    known = {entry.name: entry for entry in recipe.tasks}
+    if task not in known:
+        raise DeloError(f"The recipe {recipe.name} has no such task.", given=task, allowed=known)
+    if split not in known[task].files:
+        raise DeloError(f"Task {task!r} has no {split} file.", given=split, allowed=known[task].files)
+    place = _place(recipe, root, recipe.template)
+    entry = _of_split(known[task], split)
+    if absent := list(_absent_files(entry, place)):
+        raise _missing_data(recipe, place.folder, absent, name_or_path)
+    return _task(entry, place)
+
+
+def _of_split(entry: TaskEntry, split: Split) -> TaskEntry:
+    """A task with the files of one split alone."""
+    sides = [side for side in entry.sides if split in side.splits]
+    return entry.model_copy(update={"files": {split: entry.files[split]}, "sides": sides})
 
 
 def recipe_defaults(name_or_path: str) -> dict[str, Any]:
@@ -122,6 +149,12 @@ def _template(recipe: Recipe, given: str | None) -> str | None:
     return given
 
 
+def _place(recipe: Recipe, root: Path | None, template: str | None) -> _Place:
+    """Where the recipe's data is, built where the recipe has a builder."""
+    folder = _build(recipe.builder, root) if recipe.builder else data_root(recipe.name, root)
+    return _Place(folder, recipe.templates[template] if template else None)
+
+
 def _build(builder: str, root: Path | None) -> Path:
     """Run a builder; the data root it returns is complete."""
     module, function = BUILDERS[builder]
@@ -129,21 +162,26 @@ def _build(builder: str, root: Path | None) -> Path:
     return ensure(root)
 
 
-def _absent(recipe: Recipe, place: _Place) -> Iterator[tuple[TaskEntry, str, str]]:
+def _absent(entries: Sequence[TaskEntry], place: _Place) -> Iterator[tuple[TaskEntry, str, str]]:
     """Every required file or image folder that is not there: its task, what it is, where to get it."""
-    for entry in recipe.tasks:
-        for names in entry.files.values():
-            if place.file(names) is None:
-                yield entry, " or ".join(place.names(names)), entry.obtain
-        for side in entry.sides:
-            if side.required and place.file(side.file) is None:
-                yield entry, " or ".join(place.names(side.file)), side.obtain or entry.obtain
-        classes = entry.classes
-        if classes is not None and classes.names_required and place.file(classes.names) is None:
-            yield entry, " or ".join(classes.names), entry.obtain
+    for entry in entries:
+        yield from _absent_files(entry, place)
         if place.image_root(entry) is None:
             for images in _absent_images(entry, place):
                 yield entry, images, entry.obtain
+
+
+def _absent_files(entry: TaskEntry, place: _Place) -> Iterator[tuple[TaskEntry, str, str]]:
+    """Every required file of a task that is not there, as `_absent`."""
+    for names in entry.files.values():
+        if place.file(names) is None:
+            yield entry, " or ".join(place.names(names)), entry.obtain
+    for side in entry.sides:
+        if side.required and place.file(side.file) is None:
+            yield entry, " or ".join(place.names(side.file)), side.obtain or entry.obtain
+    classes = entry.classes
+    if classes is not None and classes.names_required and place.file(classes.names) is None:
+        yield entry, " or ".join(classes.names), entry.obtain
 
 
 def _absent_images(entry: TaskEntry, place: _Place) -> Iterator[str]:
@@ -159,10 +197,11 @@ def _absent_images(entry: TaskEntry, place: _Place) -> Iterator[str]:
 
 
 def _task(entry: TaskEntry, place: _Place) -> TaskSpec:
-    """A task whose files are known to exist."""
+    """A task whose files are known to exist; without its pictures it can be read, not trained."""
     found = ((split, place.file(entry.files.get(split, []))) for split in SPLITS)
     files = {split: path for split, path in found if path is not None}
-    image_root = Path(os.path.normpath(cast(Path, place.image_root(entry))))
+    usual = place.folder / place.names(entry.image_root)[0]
+    image_root = Path(os.path.normpath(place.image_root(entry) or usual))
     sides = [(side, place.file(side.file)) for side in entry.sides]
     classes = entry.classes
     return TaskSpec(

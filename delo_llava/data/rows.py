@@ -25,7 +25,7 @@ from delo_llava.data.layouts import (
 )
 from delo_llava.data.sides import Joined
 from delo_llava.errors import DeloError
-from delo_llava.tasks import Split, TaskSpec
+from delo_llava.tasks import AS_WRITTEN, Split, TaskSpec
 
 #: How an address begins, or a picture written out as text.
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:")
@@ -139,19 +139,19 @@ class Reading:
         for turn, (asked, answered) in enumerate(turns):
             where = f"turn {turn}: " if several else ""
             faults = len(entry.faults)
-            instruction = answer = ""
+            instruction = written = ""
             with entry.faults:
                 instruction = _instruction(asked, shows, where)
             with entry.faults:
-                answer = _answer(answered, given, where)
+                written = _answer(answered, given, where)
             if len(entry.faults) == faults:
                 row = {
                     "id": f"{name}#{turn}" if several else name,
                     "image": entry.image,
                     "context": _with(context, texts, instruction) if texts else context,
                     "instruction": instruction,
-                    "answer": answer,
-                    "extra": extra,
+                    "answer": written.strip(),
+                    "extra": extra if written == written.strip() else _with_written(extra, written),
                     "entry": number,
                     "part": None,
                 }
@@ -252,6 +252,11 @@ def _is_json(value: object) -> bool:
     return False
 
 
+def _with_written(extra: str, written: str) -> str:
+    """`extra` with an answer whose blanks count by some official rules."""
+    return as_json({**json.loads(extra), AS_WRITTEN: written})
+
+
 def _instruction(given: object, shows: bool, where: str) -> str:
     """What is asked, without the placeholder of the image, if the entry shows one."""
     if not isinstance(given, str):
@@ -271,7 +276,7 @@ def _instruction(given: object, shows: bool, where: str) -> str:
 
 
 def _answer(given: object, entry: Mapping[str, Any], where: str) -> str:
-    """The reference answer as text; numbers are written out, of several the first is taken."""
+    """The reference answer as it is written; numbers are written out, of several the first is taken."""
     if given is None:
         told = f"{where}there is no answer; beside a question it is one of {', '.join((*ANSWERS, BOX))}."
         raise BadEntry("answer_empty", told, given=f"the keys {', '.join(map(str, entry))}")
@@ -284,4 +289,4 @@ def _answer(given: object, entry: Mapping[str, Any], where: str) -> str:
     if not isinstance(given, str) or not given.strip():
         told = f"{where}there is no answer that is text or a number."
         raise BadEntry("answer_empty", told, given=short(given))
-    return given.strip()
+    return given

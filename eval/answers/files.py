@@ -1,26 +1,22 @@
-"""Answer files, ours and others': reading them, joining shards, matching them with the questions.
+"""Answer files, ours and others': finding them, joining shards, reading their rows.
 
-Rows have an id (`question_id`, `record_id`, …) and a text (`text`, `prediction`, …). A file holds one row a
-line, or is a JSON array of rows, or one of ScienceQA's two result files, which are JSON by any name.
+A file holds one row a line, or is a JSON array of rows, or one of ScienceQA's two result files, which are
+JSON by any name. Which keys of a row count: `columns.py`.
 """
 
 import glob
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from delo_eval.scorers.base import Reference
+from delo_eval.answers.columns import Columns, columns_of
 from delo_llava.errors import DeloError
 from delo_llava.strict import parse_json
 
-ID_KEYS = ("question_id", "record_id", "questionId", "id", "image_id", "image")
-TEXT_KEYS = ("text", "prediction", "pred", "answer", "caption")
-
 #: `{CHUNKS}_{IDX}.jsonl`, as CoIN's scripts name the parts of an answer file.
-SHARD = re.compile(r"(\d+)_(\d+)\.jsonl?")
+SHARD = re.compile(r"(\d+)_(\d+)\.jsonl?", re.IGNORECASE)
 
 #: How many ids an error lists.
 LISTED = 10
@@ -32,28 +28,37 @@ class FileAnswers:
 
     Attributes:
         files: where they were read.
-        ids: of the questions, as text.
+        ids: of the questions, as text; the line's number from 1 where rows are paired by line.
         texts: what was answered.
+        prompts: what was asked, where a row says it under `prompt`.
+        numbers: places of the rows whose id is a number in the file, which some scripts do not find.
+        columns: what was read, in the order of its first use.
     """
 
     files: list[Path]
-    ids: list[str]
-    texts: list[str]
+    ids: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    prompts: list[str | None] = field(default_factory=list)
+    numbers: set[int] = field(default_factory=set)
+    columns: list[Columns] = field(default_factory=list)
 
+    def add(self, row: Mapping[str, Any], columns: Columns, where: str) -> None:
+        """Take one row.
 
-@dataclass(frozen=True)
-class Matched:
-    """Answers laid beside the questions.
-
-    Attributes:
-        texts: by question; None where there is no answer.
-        in_order: the answers that exist, in the order of the file.
-        missing: ids of questions without answer.
-    """
-
-    texts: list[str | None]
-    in_order: list[str]
-    missing: list[str]
+        Raises:
+            DeloError: its answer is no text.
+        """
+        text, prompt = row[columns.text], row.get("prompt")
+        if isinstance(text, bool) or not isinstance(text, str | int | float):
+            raise DeloError(f"{where}: an answer must be text.", given=repr(text)[:80])
+        name = None if columns.id is None else row[columns.id]
+        if isinstance(name, int | float):
+            self.numbers.add(len(self.ids))
+        self.ids.append(str(len(self.ids) + 1 if name is None else name))
+        self.texts.append(text if isinstance(text, str) else str(text))
+        self.prompts.append(prompt if isinstance(prompt, str) else None)
+        if columns not in self.columns:
+            self.columns.append(columns)
 
 
 def answer_files(given: Sequence[str]) -> list[Path]:
@@ -76,69 +81,33 @@ def answer_files(given: Sequence[str]) -> list[Path]:
     return _in_index_order({file: (int(found[1]), int(found[2])) for file, found in shards.items()})
 
 
-def read_answers(files: Sequence[Path]) -> FileAnswers:
+def read_answers(files: Sequence[Path], *, key: str | None = None, by_line: bool = False) -> FileAnswers:
     """All answers of the files, one after another.
 
+    Args:
+        key: of the answer in every row; without it rows must have one of the known layouts.
+        by_line: rows need no id.
+
     Raises:
-        DeloError: a file that cannot be read, or a row without id or text (named).
+        DeloError: a file that cannot be read, a row without id or answer (named), or no rows at all.
     """
-    answers = FileAnswers(list(files), [], [])
+    answers = FileAnswers(list(files))
     for file in files:
-        keys: tuple[str, str] | None = None
+        keys: set[str] = set()
+        columns: Columns | None = None
         for number, row in enumerate(_rows(file), start=1):
-            if keys is None or keys[0] not in row or keys[1] not in row:
-                keys = _keys(row, f"{file}, row {number}")
-            text = row[keys[1]]
-            if isinstance(text, bool) or not isinstance(text, str | int | float):
-                raise DeloError(f"{file}, row {number}: an answer must be text.", given=repr(text)[:80])
-            answers.ids.append(str(row[keys[0]]))
-            answers.texts.append(text if isinstance(text, str) else str(text))
+            where = f"{file}, row {number}"
+            if columns is None or not isinstance(row, dict) or row.keys() != keys:
+                found = columns_of(row, where, key=key, by_line=by_line)
+                if columns not in (None, found):
+                    told = f"{where} has its answer under other keys than the rows before."
+                    raise DeloError(told, given=found, allowed=[columns], fix="name the key: --key NAME")
+                columns, keys = found, set(row)
+            answers.add(row, columns, where)
+    if not answers.texts:
+        named = ", ".join(str(file) for file in files[:LISTED])
+        raise DeloError("There are no answers: the file is empty.", given=named, fix="write them again")
     return answers
-
-
-def match(answers: FileAnswers, references: Sequence[Reference], *, allow_missing: bool) -> Matched:
-    """Lay the answers beside the questions by id.
-
-    Questions whose ids repeat in their file are called `<id>`, `<id>~2` … and so are their answers.
-
-    Raises:
-        DeloError: answers to unknown questions, several to one, or questions without answer that are not
-            allowed; all of it in one error, with counts and ids.
-    """
-    wanted = {reference.id for reference in references}
-    said: dict[str, str] = {}
-    unknown, repeated = [], Counter[str]()
-    count = Counter[str]()
-    for given, text in zip(answers.ids, answers.texts, strict=True):
-        count[given] += 1
-        name = given if count[given] == 1 else f"{given}~{count[given]}"
-        if name in wanted:
-            said[name] = text
-        elif given in wanted:
-            repeated[given] += 1
-        else:
-            unknown.append(given)
-    missing = [reference.id for reference in references if reference.id not in said]
-    faults = [_fault("answers to unknown questions", unknown), _fault("questions answered twice", repeated)]
-    if not allow_missing:
-        faults.append(_fault("questions without answer", missing))
-    if found := [fault for fault in faults if fault]:
-        raise DeloError(
-            f"{len(answers.ids)} answers do not fit {len(references)} questions:\n" + "\n".join(found),
-            given=", ".join(str(file) for file in answers.files[:LISTED]),
-            fix="score the answers against the file of questions they were made from"
-            + ("" if allow_missing or any(faults[:2]) else ", or count missing ones wrong: --allow-missing"),
-        )
-    if not said:
-        raise DeloError("No question has an answer.", given=", ".join(map(str, answers.files[:LISTED])))
-    return Matched([said.get(reference.id) for reference in references], answers.texts, missing)
-
-
-def _fault(what: str, ids: Iterable[str]) -> str:
-    """One line of the error; empty when there are none."""
-    listed = list(ids)
-    more = f", … ({len(listed) - LISTED} more)" if len(listed) > LISTED else ""
-    return f"  {len(listed)} {what}: {', '.join(listed[:LISTED])}{more}" if listed else ""
 
 
 def _named(word: str) -> list[Path]:
@@ -184,17 +153,6 @@ def _in_index_order(shards: Mapping[Path, tuple[int, int]]) -> list[Path]:
             fix="run the missing part again; a part without questions needs an empty file",
         )
     return [by_index[index] for index in sorted(by_index)]
-
-
-def _keys(row: Any, where: str) -> tuple[str, str]:
-    """The keys of a row's id and text."""
-    if not isinstance(row, dict):
-        raise DeloError(f"{where} is not an object.", given=repr(row)[:80])
-    found = [next((key for key in keys if key in row), None) for keys in (ID_KEYS, TEXT_KEYS)]
-    if None in found:
-        what, allowed = ("id", ID_KEYS) if found[0] is None else ("text", TEXT_KEYS)
-        raise DeloError(f"{where} has no {what}.", given=", ".join(row), allowed=allowed)
-    return str(found[0]), str(found[1])
 
 
 def _rows(file: Path) -> Iterator[Any]:

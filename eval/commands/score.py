@@ -35,6 +35,16 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--references", type=user_path, help="test or annotation file; default: the recipe's test file"
     )
+    parser.add_argument("--key", help="key of the answer in each row, where the rows hold several texts")
+    parser.add_argument(
+        "--by-line", action="store_true", help="pair the n-th answer with the n-th question, whatever the ids"
+    )
+    parser.add_argument(
+        "--repeated",
+        choices=("refuse", "last", "each"),
+        default="refuse",
+        help="further answers to one question: refuse (default), keep the last, or count each",
+    )
     parser.add_argument("--root", type=user_path, help="data root of the recipe")
     parser.add_argument("--split", choices=("val", "test"), default="test")
     parser.add_argument("--scoring", choices=("native", "compat"), help="one rule only; default: both")
@@ -52,12 +62,19 @@ def run(options: argparse.Namespace) -> int:
         DeloError: a mistake in the words, answers that do not fit the questions, or data that is missing.
     """
     from delo_eval.answers.files import answer_files, read_answers
+    from delo_eval.answers.matching import match, match_by_line
     from delo_eval.answers.scoring import score_all
     from delo_llava.files import write_json_atomic, write_text_atomic
 
     subject, scorer, references = _subject(options)
-    answers = read_answers(answer_files(options.answers))
-    scored = score_all(scorer, options.scoring, answers, references, allow_missing=options.allow_missing)
+    answers = read_answers(answer_files(options.answers), key=options.key, by_line=options.by_line)
+    said = set(answers.ids)
+    asked = [each for each in references if scorer.is_counted(each) or each.id in said]
+    if options.by_line:
+        matched = match_by_line(answers, references, allow_missing=options.allow_missing)
+    else:
+        matched = match(answers, asked, allow_missing=options.allow_missing, repeated=options.repeated)
+    scored = score_all(scorer, options.scoring, matched)
     say(_table(subject, scored))
     if options.output:
         write_json_atomic(options.output, {"schema": SCHEMA, "subject": subject, **scored.to_json()})
@@ -80,7 +97,8 @@ def _subject(options: argparse.Namespace) -> tuple[str, "Scorer", list["Referenc
     scorer = cast("Scorer", load_plugin("scorer", options.scorer or name))
     subject = f"{recipe}/{task}" if recipe else task or options.scorer
     if options.references:
-        return subject, scorer, read_references(options.references, task)
+        read = read_references(options.references, task, split=options.split, by_line=options.by_line)
+        return subject, scorer, read
     if not recipe:
         raise DeloError("A scorer alone has no questions.", fix="name them with --references FILE")
     return subject, scorer, _recipe_references(recipe, task, options)
@@ -112,25 +130,31 @@ def _recipe_references(recipe: str, task: str, options: argparse.Namespace) -> l
     """The references of a recipe's task, as training reads its records."""
     from delo_eval.scorers.base import Reference
     from delo_llava.data.readers import read_records
-    from delo_llava.data.recipe import load_sequence
+    from delo_llava.data.recipe import load_task
 
     try:
-        sequence = load_sequence(recipe, options.root)
+        spec = load_task(recipe, task, options.split, options.root)
     except DeloError as error:
         alone = "name the file of the questions alone: --references FILE"
         fix = f"{error.fix}; or {alone}" if error.fix else alone
         raise DeloError(error.message, given=error.given, fix=fix) from error
-    spec = next(spec for spec in sequence.tasks if spec.name == task)
     return [Reference.of(record) for record in read_records(spec, options.split)]
 
 
 def _table(title: str, scored: "Scored") -> str:
     """What is printed."""
-    lines = [f"{title}: {len(scored.answers.ids)} answers to {len(scored.references)} questions"]
-    if scored.matched.missing:
+    matched = scored.matched
+    lines = [
+        f"{title}: {len(matched.answers.ids)} answers to {len(matched.references)} questions",
+        f"read: {', '.join(map(str, matched.answers.columns))}",
+    ]
+    if matched.repeated:
+        kept = "each counts" if len(matched.references) > len(set(matched.answers.ids)) else "the last counts"
+        lines.append(f"{matched.repeated} answers are to questions that have one: {kept}")
+    if matched.missing:
         treated = {"wrong": "counted wrong", "skipped": "left out"}
         told = [f"{treated[one.scorer.unanswered]} ({one.mode})" for one in scored.scores]
-        lines.append(f"{len(scored.matched.missing)} questions have no answer: {' and '.join(told)}")
+        lines.append(f"{len(matched.missing)} questions have no answer: {' and '.join(told)}")
     rows = [("mode", "scorer", "score", "± s.e.", "questions")]
     for one in scored.scores:
         error = "–" if one.standard_error is None else f"{one.standard_error:.2f}"
@@ -145,6 +169,7 @@ def _table(title: str, scored: "Scored") -> str:
     if found := scored.following:
         share = f"{found['score']:.2f} of {found['records']} questions"
         lines.append(f"instruction followed ({found['scorer']}): {share}")
+    lines += [f"note: {note}" for note in scored.notes]
     return "\n".join(lines) + "\n"
 
 
@@ -153,7 +178,8 @@ def _record_lines(scored: "Scored") -> Iterator[str]:
 
     For a rule by position the score is that of the answer at the question's place, not of its own.
     """
-    for i, (reference, text) in enumerate(zip(scored.references, scored.matched.texts, strict=True)):
+    pairs = zip(scored.matched.references, scored.matched.texts, strict=True)
+    for i, (reference, text) in enumerate(pairs):
         row = {"question_id": reference.id, "prediction": text, "answer": reference.answer}
         yield (
             json.dumps(row | {one.mode: one.records[i] for one in scored.scores}, ensure_ascii=False) + "\n"

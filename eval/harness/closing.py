@@ -20,6 +20,7 @@ from delo_eval.matrix.results import Results, read_results, results_json, resume
 from delo_eval.report.render import try_report
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.config import RunConfig
+from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method
 from delo_llava.runs.identity import encoder_files
 
@@ -28,12 +29,20 @@ def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Question
     """Refuse, before a model is loaded, what could not be scored once it has answered.
 
     Raises:
-        DeloError: see `Scorer.in_mode` and `Scorer.check`.
+        DeloError: see `Scorer.in_mode` and `Scorer.check`; questions that do not count.
     """
     for cell in {cell.task.name: cell for cell in cells}.values():
         scorer = scorer_of(cell.task, config)
-        if scorer.needs or scorer.ready:
-            scorer.check([Reference.of(question.record) for question in questions.of(cell)])
+        if scorer.needs or scorer.ready or scorer.counts:
+            references = [Reference.of(question.record) for question in questions.of(cell)]
+            scorer.check(references)
+            if uncounted := [each.id for each in references if not scorer.is_counted(each)]:
+                told = f"{len(uncounted)} of {len(references)} questions of {cell.task.name} do not count"
+                raise DeloError(
+                    f"{told} by {scorer.id}.",
+                    given=", ".join(uncounted[:5]),
+                    fix="use a test file without them",
+                )
 
 
 def close_stage(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from delo_eval.scorers._text import strings_of, words
+from delo_eval.scorers._text import composed, strings_of, words
 from delo_eval.scorers.base import Reference
 from delo_llava.errors import DeloError
 from delo_llava.extras import require_extra
@@ -86,12 +86,18 @@ def rouge_l(prediction: str, reference: Reference) -> float:
 
 def corpus_metric(name: str, java: bool) -> Callable[[Sequence[str], Sequence[Reference]], float]:
     """One of the metrics as the score of a task."""
-    return lambda predictions, references: metrics(tuple(predictions), captions_of(references), java)[name]
+    every = all_metrics(java)
+    return lambda predictions, references: every(predictions, references)[name]
 
 
 def all_metrics(java: bool) -> Callable[[Sequence[str], Sequence[Reference]], dict[str, float]]:
-    """All metrics as details of a task."""
-    return lambda predictions, references: metrics(tuple(predictions), captions_of(references), java)
+    """All metrics of a task, over composed texts on both sides."""
+
+    def found(predictions: Sequence[str], references: Sequence[Reference]) -> dict[str, float]:
+        wanted = tuple(tuple(map(composed, captions)) for captions in captions_of(references))
+        return metrics(tuple(map(composed, predictions)), wanted, java)
+
+    return found
 
 
 def _part(module: str, name: str) -> Any:

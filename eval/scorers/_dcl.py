@@ -30,7 +30,7 @@ def official_containment(prediction: str, reference: Reference) -> float:
 def containment_scorer(domain: str) -> Scorer:
     """The scorer of remote sensing and of driving, which differ in name only."""
     return Scorer(
-        f"mllm_dcl_{domain}.v1",
+        f"mllm_dcl_{domain}.v2",
         "the words of the answer stand in the prediction, whole and in a row",
         answer_within,
         compat=Scorer(

@@ -1,6 +1,7 @@
 """Words and phrases: the text comparison that several native rules share."""
 
 import re
+import unicodedata
 from functools import lru_cache
 
 from delo_eval.scorers.base import Reference
@@ -9,16 +10,21 @@ from delo_eval.scorers.base import Reference
 WORD = re.compile(r"(?<!\w)-?\d+(?:[.,]\d+)*%?(?![^\W_])|[^\W_]+(?:['’][^\W_]+)*")
 
 
+def composed(text: str) -> str:
+    """The text in Unicode's composed form (NFC): an accent typed as a mark of its own is the same letter."""
+    return unicodedata.normalize("NFC", text)
+
+
 def words(text: str) -> list[str]:
     """Lower-cased words and numbers; punctuation and underscores only separate."""
-    found: list[str] = WORD.findall(text.lower())
+    found: list[str] = WORD.findall(composed(text).lower())
     return found
 
 
 @lru_cache(maxsize=1 << 16)
 def phrase(text: str) -> str:
     """The words joined by single spaces; a text without any (such as "+") as it is, stripped."""
-    return " ".join(words(text)) or text.strip().lower()
+    return " ".join(words(text)) or composed(text).strip().lower()
 
 
 def has_phrase(text: str, wanted: str) -> bool:

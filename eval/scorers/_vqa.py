@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from functools import lru_cache
 
+from delo_eval.scorers._text import composed
+
 #: Correct spellings; answers lack one of the apostrophes.
 _SPELLINGS = """
     ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
@@ -47,10 +49,10 @@ _TO_SPACE = str.maketrans(dict.fromkeys(PUNCTUATION + ":", " ") | {"’": "'", "
 
 @lru_cache(maxsize=1 << 17)
 def normalise(text: str) -> str:
-    """The normaliser as intended: lower case, no thousands commas, punctuation or articles, number words as
-    digits, contractions with their apostrophes. An answer of articles alone keeps them.
+    """The normaliser as intended: composed letters, lower case, no thousands commas, punctuation or articles,
+    number words as digits, contractions with their apostrophes. An answer of articles alone keeps them.
     """
-    text = text.lower()
+    text = composed(text).lower()
     if not _PLAIN.fullmatch(text):
         text = _PERIOD.sub("", _DIGIT_COMMA.sub("", text).translate(_TO_SPACE))
     said = [NUMBERS.get(word, word) for word in text.split()]

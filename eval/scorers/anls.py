@@ -3,7 +3,7 @@
 Biten et al. 2019, equation 1; the official script is that of the Robust Reading Competition.
 """
 
-from delo_eval.scorers._text import strings_of
+from delo_eval.scorers._text import composed, strings_of
 from delo_eval.scorers.base import Reference, Scorer
 
 THRESHOLD = 0.5
@@ -27,8 +27,8 @@ def edit_distance(one: str, other: str) -> int:
 
 def right(prediction: str, reference: Reference) -> float:
     """The best similarity over the answers: 1 − distance / longer length where that share is below 0.5."""
-    said = plain(prediction)
-    return max(_similarity(said, plain(answer)) for answer in strings_of(reference, "answers"))
+    said = plain(composed(prediction))
+    return max(_similarity(said, plain(composed(answer))) for answer in strings_of(reference, "answers"))
 
 
 def _similarity(said: str, answer: str) -> float:
@@ -49,7 +49,7 @@ def _official_share(prediction: str, answer: str) -> float:
 
 
 SCORER = Scorer(
-    "anls.v1",
+    "anls.v2",
     "1 - edit distance / longer length of the closest answer, 0 from a share of 0.5 on",
     right,
     compat=Scorer("anls.rrc.v1", "lengths with all blanks; a similarity of exactly 0.5 counts", official),

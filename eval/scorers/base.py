@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from delo_llava.errors import DeloError
-from delo_llava.tasks import Record
+from delo_llava.tasks import AS_WRITTEN, Record
 
 #: `native`: the right rule. `compat`: what the benchmark's official script does, quirk by quirk.
 Scoring = Literal["native", "compat"]
@@ -17,7 +17,7 @@ class Reference:
 
     Attributes:
         id: of the question.
-        answer: the reference answer.
+        answer: the reference answer as it is written.
         instruction: what was asked.
         extra: what else the data says (`Record.extra`): several answers, a box, an image's size.
         task: name of the task, for rules that differ between tasks.
@@ -33,9 +33,10 @@ class Reference:
 
     @classmethod
     def of(cls, record: Record) -> "Reference":
-        """The reference of a record."""
+        """The reference of a record; its answer keeps its blanks, which some official rules compare."""
         image = record.image.name if record.image else ""
-        return cls(record.id, record.answer, record.instruction, record.extra, record.task, image)
+        answer = record.extra.get(AS_WRITTEN, record.answer)
+        return cls(record.id, answer, record.instruction, record.extra, record.task, image)
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,9 @@ class Scorer:
         ready: further conditions: raises `DeloError` where the rule cannot be applied to the references,
             or on this machine.
         by_position: the rule pairs the n-th prediction of a file with the n-th reference, whatever the ids.
+        counts: whether a question counts at all; without it every one does.
+        text_ids: its script looks answers up by ids as text and never finds one whose id is a number.
+        reads_prompt: its script reads the question from the prompt beside an answer, not from the annotation.
     """
 
     id: str
@@ -70,6 +74,9 @@ class Scorer:
     unanswered: Literal["wrong", "skipped"] = "wrong"
     by_position: bool = False
     ready: Callable[[Sequence[Reference]], None] | None = None
+    counts: Callable[[Reference], bool] | None = None
+    text_ids: bool = False
+    reads_prompt: bool = False
 
     def __call__(self, prediction: str, reference: Reference) -> float:
         """The score of one prediction in [0, 1]."""
@@ -81,6 +88,10 @@ class Scorer:
             return self.corpus(predictions, references)
         pairs = zip(predictions, references, strict=True)
         return sum(self.function(text, reference) for text, reference in pairs) / len(predictions)
+
+    def is_counted(self, reference: Reference) -> bool:
+        """Whether a question counts by this rule."""
+        return self.counts is None or self.counts(reference)
 
     def in_mode(self, scoring: Scoring) -> "Scorer":
         """This scorer, or the official script's rule.

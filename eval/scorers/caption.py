@@ -16,14 +16,19 @@ from delo_eval.scorers._captions import (
 from delo_eval.scorers.base import Reference, Scorer
 
 
+def official_metrics(predictions: Sequence[str], references: Sequence[Reference]) -> dict[str, float]:
+    """MCITlib's eval_caption.py: BLEU-1..4, METEOR, ROUGE-L and CIDEr of the texts as they are written."""
+    return metrics(tuple(predictions), captions_of(references), java=True)
+
+
 def mean_of_seven(predictions: Sequence[str], references: Sequence[Reference]) -> float:
-    """MCITlib's eval_caption.py: BLEU-1..4, METEOR, ROUGE-L and CIDEr, plainly averaged."""
-    found = metrics(tuple(predictions), captions_of(references), java=True)
+    """All seven, plainly averaged."""
+    found = official_metrics(predictions, references)
     return sum(found.values()) / len(found)
 
 
 SCORER = Scorer(
-    "caption.v1",
+    "caption.v2",
     "CIDEr over the task, PTB tokens",
     rouge_l,
     corpus=corpus_metric("CIDEr", java=True),
@@ -35,7 +40,7 @@ SCORER = Scorer(
         "mean of BLEU-1..4, METEOR, ROUGE-L and CIDEr, paired by line number",
         rouge_l,
         corpus=mean_of_seven,
-        details=all_metrics(java=True),
+        details=official_metrics,
         ready=require_java,
         by_position=True,
         resamples=0,

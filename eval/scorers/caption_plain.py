@@ -4,7 +4,7 @@ from delo_eval.scorers._captions import all_metrics, corpus_metric, require_capt
 from delo_eval.scorers.base import Scorer
 
 SCORER = Scorer(
-    "caption_plain.v1",
+    "caption_plain.v2",
     "CIDEr over the task, lower-cased words as tokens; no METEOR",
     rouge_l,
     corpus=corpus_metric("CIDEr", java=False),

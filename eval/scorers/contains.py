@@ -23,7 +23,7 @@ def official(prediction: str, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "contains.v1",
+    "contains.v2",
     "the words of the answer stand in the prediction; equal words for scienceqa, imagenet, iconqa and ai2d",
     right,
     compat=Scorer(

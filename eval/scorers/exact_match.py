@@ -1,15 +1,23 @@
-"""Exact match after normalisation: surrounding white space, case and one trailing period do not count.
+"""Exact match after normalisation: surrounding white space, case and trailing periods do not count.
 
-"Red.", " red" and "RED" all match "red"; "a red one" and an empty prediction do not. Nothing inside
+"Red.", " red", "RED" and "red..." all match "red"; "a red one" and an empty prediction do not. Nothing inside
 the answer is touched, so this is stricter than the VQA normaliser (articles and inner punctuation stay).
 """
 
+import re
+
+from delo_eval.scorers._text import composed
 from delo_eval.scorers.base import Reference, Scorer
+
+#: The rule in one sentence, for all scorers that share it.
+RULE = "equal after strip, lower case, trailing periods removed, accents composed"
+
+_END = re.compile(r"[\s.]+\Z")
 
 
 def normalise(text: str) -> str:
-    """Lower-cased text without surrounding white space and without one trailing period."""
-    return text.strip().lower().removesuffix(".").rstrip()
+    """Lower-cased, composed text without surrounding white space and without trailing periods."""
+    return _END.sub("", composed(text).lower()).lstrip()
 
 
 def exact_match(prediction: str, reference: Reference) -> float:
@@ -18,6 +26,4 @@ def exact_match(prediction: str, reference: Reference) -> float:
     return float(bool(guess) and guess == normalise(reference.answer))
 
 
-SCORER = Scorer(
-    "exact_match.v1", "equal after strip, lower case and one trailing period removed", exact_match
-)
+SCORER = Scorer("exact_match.v2", RULE, exact_match)

@@ -52,7 +52,7 @@ def right(prediction: str, reference: Reference) -> float:
 def official(prediction: str, reference: Reference) -> float:
     """CoIN's eval_grounding.py: brackets are removed first and then the first and last character as well."""
     right_box = reference_box(reference)
-    text = prediction.removeprefix(" ").replace("[", "").replace("]", "")
+    text = prediction.replace("[", "").replace("]", "")
     try:
         box = [float(part) for part in text[1:-1].split(",")]
     except ValueError:
@@ -68,7 +68,7 @@ SCORER = Scorer(
     "IoU > 0.5 of the four numbers of the answer",
     right,
     compat=Scorer(
-        "grounding.coin.v1",
+        "grounding.coin.v2",
         "IoU > 0.5 after the first digit of x1 and the last of y2 are lost",
         official,
         unanswered="skipped",

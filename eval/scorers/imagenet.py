@@ -20,7 +20,7 @@ def official(prediction: str, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "imagenet.v1",
+    "imagenet.v2",
     "the words of one of both names stand in the other, without case; never an empty prediction",
     either_way,
     compat=Scorer(

@@ -96,7 +96,7 @@ def _known(obeyed: bool | None, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "mif.v1",
+    "mif.v2",
     "the output has the format its instruction asks for",
     lambda prediction, reference: _known(obeys(prediction, reference), reference),
     compat=Scorer(

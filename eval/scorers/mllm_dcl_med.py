@@ -10,7 +10,7 @@ def official(prediction: str, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "mllm_dcl_med.v1",
+    "mllm_dcl_med.v2",
     "the words of the answer stand in the prediction, whole and in a row",
     answer_within,
     compat=Scorer(

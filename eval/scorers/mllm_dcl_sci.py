@@ -29,7 +29,10 @@ def right(prediction: str, reference: Reference) -> float:
 
 
 def official(prediction: str, reference: Reference) -> float:
-    """eval_sci.py: states are compared with the blanks around them, so a first one only matches a first."""
+    """eval_sci.py: states are compared with the blanks around them, so a first one only matches a first.
+
+    "Which states" is looked for in the prompt that stands beside the answer (`reads_prompt`).
+    """
     said, wanted = prediction.lower(), reference.answer.lower()
     if REFUSAL in prediction:
         return 0.0
@@ -42,13 +45,14 @@ def official(prediction: str, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "mllm_dcl_sci.v1",
+    "mllm_dcl_sci.v2",
     "exact match, for MapQA the answer's words in the prediction or the share of listed states",
     right,
     compat=Scorer(
-        "mllm_dcl_sci.mcitlib.v1",
+        "mllm_dcl_sci.mcitlib.v2",
         "lower case equal, for MapQA substring or the share of listed states with their blanks",
         official,
         unanswered="skipped",
+        reads_prompt=True,
     ),
 )

@@ -66,7 +66,7 @@ def details(predictions: Sequence[str], references: Sequence[Reference]) -> dict
 
 
 SCORER = Scorer(
-    "multilabel_f1.v1",
+    "multilabel_f1.v2",
     "mean F1 over the seen classes of the labels listed between commas",
     sample_f1,
     corpus=macro_f1,

@@ -1,7 +1,7 @@
 """OCR-VQA: exact match without case."""
 
 from delo_eval.scorers.base import Reference, Scorer
-from delo_eval.scorers.exact_match import exact_match
+from delo_eval.scorers.exact_match import RULE, exact_match
 
 
 def official(prediction: str, reference: Reference) -> float:
@@ -10,8 +10,8 @@ def official(prediction: str, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "ocrvqa.v1",
-    "equal after strip, lower case and one trailing period removed",
+    "ocrvqa.v2",
+    RULE,
     exact_match,
     compat=Scorer(
         "ocrvqa.coin.v1",

@@ -56,7 +56,7 @@ def official(prediction: str, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "relaxed_accuracy.v1",
+    "relaxed_accuracy.v2",
     "numbers within 5 %, also with thousands commas, currency or a per cent mark; else the same words",
     right,
     compat=Scorer(

@@ -12,9 +12,12 @@ from delo_llava.errors import DeloError
 
 OFFICIAL_LETTERS = "ABCDE"
 
-_WHOLE = re.compile(r"\(?([A-Za-z])\)?[.:]?")
-_LEADING = re.compile(r"\(?([A-Z])(?:\)|[.:](?=\s))")
-_ANNOUNCED = re.compile(r"(?i:\b(?:answer|option|choice)(?:\s+is|:)?\s+(?:option\s+)?)\(?([A-Z])\b")
+WHOLE = re.compile(r"\(?([A-Za-z])\)?[.:]?")
+_LEADING = re.compile(r"\(?([A-Za-z])(?:\)|[.:](?=\s))")
+#: A small letter is announced only where nothing but marks follow: "the answer is a dog" chooses none.
+_ANNOUNCED = re.compile(
+    r"(?i:\b(?:answer|option|choice)(?:\s+is|:)?\s+(?:option\s+)?)\(?([A-Z]\b|[a-z](?=\)|[.,;:!]?\s*\Z))"
+)
 _CAPITAL = re.compile(r"\b([A-Z])\b")
 _ARTICLE = re.compile(r"(?:^|[.!?]\s+)A (?!is\b|or\b|and\b)(?=[a-z])")
 _ONE_LETTER_WORD = re.compile(r"\b(\w)\b")
@@ -39,20 +42,20 @@ def right_letter(reference: Reference) -> str:
 def chosen(prediction: str, reference: Reference) -> str | None:
     """The letter that a free answer chooses, None where it chooses none or several.
 
-    In this order: the whole answer is a letter; it starts with one, as in "B. iron" or "(B) iron"; it says
-    "answer is B"; it is the text of exactly one choice; one distinct option's letter stands alone in it as a
-    capital, where the article at the start of a sentence does not count.
+    In this order: the whole answer is a letter; it starts with one, as in "B. iron", "b. iron" or "(B)
+    iron"; it says "answer is B"; it is the text of exactly one choice; one option's letter stands alone
+    in it as a capital, where the article at the start of a sentence does not count.
     """
     text, choices = prediction.strip(), reference.extra.get("choices") or []
-    if whole := _WHOLE.fullmatch(text):
+    letters = [chr(ord("A") + i) for i in range(len(choices) or len(OFFICIAL_LETTERS))]
+    if whole := WHOLE.fullmatch(text):
         return whole[1].upper()
     for pattern in (_LEADING.match, _ANNOUNCED.search):
-        if found := pattern(text):
-            return found[1]
+        if (found := pattern(text)) and found[1].upper() in letters:
+            return found[1].upper()
     same = [i for i, choice in enumerate(choices) if phrase(str(choice)) == phrase(text)]
     if len(same) == 1:
         return chr(ord("A") + same[0])
-    letters = [chr(ord("A") + i) for i in range(len(choices) or len(OFFICIAL_LETTERS))]
     alone = {letter for letter in _CAPITAL.findall(_ARTICLE.sub("", text)) if letter in letters}
     return alone.pop() if len(alone) == 1 else None
 
@@ -68,12 +71,13 @@ def official_choice(prediction: str) -> str:
 
 
 SCORER = Scorer(
-    "scienceqa.v1",
+    "scienceqa.v2",
     "the letter an answer chooses, by position, announcement, choice text or lone capital",
     lambda prediction, reference: float(chosen(prediction, reference) == right_letter(reference)),
     compat=Scorer(
-        "scienceqa.coin.v1",
-        "the letter itself, or before '. ', or the first one-letter word in upper case (also an article)",
+        "scienceqa.coin.v2",
+        "the letter itself, or before '. ', or the first one-letter word in upper case; ids as text",
         lambda prediction, reference: float(official_choice(prediction) == right_letter(reference)),
+        text_ids=True,
     ),
 )

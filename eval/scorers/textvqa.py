@@ -33,7 +33,7 @@ def official(prediction: str, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "textvqa.v1",
+    "textvqa.v2",
     "min(1, matches / 3) among the human answers, each left out once; intended VQA normaliser",
     lambda prediction, reference: soft_accuracy(prediction, strings_of(reference, "answers")),
     needs=("answers",),

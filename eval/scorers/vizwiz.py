@@ -12,7 +12,7 @@ def official(prediction: str, reference: Reference) -> float:
 
 
 SCORER = Scorer(
-    "vizwiz.v1",
+    "vizwiz.v2",
     "min(1, matches / 3) among the human answers, each left out once; intended VQA normaliser",
     lambda prediction, reference: soft_accuracy(prediction, strings_of(reference, "answers")),
     needs=("answers",),

@@ -2,11 +2,11 @@
 
 from delo_eval.scorers._text import upper_equal
 from delo_eval.scorers.base import Scorer
-from delo_eval.scorers.exact_match import exact_match
+from delo_eval.scorers.exact_match import RULE, exact_match
 
 SCORER = Scorer(
-    "vqav2_exact.v1",
-    "equal after strip, lower case and one trailing period removed",
+    "vqav2_exact.v2",
+    RULE,
     exact_match,
     compat=Scorer("vqav2_exact.coin.v1", "equal in upper case", upper_equal, unanswered="skipped"),
 )

@@ -63,7 +63,7 @@ def test_without_java_it_is_named_what_is_unavailable_and_never_replaced(
             scorer.total(["a horse alone", "b"], asked)
     PLAIN.check(asked)
     assert PLAIN.total([HORSE, BOAT], asked) == pytest.approx(10)
-    assert {SCORER.id, PLAIN.id} == {"caption.v1", "caption_plain.v1"}
+    assert {SCORER.id, PLAIN.id} == {"caption.v2", "caption_plain.v2"}
 
 
 def test_records_without_captions_are_refused() -> None:

@@ -38,6 +38,14 @@ def box(text: str) -> dict[str, Any]:
     return {"extra": {"answer_bbox": text, "size": [640, 480]}}
 
 
+def several(*texts: str) -> dict[str, Any]:
+    """OCRBench's answers to a question about a scene."""
+    return {"extra": {"answer_type": "Scene Text-centric VQA", "answers": list(texts)}}
+
+
+READING = {"extra": {"answer_type": "Handwriting Recognition"}}
+FORMULA = {"extra": {"answer_type": "Handwritten Mathematical Expression Recognition"}}
+COLI = {"extra": {"choices": ["E. coli", "yeast"]}}
 CHOICES = {"extra": {"choices": ["salt", "iron", "wood"]}}
 STATES = image("MapQA_7.png", "Which states have the lowest value?")
 MAP = image("MapQA_7.png", "What is the value of Ohio?")
@@ -56,6 +64,13 @@ CASES = [
     Case("scienceqa", "brackets", "(B)", "B", 1, 1, CHOICES),
     Case("scienceqa", "text of the choice", "iron", "B", 0, 1, CHOICES),
     Case("scienceqa", "two letters", "A or B", "A", 1, 0, CHOICES),
+    Case("scienceqa", "small letter and text", "b. some iron", "B", 1, 1, CHOICES),
+    Case("scienceqa", "small letter in brackets", "(b) iron", "B", 1, 1, CHOICES),
+    Case("scienceqa", "small letter announced", "the answer is b.", "B", 1, 1, CHOICES),
+    Case("scienceqa", "article announced", "the answer is a metal", "A", 1, 0, CHOICES),
+    Case(
+        "scienceqa", "no such option in front", "E. coli", "A", 0, 1, {"extra": {"choices": ["E. coli", "x"]}}
+    ),
     Case("scienceqa", "nothing said", "", "A", 0, 0, CHOICES),
     # TextVQA: ten answers, each left out once, M4C's normaliser
     Case("textvqa", "one of ten", "yes", "yes", 0.3, 0.3, answers(("yes", 1), ("no", 9))),
@@ -78,22 +93,22 @@ CASES = [
     Case("textvqa", "mark between letters", "x-y", "x y", 1, 1, answers(("x y", 10))),
     Case("textvqa", "mark touching a space elsewhere", "x-y - z", "x y z", 0, 1, answers(("x y z", 10))),
     Case("textvqa", "empty equals an article", "", "the", 1, 0, answers(("the", 10))),
-    # VQAv2: predictions normalised, answers stripped of punctuation only where they differ
+    Case("textvqa", "empty equals marks", "", "red", 0.6, 0, answers(("?", 2), ("red", 8))),
+    Case("textvqa", "marks equal articles", "?!", "a", 0.9, 0, answers(("an", 3), ("red", 7))),
+    # VQAv2: both sides normalised where the answers differ, else compared as written
     Case("vqav2", "two of ten", "yes", "yes", 0.6, 0.6, answers(("yes", 2), ("no", 8))),
-    Case("vqav2", "number word in the answers", "two", "two", 0, 1, answers(("two", 10))),
-    Case("vqav2", "capital in the answers", "Yes", "Yes", 0, 1, answers(("Yes", 10))),
-    Case("vqav2", "agreed answers keep marks", "t-shirt", "t-shirt", 0, 1, answers(("t-shirt", 10))),
+    Case("vqav2", "number word where all agree", "2", "two", 0, 1, answers(("two", 10))),
+    Case("vqav2", "number word where they differ", "2", "two", 1, 1, answers(("two", 9), ("3", 1))),
+    Case("vqav2", "capital where all agree", "Yes", "yes", 0, 1, answers(("yes", 10))),
+    Case("vqav2", "capital in both", "Yes", "Yes", 1, 1, answers(("Yes", 10))),
+    Case("vqav2", "agreed answers keep marks", "t-shirt", "t-shirt", 1, 1, answers(("t-shirt", 10))),
     Case(
-        "vqav2",
-        "differing answers lose marks",
-        "t-shirt",
-        "t-shirt",
-        1,
-        1,
-        answers(("t-shirt", 9), ("top", 1)),
+        "vqav2", "differing answers lose marks", "t shirt", "t-shirt", 1, 1, answers(("t-shirt", 9), ("a", 1))
     ),
-    Case("vqav2", "33 periods", "x" + "." * 33, "x", 0, 1, answers(("x", 10))),
-    Case("vqav2", "digit comma removes all marks", "1,000-x", "1000x", 1, 0, answers(("1000x", 10))),
+    Case("vqav2", "blanks around and line ends go", " a\nb", "a b", 1, 1, answers(("a b ", 10))),
+    Case("vqav2", "32 periods", "x" + "." * 32, "x", 1, 1, answers(("x", 9), ("y", 1))),
+    Case("vqav2", "33 periods", "x" + "." * 33, "x", 0, 1, answers(("x", 9), ("y", 1))),
+    Case("vqav2", "digit comma removes all marks", "1,000-x", "1000x", 1, 0, answers(("1000x", 9), ("y", 1))),
     # VizWiz's own: answers as written
     Case("vizwiz", "two of ten", "red", "red", 0.6, 0.6, answers(("red", 2), ("blue", 8))),
     Case("vizwiz", "answers keep articles", "the cat", "the cat", 0, 1, answers(("the cat", 10))),
@@ -107,14 +122,15 @@ CASES = [
             Case(name, "case", "RED", "red", 1, 1),
             Case(name, "period", "red.", "red", 0, 1),
             Case(name, "blank", " red", "red", 0, 1),
+            Case(name, "blanks in both", " red", " red", 1, 1),
             Case(name, "other word", "dark red", "red", 0, 0),
         )
     ),
     # GQA
     Case("gqa", "period and case", "Yes.", "yes", 1, 1),
-    Case("gqa", "all periods go", "yes..", "yes", 1, 0),
-    Case("gqa", "one leading space goes", " yes", "yes", 1, 1),
-    Case("gqa", "two leading spaces", "  yes", "yes", 0, 1),
+    Case("gqa", "all periods go", "yes..", "yes", 1, 1),
+    Case("gqa", "a leading space stays", " yes", "yes", 0, 1),
+    Case("gqa", "a space in both", " yes", " yes", 1, 1),
     Case("gqa", "trailing space keeps the period", "yes. ", "yes", 0, 1),
     Case("gqa", "reference keeps its case", "Yes", "Yes", 0, 1),
     # ImageNet
@@ -144,7 +160,13 @@ CASES = [
     Case("grounding", "1.00 becomes .00", "[1.00, 0.20, 0.60, 0.80]", "", 1, 0, box("[0.0, 0.2, 0.6, 0.8]")),
     Case("grounding", "no brackets", "0.10, 0.20, 0.60, 0.80", "", 1, 1, box("[0.1, 0.2, 0.6, 0.8]")),
     Case(
-        "grounding", "one leading space", " [0.10, 0.20, 0.60, 0.80]", "", 1, 1, box("[0.1, 0.2, 0.6, 0.8]")
+        "grounding",
+        "a leading space saves x1",
+        " [1.00, 0.20, 0.60, 0.80]",
+        "",
+        0,
+        0,
+        box("[0, 0.2, 0.6, 0.8]"),
     ),
     Case(
         "grounding", "a period saves y2", "[0.00, 0.10, 0.50, 0.19].", "", 1, 1, box("[0.0, 0.1, 0.5, 0.19]")
@@ -188,8 +210,27 @@ CASES = [
     Case("mllm_dcl_sci", "states, other order", "Texas, Ohio", "Ohio, Texas", 0, 1, STATES),
     Case("mllm_dcl_sci", "states without blanks", "Ohio,Texas", "Ohio, Texas", 0.5, 1, STATES),
     Case("mllm_dcl_fin", "spaces and periods", "B. ", "b", 1, 1),
+    Case("mllm_dcl_fin", "decimal point", "35", "3.5", 0, 0),
+    Case("mllm_dcl_fin", "same number", "3.5", "3.5", 0, 1),
+    Case("mllm_dcl_fin", "several periods", "b...", "B", 1, 1),
     Case("mllm_dcl_fin", "space in the answer", "not sure", "not sure", 0, 1),
     Case("mllm_dcl_fin", "refusal", "Unanswerable", "unanswerable", 0, 1),
+    # MLLM-ACL
+    Case("mllm_acl_ocr", "word", "It says Stop.", "stop", 1, 1, READING),
+    Case("mllm_acl_ocr", "part of a word", "nonstop", "stop", 1, 0, READING),
+    Case("mllm_acl_ocr", "over a line end", "sto\np", "stop", 1, 0, READING),
+    Case("mllm_acl_ocr", "one of several", "halt", "stop", 1, 1, several("stop", "halt")),
+    Case("mllm_acl_ocr", "none of several", "go", "stop", 0, 0, several("stop", "halt")),
+    Case("mllm_acl_ocr", "formula, blanks", "x ^ 2 + 1", "x^2+1", 1, 1, FORMULA),
+    Case("mllm_acl_ocr", "formula, marks around", "$x^2+1$.", "x^2+1", 1, 1, FORMULA),
+    Case("mllm_acl_ocr", "formula, part of another", "x^2+1", "2", 1, 0, FORMULA),
+    Case("mllm_acl_ocr", "formula, case", "X^2", "x^2", 0, 0, FORMULA),
+    Case("mllm_acl_vp", "letter", "(B)", "B", 1, 1),
+    Case("mllm_acl_vp", "letter within words", "a cat", "C", 1, 0),
+    Case("mllm_acl_vp", "bracketed reference", "B", "(B)", 0, 1),
+    Case("mllm_acl_vp", "number", "There are 3.", "3", 1, 1),
+    Case("mllm_acl_vp", "digit of another number", "13", "3", 1, 0),
+    Case("mllm_acl_vp", "blanks go", "on the left", "on theleft", 1, 0),
     # POLARIS
     Case("contains", "word", "it is no good", "no", 1, 1, {"task": "gqa"}),
     Case("contains", "substring", "I do not know", "no", 1, 0, {"task": "gqa"}),
