@@ -25,6 +25,7 @@ FACTS: dict[str, Any] = {
     "start_weights": {"name": "mini-llava", "sha256": "a" * 64},
     "data_hashes": {task: {"train": "b" * 64, "test": "c" * 64} for task in TASKS},
     "versions": {"torch": "2.6"},
+    "changes": [],
     "trainable_parameters_per_task": dict.fromkeys(TASKS, 1000),
     "train_seconds": [1.0, 2.0],
     "missing_train": {},

@@ -70,6 +70,7 @@ FACTS: dict[str, Any] = {
     "start_weights": {"name": SCRIPT, "sha256": "a" * 64},
     "data_hashes": {SCRIPT: {"test": "b" * 64}},
     "versions": {SCRIPT: SCRIPT},
+    "changes": [],
     "trainable_parameters_per_task": {"plain": 1234},
     "train_seconds": [1.0, None, None],
     "missing_train": {},

@@ -92,7 +92,11 @@ def _whole(
     """
     identifier = str(runs[0].results["scorer_ids"][task])
     scorer = scorer_with_id(identifier)
-    if scorer is None or scorer.corpus is None:
+    if scorer is None:
+        raise DeloError(
+            f"the stored scores are not the mean of the predictions', and {identifier} is not known here"
+        )
+    if scorer.corpus is None:
         raise DeloError("the stored scores are not the mean of the predictions' scores")
     if not scorer.resamples:
         raise DeloError(f"{identifier} is too slow to be applied to every resample")

@@ -222,7 +222,7 @@ def test_official_scoring_of_a_task_without_an_official_script_is_refused_before
     with pytest.raises(SystemExit) as caught:
         cli.main(["train", *words(sequence, "--eval.scoring=compat")])
     assert caught.value.code == 2 and not handed
-    assert "exact_match.v1 has no official script" in capsys.readouterr().err
+    assert "exact_match.v2 has no official script" in capsys.readouterr().err
 
 
 def test_eval_hands_its_words_to_the_harness(handed: list[Any]) -> None:

@@ -39,6 +39,7 @@ FACTS: dict[str, Any] = {
     "start_weights": {"name": "mini-llava", "sha256": "0" * 64},
     "data_hashes": {},
     "versions": {"torch": "2"},
+    "changes": [],
     "trainable_parameters_per_task": dict.fromkeys(TASKS, 1000),
     "train_seconds": [1.0, 2.0, None],
     "missing_train": {},

@@ -424,7 +424,7 @@ def test_compat_scores_by_the_official_rules_and_says_so(tmp_path: Path, recipe:
     folder = make_run(tmp_path / "run", file, "lora", Lora, 1, *more)
     found = evaluate_stage(folder, 0)
     assert found is not None and found["scoring"] == "compat"
-    ids = {"shapes": "gqa.coin.v1", "words": "imagenet.coin.v1", "places": "contains.polaris.v1"}
+    ids = {"shapes": "gqa.coin.v2", "words": "imagenet.coin.v1", "places": "contains.polaris.v1"}
     assert found["scorer_ids"] == ids
     for task, rows in predictions(folder, 0).items():
         scorer = cast(Scorer, load_plugin("scorer", ids[task].partition(".")[0])).in_mode("compat")
