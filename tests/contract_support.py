@@ -30,7 +30,7 @@ from delo_llava.training.fit import Kit, fit, seed_everything
 #: Options of methods whose defaults are too wide for a tiny model.
 SMALL: dict[str, dict[str, Any]] = {
     "delo": {"pool_size": 4, "rank": 2, "latent": 4, "ridge_samples": 8},
-    "keeplora": {"rank": 4, "energy": 0.3, "samples": 4},
+    "keeplora": {"rank": 2, "energy": 0.3, "samples": 8},
     "moelora": {"experts": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
 }
