@@ -32,6 +32,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "delo": {"pool_size": 4, "rank": 2, "latent": 4, "ridge_samples": 8},
     "keeplora": {"rank": 2, "energy": 0.3, "samples": 8},
     "moelora": {"experts": 2},
+    "pclr": {"rank": 4, "pool": 1.5, "samples": 8, "shared_from": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
 }
 #: Presence of a task's records in turn.
