@@ -218,7 +218,8 @@ class KeepLora(LowRankMethod):
 
     def save(self, model: Any, stage: Stage, folder: Path) -> None:
         super().save(model, stage, folder)
-        save_file(self._appended, folder / FILE)
+        # A task may need no direction of a linear that was not protected before.
+        save_file({name: found for name, found in self._appended.items() if found.numel()}, folder / FILE)
 
     def load(self, base: nn.Module, past: Mapping[str, Past]) -> nn.Module:
         return self.opened(base, past) if past else base.requires_grad_(False)

@@ -1,11 +1,13 @@
 """KeepLoRA: gradients of frozen linears against autograd, sketches against dense SVD, what is protected."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contract_support import Bench, items, story
 from method_support import Given, alone
+from safetensors.torch import load_file
 from torch import Tensor
 
 from delo_llava.adapters.lowrank import LowRankLayer
@@ -14,6 +16,7 @@ from delo_llava.backbones.base import adapted_linears
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Stage
 from delo_llava.methods.keeplora import (
+    FILE,
     Directions,
     GradientSketch,
     completed,
@@ -216,6 +219,17 @@ def test_going_on_needs_the_chosen_factors() -> None:
     for one, two in zip(layers(model), layers(again), strict=True):
         assert torch.equal(factor(one, "A", "task0"), factor(two, "A", "task0"))
     assert all(torch.equal(t, state[n]) for n, t in other.method.state_dict().items()) and state
+
+
+def test_a_task_that_needs_no_new_direction_leaves_a_file_all_the_same(tmp_path: Path) -> None:
+    """An empty tensor would not be published."""
+    told = story("keeplora")
+    method: Any = told.bench.method
+    model = told.bench.begin(told.stages[0])
+    name = layers(model)[0].name
+    method._appended = {name: torch.zeros(64, 0), "other": torch.eye(64, 2)}
+    method.save(model, told.stages[0], tmp_path)
+    assert list(load_file(tmp_path / FILE)) == ["other"]
 
 
 def test_a_matched_rank_counts_what_is_trained() -> None:
