@@ -7,8 +7,7 @@ baselines, "LwF"; newer_methods, section 14.
 
 The teacher is the model as it stood before the stage: the adapter of the stage before, frozen beside the one
 that is trained on from it, on the same frozen base. It sees the current stage's records and nothing else; the
-first stage has no teacher. Its forward pass is without dropout and gradient, and costs about a third of a
-step.
+first stage has no teacher. It costs one more forward pass, without dropout and gradient.
 
 needs_task: no; encoders: none; mergeable: yes; bytes per task: none beside the adapter, of which the last one
 is the teacher. Simplified: answers have no head of their own for each task, so the old outputs are those of
