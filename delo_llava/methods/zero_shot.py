@@ -12,12 +12,14 @@ from torch import nn
 
 from delo_llava.errors import DeloError
 from delo_llava.methods._lora import bare
-from delo_llava.methods.base import Footprint, Method, Past, Stage
+from delo_llava.methods.base import Capabilities, Footprint, Method, Past, Stage
 from delo_llava.tasks import StagePlan, TaskSequence
 
 
 class ZeroShot(Method):
     """No stage at all."""
+
+    capabilities = Capabilities(mergeable=True)
 
     def stages(self, sequence: TaskSequence) -> tuple[StagePlan, ...]:
         return ()
