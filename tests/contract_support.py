@@ -33,8 +33,6 @@ SMALL: dict[str, dict[str, Any]] = {
     "clmoe": {"rank": 8, "experts": 4},
     "disco": {"rank": 4},
     "hide": {"rank": 4},
-    "keeplora": {"rank": 4, "energy": 0.3, "samples": 4},
-    "moelora": {"experts": 2},
     "ewc": {"samples": 4},
     "replay": {"kept": 3},
     "keeplora": {"rank": 2, "energy": 0.3, "samples": 8},
