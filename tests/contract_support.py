@@ -30,7 +30,9 @@ from delo_llava.training.fit import Kit, fit, seed_everything
 #: Options of methods whose defaults are too wide for a tiny model.
 SMALL: dict[str, dict[str, Any]] = {
     "delo": {"pool_size": 4, "rank": 2, "latent": 4, "ridge_samples": 8},
-    "clmoe": {"rank": 8, "experts": 4},
+    # A choice of experts jumps where two weigh alike, and two ranks round otherwise than one process.
+    "clmoe": {"rank": 8, "experts": 4, "top_k": 4},
+    "cram": {"rank": 6, "slot_rank": 3, "least_rank": 2, "warmup": 0.5},
     "disco": {"rank": 4},
     "hide": {"rank": 4},
     "ewc": {"samples": 4},

@@ -33,8 +33,9 @@ class LowRankConfig(LinearsConfig):
         alpha: the update is scaled by alpha / r.
         dropout: on the adapter's input, while training.
         outputs: of a linear router beside every pair (d_in → outputs, without bias); 0: none.
-        heads: further linear maps beside every pair, without bias: name -> (inputs, outputs), where the
-            inputs are a number or those (`in`) or the outputs (`out`) of the linear that is adapted.
+        heads: further maps beside every pair, linear and without bias: name -> (inputs, outputs), where the
+            inputs are a number or those (`in`) or the outputs (`out`) of the linear that is adapted; with a
+            third word `distance`, the squared distances from so many points.
     """
 
     r: int = 8
@@ -48,6 +49,14 @@ class LowRankConfig(LinearsConfig):
         self.peft_type = PEFT_TYPE
         if self.r < 1:
             raise DeloError("A rank must be at least 1", given=self.r, fix="set rank to a positive number")
+
+
+class Distance(nn.Linear):
+    """Squared distances of …×d from the k rows of the weight, …×k."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The sums of squared differences."""
+        return (input.unsqueeze(-2) - self.weight).square().sum(-1)
 
 
 class LowRankLayer(CarriedLayer):
@@ -79,15 +88,15 @@ class LowRankLayer(CarriedLayer):
         if config.outputs:
             self.lowrank_R[name] = nn.Linear(self.in_features, config.outputs, bias=False, device="cpu")
         if config.heads:
-            widths = {"in": self.in_features, "out": self.out_features}
-            self.lowrank_H[name] = nn.ModuleDict(
-                {
-                    head: nn.Linear(int(widths.get(str(i), i)), int(o), bias=False, device="cpu")
-                    for head, (i, o) in config.heads.items()
-                }
-            )
+            made = {head: self._head(*map(str, form)) for head, form in config.heads.items()}
+            self.lowrank_H[name] = nn.ModuleDict(made)
         self._move_adapter_to_device_of_base_layer(name)
         self.set_adapter(self.active_adapters)
+
+    def _head(self, inputs: str, outputs: str, kind: str = "linear") -> nn.Linear:
+        widths = {"in": self.in_features, "out": self.out_features}
+        made = {"linear": nn.Linear, "distance": Distance}[kind]
+        return made(widths[inputs] if inputs in widths else int(inputs), int(outputs), False, device="cpu")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus what the method's mixer adds."""

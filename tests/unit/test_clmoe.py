@@ -55,7 +55,7 @@ def update(layer: Any, x: Tensor, weights: Tensor) -> Tensor:
 def test_every_linear_is_the_mixture_of_both_routers(beta: float) -> None:
     """β = 1 is the instance's alone (a mixture of experts), β = 0 the task's."""
     told = story("clmoe")
-    bench = Bench("clmoe", beta=beta)
+    bench = Bench("clmoe", beta=beta, top_k=K)
     model, method = bench.loaded(told.past(2)), bench.method
     batch = bench.batch(ROWS)
     plan, seen = run(model, method, batch)
@@ -96,7 +96,7 @@ def test_the_task_of_a_row_is_the_nearest_and_without_evidence_all_count_alike()
 
 def test_the_task_router_is_the_mean_of_what_the_instance_router_gave() -> None:
     """Counted once a micro-batch: over rows, and in the projector over real images."""
-    bench = Bench("clmoe")
+    bench = Bench("clmoe", top_k=K)
     model = bench.begin(bench.stages()[0])
     method: Any = bench.method
     expected = torch.zeros_like(method._sums)
@@ -133,7 +133,7 @@ def test_how_much_of_the_past_stays_is_by_role() -> None:
 def test_momentum_mixes_what_was_trained_with_what_was_there() -> None:
     """θ_t = λθ + (1 − λ)φ block by block; λ = 1 leaves an expert unchanged to the bit."""
     told = story("clmoe")
-    bench = Bench("clmoe")
+    bench = Bench("clmoe", top_k=K)
     model = bench.method.begin(bench.base(), told.stages[1])
     method: Any = bench.method
     pairs = {n: p for n, p in model.named_parameters() if "lowrank_A" in n or "lowrank_B" in n}
