@@ -1,13 +1,17 @@
 """Sizes at equal trainable parameters: what one method trains, another is given."""
 
-from typing import cast
+from typing import Annotated, Literal, cast
 
+from pydantic import Field
 from torch import nn
 
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig
 from delo_llava.methods.base import Method
 from delo_llava.registry import load_plugin
+
+#: An option: a number of things, or as many as come nearest to another method's size.
+Matched = Literal["match"] | Annotated[int, Field(ge=1)]
 
 
 def stage_parameters(name: str, base: nn.Module, backbone: Backbone, run: RunConfig) -> int:

@@ -16,7 +16,6 @@ decay moves (they are in no optimiser here); unused rows where tasks do not divi
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -28,7 +27,7 @@ from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.methods._components import fresh_components, mixed_prompts
 from delo_llava.methods._prompts import Layout, PromptMethod, PromptPlan, Tensors
-from delo_llava.methods._size import matched_count
+from delo_llava.methods._size import Matched, matched_count
 from delo_llava.methods.base import Clock, MethodConfig
 
 POOL = "components"
@@ -46,7 +45,7 @@ class CodaPromptOptions(MethodConfig):
         ortho: weight of the orthogonality term [λ]; 0 leaves it to the orthogonal start.
     """
 
-    components: Literal["match"] | int = 10
+    components: Matched = 10
     like: str = "delo"
     length: int = Field(4, ge=1)
     depth: float = Field(5 / 12, gt=0, le=1)

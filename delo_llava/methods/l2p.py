@@ -18,7 +18,6 @@ the weight decay and stale moments that move prompts which no sample of a task r
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -38,7 +37,7 @@ from delo_llava.methods._prompts import (
     side_by_side,
     unit_keys,
 )
-from delo_llava.methods._size import matched_count
+from delo_llava.methods._size import Matched, matched_count
 from delo_llava.methods.base import Clock, MethodConfig
 
 POOL = "pool"
@@ -59,7 +58,7 @@ class L2pOptions(MethodConfig):
             code does; answers then depend on a sample's company.
     """
 
-    pool_size: Literal["match"] | int = 10
+    pool_size: Matched = 10
     like: str = "delo"
     chosen: int = Field(5, ge=1)
     length: int = Field(5, ge=1)

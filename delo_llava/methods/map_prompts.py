@@ -17,7 +17,6 @@ a task does not have.
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 from pydantic import Field
 from torch import nn
@@ -25,7 +24,7 @@ from torch import nn
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.methods._prompts import Layout, PromptMethod, PromptPlan, Tensors
-from delo_llava.methods._size import matched_count
+from delo_llava.methods._size import Matched, matched_count
 from delo_llava.methods.base import MethodConfig
 
 POOL = "patterns"
@@ -43,7 +42,7 @@ class MapOptions(MethodConfig):
         depth: share of the layers, from the first, that have prompts (the paper's 6 of 12).
     """
 
-    length: Literal["match"] | int = 8
+    length: Matched = 8
     like: str = "delo"
     depth: float = Field(1 / 2, gt=0, le=1)
 

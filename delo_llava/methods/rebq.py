@@ -23,7 +23,6 @@ samples (R7); a pool dealt out among a number of tasks known in advance (R10).
 """
 
 from collections.abc import Mapping
-from typing import Literal
 
 import torch
 from pydantic import Field
@@ -34,7 +33,7 @@ from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.methods._components import fresh_components, mixed_prompts
 from delo_llava.methods._prompts import Layout, PromptMethod, PromptPlan, Tensors
-from delo_llava.methods._size import matched_count
+from delo_llava.methods._size import Matched, matched_count
 from delo_llava.methods.base import Clock, MethodConfig
 
 MEMORY, TEXT, IMAGE = "memory", "text", "image"
@@ -52,7 +51,7 @@ class RebqOptions(MethodConfig):
         reconstruct: weight of the reconstruction term [α].
     """
 
-    components: Literal["match"] | int = 12
+    components: Matched = 12
     like: str = "delo"
     length: int = Field(4, ge=1)
     depth: float = Field(2 / 3, gt=0, le=1)

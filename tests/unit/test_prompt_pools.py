@@ -88,6 +88,16 @@ def test_a_dummy_image_tells_nothing(name: str) -> None:
     assert all(torch.equal(plans[0].keys[layer], plans[1].keys[layer]) for layer in plans[0].keys)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [("l2p", "pool_size"), ("coda_prompt", "components"), ("rebq", "components"), ("map_prompts", "length")],
+)
+def test_a_size_is_a_positive_number_or_match(words: tuple[str, str]) -> None:
+    name, option = words
+    with pytest.raises(ValueError, match="greater than or equal to 1"):
+        Bench(name, **{option: 0})
+
+
 def test_a_row_without_any_view_has_the_score_zero() -> None:
     nothing = Queries(*(torch.zeros(1, 4) for _ in range(3)))
     assert mean_cosine(nothing, torch.randn(3, 3, 4)).tolist() == [[0.0] * 3]
