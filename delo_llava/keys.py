@@ -5,7 +5,7 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args, get_origin
+from typing import Annotated, Any, Literal, cast, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -101,6 +101,7 @@ def _words(annotation: object) -> list[str]:
         return ["true | false"]
     if isinstance(annotation, type) and not get_args(annotation):
         return []
-    found = [words for part in get_args(annotation) for words in _words(part)]
-    plain = [part.__name__ for part in get_args(annotation) if part in (int, float)]
+    parts = [get_args(p)[0] if get_origin(p) is Annotated else p for p in get_args(annotation)]
+    found = [words for part in parts for words in _words(part)]
+    plain = [part.__name__ for part in parts if part in (int, float)]
     return [" | ".join([*found, *plain])] if found else []

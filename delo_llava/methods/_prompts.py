@@ -28,7 +28,17 @@ from delo_llava.data.collate import Batch
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
-from delo_llava.methods.base import Capabilities, Footprint, Method, Past, Prompt, Stage, answer_loss_sum
+from delo_llava.methods._encoded import EncodedMethod
+from delo_llava.methods.base import (
+    Capabilities,
+    Footprint,
+    MethodConfig,
+    Past,
+    Prompt,
+    Stage,
+    answer_loss_sum,
+)
+from delo_llava.schema import UserPath
 from delo_llava.strict import read_tensors
 
 #: Spread of fresh prompts: an attention's output is near zero there, so the base is only diluted.
@@ -190,7 +200,18 @@ def prompts_of(model: nn.Module) -> Prompts:
     return found
 
 
-class PromptMethod(Method):
+class PromptOptions(MethodConfig):
+    """Options of every method whose prompts are asked for by a query.
+
+    Attributes:
+        encoder: a folder with a CLIP whose features of image and text are the queries; left out, they are the
+            base's own frozen features.
+    """
+
+    encoder: UserPath | None = None
+
+
+class PromptMethod(EncodedMethod):
     """A frozen base with prompts: what they are and who reads which is the method's.
 
     Attributes:
@@ -234,7 +255,7 @@ class PromptMethod(Method):
 
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
-        with routing(model, RouteInputs.from_batch(batch)) as route:
+        with routing(model, self.inputs(batch)) as route:
             logits = model(**batch.inputs).logits
         counted = 0.0 if batch.filler else 1.0
         terms = {name: counted * term.sum() for name, term in route.plan.terms.items()}
@@ -306,7 +327,7 @@ class PromptMethod(Method):
             yield Prompt.of(batch)
             return
         told = list(tasks) if tasks is not None and self.capabilities.chooses_task else None
-        with routing(model, RouteInputs.from_batch(batch, tasks=told, expand=beams)):
+        with routing(model, self.inputs(batch, tasks=told, expand=beams)):
             yield Prompt.of(batch)
 
     def footprint(self, base: nn.Module) -> Footprint:

@@ -3,19 +3,15 @@ decide, and the context in which a forward is decided."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
 
 from torch import Tensor, nn
 
 from delo_llava.adapters.carrier import find_carrier, frozen_queries, routing
 from delo_llava.adapters.lowrank import LowRankConfig
-from delo_llava.backbones.base import Backbone, adapted_linears
-from delo_llava.config import RunConfig
+from delo_llava.backbones.base import adapted_linears
 from delo_llava.data.collate import Batch
-from delo_llava.features.encoder import Encoder
-from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.task_keys import TaskKeyMemory
+from delo_llava.methods._encoded import EncodedMethod
 from delo_llava.methods._linears import Linears, narrowed, placed
 from delo_llava.methods._lowrank import LowRankMethod, LowRankOptions
 from delo_llava.methods._size import stage_parameters
@@ -39,16 +35,10 @@ class RoutedOptions(LowRankOptions):
     encoder: UserPath | None = None
 
 
-class RoutedMethod(LowRankMethod):
+class RoutedMethod(EncodedMethod, LowRankMethod):
     """The common ground: every forward is decided from frozen queries, of the base or of an encoder."""
 
     Config = RoutedOptions
-
-    def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
-        super().__init__(options, run, backbone)
-        self.encoder = None if options.encoder is None else Encoder(options.encoder)
-        if self.encoder is not None:
-            self.capabilities = replace(self.capabilities, encoders=(str(options.encoder),))
 
     def config(self, base: nn.Module) -> LowRankConfig:
         """The adapter's configuration for the linears that the options name; a matched rank is matched over
@@ -73,15 +63,6 @@ class RoutedMethod(LowRankMethod):
     def besides(self, base: nn.Module) -> int:
         """Trainable parameters besides the pairs, whatever their rank."""
         return self.outputs * sum(width for width, _ in self.placed(base).values())
-
-    def width(self, base: nn.Module) -> int:
-        """Length of the queries that decide."""
-        return self.backbone.hidden_size(base) if self.encoder is None else self.encoder.width
-
-    def inputs(self, batch: Batch, **options: Any) -> RouteInputs:
-        """What routing must know of a batch; `options` as for `RouteInputs.from_batch`."""
-        queries = None if self.encoder is None else self.encoder.queries(batch)
-        return RouteInputs.from_batch(batch, queries=queries, **options)
 
     def anchor(
         self, memory: TaskKeyMemory, task: str, model: nn.Module, passes: Passes, reduce: Reduce

@@ -26,14 +26,14 @@ from delo_llava.data.collate import Batch
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.methods._components import fresh_components, mixed_prompts
-from delo_llava.methods._prompts import Layout, PromptMethod, PromptPlan, Tensors
+from delo_llava.methods._prompts import Layout, PromptMethod, PromptOptions, PromptPlan, Tensors
 from delo_llava.methods._size import Matched, matched_count
-from delo_llava.methods.base import Clock, MethodConfig
+from delo_llava.methods.base import Clock
 
 POOL = "components"
 
 
-class CodaPromptOptions(MethodConfig):
+class CodaPromptOptions(PromptOptions):
     """Options of CODA-Prompt.
 
     Attributes:
@@ -59,7 +59,7 @@ class CodaPrompt(PromptMethod):
     growing = (POOL,)
 
     def draw(self, base: nn.Module, earlier: Mapping[str, Tensors]) -> dict[str, Tensors]:
-        layout, width = self._layout(base), 3 * self.backbone.hidden_size(base)
+        layout, width = self._layout(base), 3 * self.width(base)
         count = self.options.components
         if count == "match":
             each = layout.numel + 2 * layout.layers * width

@@ -30,6 +30,7 @@ from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.methods._prompts import (
     Layout,
     PromptMethod,
+    PromptOptions,
     PromptPlan,
     Prompts,
     Tensors,
@@ -38,12 +39,12 @@ from delo_llava.methods._prompts import (
     prompts_of,
     unit_keys,
 )
-from delo_llava.methods.base import Capabilities, Clock, MethodConfig, Passes, Reduce, TaskChoice
+from delo_llava.methods.base import Capabilities, Clock, Passes, Reduce, TaskChoice
 
 GENERAL, EXPERT = "general", "expert"
 
 
-class DualPromptOptions(MethodConfig):
+class DualPromptOptions(PromptOptions):
     """Options of DualPrompt.
 
     Attributes:
@@ -72,7 +73,7 @@ class DualPrompt(PromptMethod):
 
     def draw(self, base: nn.Module, earlier: Mapping[str, Tensors]) -> dict[str, Tensors]:
         general, expert = self._layouts(base)
-        keys = unit_keys(1, self.backbone.hidden_size(base))
+        keys = unit_keys(1, self.width(base))
         return {GENERAL: {"prompts": general.draw(1)}, EXPERT: {"prompts": expert.draw(1), "keys": keys}}
 
     def prepare(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
@@ -81,7 +82,7 @@ class DualPrompt(PromptMethod):
         assert isinstance(key, nn.Parameter)
         total = torch.zeros(key.shape[1:], dtype=torch.float64)
         for batch in passes.first(self.options.key_samples):
-            queries = frozen_queries(model, RouteInputs.from_batch(batch), batch.inputs)
+            queries = frozen_queries(model, self.inputs(batch), batch.inputs)
             total += torch.stack(list(present(queries, batch.presence)), 1).double().sum(0).cpu()
         with torch.no_grad():
             key.copy_(F.normalize(reduce(total), dim=-1).float()[None])
@@ -107,7 +108,7 @@ class DualPrompt(PromptMethod):
 
     def choose(self, model: nn.Module, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
         """Per sample, by the nearest key; ties go to the earlier task, −1 where a sample has no such view."""
-        prompts, inputs = prompts_of(model), RouteInputs.from_batch(batch)
+        prompts, inputs = prompts_of(model), self.inputs(batch)
         queries = present(frozen_queries(model, inputs, batch.inputs), batch.presence)
         wanted = Queries(
             *(q if name in (views or VIEWS) else q * 0 for name, q in zip(VIEWS, queries, strict=True))

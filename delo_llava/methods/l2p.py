@@ -6,11 +6,11 @@ mapping is section 12 of the specification of newer methods.
     s_i = mean over a sample's views v of cos(q_v, k_iv),   chosen = the N largest s_i
     prefix of a row = [P_i : i chosen],   L = CE + λ · mean over samples of Σ_{i chosen} (1 − s_i)
 
-needs_task: no · encoders: none beside the base's own · mergeable: no (the prefix depends on the input) · per
-task: nothing, the pool is of one size; a stage's folder holds all of it, 4·M·(layers·2·heads·length·width +
-3d) bytes. `simplified`: prompts are keys and values at every layer instead of embeddings in front of the
-sequence (which would move positions), and the query has a part for every view of a sample, so that a missing
-one says nothing.
+needs_task: no · encoders: a CLIP by `encoder=FOLDER`, else the base's own · mergeable: no (the prefix
+depends on the input) · per task: nothing, the pool is of one size; a stage's folder holds all of it,
+4·M·(layers·2·heads·length·width + 3d) bytes. `simplified`: prompts are keys and values at every layer
+instead of embeddings in front of the sequence (which would move positions), and the query has a part for
+every view of a sample, so that a missing one says nothing.
 
 Not reproduced: the released code's choice by a vote over the batch (`transductive` has it, and is marked so);
 the weight decay and stale moments that move prompts which no sample of a task reads.
@@ -31,6 +31,7 @@ from delo_llava.features.queries import Queries
 from delo_llava.methods._prompts import (
     Layout,
     PromptMethod,
+    PromptOptions,
     PromptPlan,
     Tensors,
     mean_cosine,
@@ -38,12 +39,12 @@ from delo_llava.methods._prompts import (
     unit_keys,
 )
 from delo_llava.methods._size import Matched, matched_count
-from delo_llava.methods.base import Clock, MethodConfig
+from delo_llava.methods.base import Clock
 
 POOL = "pool"
 
 
-class L2pOptions(MethodConfig):
+class L2pOptions(PromptOptions):
     """Options of L2P; symbols of the paper in brackets.
 
     Attributes:
@@ -83,7 +84,7 @@ class L2p(PromptMethod):
         self.capabilities = replace(self.capabilities, transductive=options.transductive)
 
     def draw(self, base: nn.Module, earlier: Mapping[str, Tensors]) -> dict[str, Tensors]:
-        layout, width = self._layout(base), self.backbone.hidden_size(base)
+        layout, width = self._layout(base), self.width(base)
         size = self.options.pool_size
         if size == "match":
             each = layout.numel + 3 * width

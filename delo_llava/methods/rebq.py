@@ -10,11 +10,12 @@ generative model).
     L = CE + α · mean over copies of ‖q̂ − q‖²
 
 A row with neither modality is reconstructed from its instruction. needs_task: no (the presence mask
-instead) · encoders: none beside the base's own · mergeable: no · per task: n components of three pools,
-4·n·(2·layers·(2·heads·length·width + 2d) + 4d) bytes. `simplified`: queries are frozen features before the
-language model (as everywhere here), so the memory pool's prompts are vectors of the query's width, and no
-further pass through the model is needed. For the same reason the two artificial copies of a complete row, one
-modality removed from each, need no forward: what is left of them asks with the row's own query, bit for bit.
+instead) · encoders: a CLIP by `encoder=FOLDER`, else the base's own · mergeable: no · per task: n
+components of three pools, 4·n·(2·layers·(2·heads·length·width + 2d) + 4d) bytes. `simplified`: queries are
+frozen features before the language model (as everywhere here), so the memory pool's prompts are vectors of
+the query's width, and no further pass through the model is needed. For the same reason the two artificial
+copies of a complete row, one modality removed from each, need no forward: what is left of them asks with
+the row's own query, bit for bit.
 
 Not reproduced: components of later tasks that stay zero (R1) and earlier ones that weight decay moves (R2);
 targets that are not the queries of complete rows (R3); a reconstruction term a thousand times weaker than the
@@ -32,14 +33,14 @@ from delo_llava.data.collate import Batch
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.methods._components import fresh_components, mixed_prompts
-from delo_llava.methods._prompts import Layout, PromptMethod, PromptPlan, Tensors
+from delo_llava.methods._prompts import Layout, PromptMethod, PromptOptions, PromptPlan, Tensors
 from delo_llava.methods._size import Matched, matched_count
-from delo_llava.methods.base import Clock, MethodConfig
+from delo_llava.methods.base import Clock
 
 MEMORY, TEXT, IMAGE = "memory", "text", "image"
 
 
-class RebqOptions(MethodConfig):
+class RebqOptions(PromptOptions):
     """Options of RebQ; symbols of the specification in brackets.
 
     Attributes:
@@ -65,7 +66,7 @@ class Rebq(PromptMethod):
     growing = (MEMORY, TEXT, IMAGE)
 
     def draw(self, base: nn.Module, earlier: Mapping[str, Tensors]) -> dict[str, Tensors]:
-        layout, width = self._layout(base), self.backbone.hidden_size(base)
+        layout, width = self._layout(base), self.width(base)
         count = self.options.components
         if count == "match":
             each = 2 * (layout.numel + 2 * layout.layers * width) + 4 * width

@@ -4,11 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 import torch
 from contract_support import Bench, items, story
 from prompts_support import inputs, queries, unit
 from safetensors.torch import load_file, save_file
 
+from delo_llava.adapters.carrier import routing
 from delo_llava.adapters.own import TENSORS
 from delo_llava.errors import DeloError
 from delo_llava.features.queries import Queries
@@ -96,6 +98,26 @@ def test_a_size_is_a_positive_number_or_match(words: tuple[str, str]) -> None:
     name, option = words
     with pytest.raises(ValueError, match="greater than or equal to 1"):
         Bench(name, **{option: 0})
+
+
+@pytest.mark.parametrize("name", ["l2p", "dualprompt", "coda_prompt", "rebq"])
+def test_an_encoder_s_queries_can_ask(name: str) -> None:
+    """They replace the base's: keys are as wide as they are, and what they say decides."""
+    bench = Bench(name, encoder=str(tiny_models.session_clip()))
+    method: Any = bench.method
+    assert method.capabilities.encoders == (str(tiny_models.session_clip()),)
+    assert method.capabilities.chooses_task == (name == "dualprompt"), "the rest of them stays"
+    model = bench.begin(Stage(0, "task0"))
+    pools = prompts_of(model).trained
+    width = method.encoder.width
+    assert {p.shape[-1] // width for n, p in pools.named_parameters() if n.endswith("keys")} <= {1, 3}
+    batch = bench.batch(items("task0"))
+    method.loss_sums(model, batch)["answer"].backward()
+    asked = method.encoder.queries(batch)
+    plan = method.plan(model, prompts_of(model)(), method.inputs(batch), present(asked, batch.presence))
+    with routing(model, method.inputs(batch)) as route, torch.no_grad():
+        model(**batch.inputs)
+    assert all(torch.equal(route.plan.keys[layer], plan.keys[layer]) for layer in plan.keys)
 
 
 def test_a_row_without_any_view_has_the_score_zero() -> None:
