@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from family_support import KINDS
 from method_support import START
 from torch import Tensor, nn
 
@@ -24,7 +25,10 @@ from delo_llava.tasks import Record
 sys.path.insert(0, str(Path(__file__).parents[1] / "plugins" / "methods"))
 from prefix_small import METHOD as Prefix
 
-FAMILIES = ("llava", "qwen2_5_vl")
+#: Two families always; the others by --long.
+FAMILIES = [
+    pytest.param(kind, marks=() if kind in ("llava", "qwen2_5_vl") else pytest.mark.long) for kind in KINDS
+]
 ROWS, HEADS, GROUPS, LONG, WIDTH, LENGTH = 2, 4, 2, 5, 8, 3
 
 
@@ -92,11 +96,12 @@ def test_an_attention_that_is_not_known_is_refused() -> None:
 class Bench:
     """The reference method with a prefix over one tiny family, and a batch of rows of unequal length."""
 
-    def __init__(self, kind: str, folder: Path, attn: str = "sdpa") -> None:
+    def __init__(self, kind: str, folder: Path, attn: str = "auto") -> None:
         from PIL import Image
 
         picture = folder / "red.png"
         Image.new("RGB", (64, 64), "red").save(picture)
+        self.kind = kind
         self.backbone, path = find_backbone(tiny_models.session(kind))
         self.processor = self.backbone.load_processor(path)
         self.method: Any = Prefix(Prefix.Config(), RunConfig(method="delo"), self.backbone)
@@ -156,8 +161,7 @@ def test_decoding_is_the_same_with_a_cache_and_without_and_in_any_batch(bench: B
 
 
 def test_eager_attention_is_the_same(bench: Bench, tmp_path: Path) -> None:
-    kind = "llava" if type(bench.backbone).__name__ == "Llava" else "qwen2_5_vl"
-    assert Bench(kind, tmp_path, attn="eager").generate() == bench.generate()
+    assert Bench(bench.kind, tmp_path, attn="eager").generate() == bench.generate()
 
 
 def test_recomputed_activations_give_the_same_gradient(bench: Bench) -> None:
