@@ -269,7 +269,7 @@ class Cram(RoutedMethod):
         weight = (-far / (2 * self.options.spread**2)).masked_fill(~slots, -math.inf).softmax(-1)
         total = torch.zeros((), device=x.device)
         for column, task in enumerate(tasks):
-            share = plan.spread(weight[:, column : column + 1], x)
+            share = plan.spread(layer, weight[:, column : column + 1], x)
             total = total + layer.up(task, layer.down(task, x) * share)
         if BUFFER not in layer.lowrank_A:
             return total
