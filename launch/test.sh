@@ -7,4 +7,4 @@ ensure_environment test
 
 cd "$root"
 export OMP_NUM_THREADS=1
-exec python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+exec python -m pytest -n 2 --no-loadscope-reorder "$@"

@@ -16,11 +16,16 @@ import os
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support_table
+from xdist.scheduler import LoadScopeScheduling
+
+from delo_llava.registry import plugin_names
 
 DURATIONS = Path(__file__).parent / "durations.json"
+METHODS = frozenset(plugin_names("method"))
 BEGAN = pytest.StashKey[float]()
 
 
@@ -33,13 +38,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--note_support", action="store_true", help="write the table of what works with what")
 
 
+class GroupScheduling(LoadScopeScheduling):
+    """Deals out whole groups, in the order of the collection."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group_of(nodeid)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> GroupScheduling:
+    return GroupScheduling(config, log)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     chosen = [item for item in items if item.get_closest_marker("long") is None or _is_due(config, item)]
     config.hook.pytest_deselected(items=[item for item in items if item not in set(chosen)])
     known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}
-    groups = {item: _group(item) for item in chosen}
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
+    groups = {item: group_of(item.nodeid) for item in chosen}
     items[:] = sorted(chosen, key=lambda item: (-known.get(groups[item], 0.0), groups[item]))
 
 
@@ -55,20 +70,21 @@ def _is_due(config: pytest.Config, item: pytest.Item) -> bool:
     if not 1 <= number <= parts:
         raise pytest.UsageError("--part K/N: K lies between 1 and N")
     # All of a method's tests come together, and so do all of a function's: they share what was trained.
-    key = _method(item) or item.nodeid.partition("[")[0]
+    key = method_of(item.nodeid) or item.nodeid.partition("[")[0]
     return int(hashlib.sha256(key.encode()).hexdigest(), 16) % parts == number - 1
 
 
-def _method(item: pytest.Item) -> str | None:
-    """The method that a test of the contract is about."""
-    called = getattr(item, "callspec", None)
-    return called.params.get("name") if called is not None and "tests/contract/" in item.nodeid else None
+def method_of(nodeid: str) -> str | None:
+    """The method that a test of the contract is about, from its parameters."""
+    file, _, parameters = nodeid.rstrip("]").partition("[")
+    if "tests/contract/" not in file:
+        return None
+    return next((part for part in parameters.split("-") if part in METHODS), None)
 
 
-def _group(item: pytest.Item) -> str:
+def group_of(nodeid: str) -> str:
     """What one worker takes whole."""
-    file = item.nodeid.partition("::")[0]
-    return ":".join([file, *filter(None, [_method(item)])])
+    return ":".join([nodeid.partition("::")[0], *filter(None, [method_of(nodeid)])])
 
 
 def _cpu() -> float:
@@ -88,7 +104,6 @@ def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> None:
     if call.when == "setup":
         item.user_properties += [("support", cell) for cell in support_table.cells_of(item)]
-        item.user_properties.append(("group", _group(item)))
     if call.when == "teardown":
         item.user_properties.append(("cpu", _cpu() - item.stash[BEGAN]))
 
@@ -101,8 +116,7 @@ class Durations:
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when == "teardown":
-            told = dict(report.user_properties)
-            self.seconds[told["group"]] += told["cpu"]
+            self.seconds[group_of(report.nodeid)] += dict(report.user_properties)["cpu"]
 
     def pytest_sessionfinish(self) -> None:
         known = json.loads(DURATIONS.read_text()) if DURATIONS.is_file() else {}

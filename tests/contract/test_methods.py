@@ -1,5 +1,6 @@
 """What every method must do, on every model family; a new method is covered as soon as its file exists."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,9 +40,15 @@ def every(test: Any) -> Any:
 
 #: Column of the table of support -> quantisation and further words.
 BITS = {"4 bit": ("nf4",), "16 bit": ("none", "--dtype=bfloat16")}
-every_method = pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in CORE else pytest.mark.long) for name in METHODS]
-)
+
+
+def of_methods(names: Sequence[str]) -> pytest.MarkDecorator:
+    """For some methods, of which the core is always tried."""
+    params = [pytest.param(name, marks=() if name in CORE else pytest.mark.long) for name in names]
+    return pytest.mark.parametrize("name", params)
+
+
+every_method = of_methods(METHODS)
 MIXED = [*items("task0")[:2], *items("task1")[1:3], items("task0")[3]]
 
 
@@ -181,7 +188,7 @@ def test_what_is_missing_is_not_seen(name: str, kind: str) -> None:
     assert not torch.equal(*(told.bench.logits(model, r) for r in whole)), "where it is there, it is seen"
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if method_class(n).capabilities.chooses_task])
+@of_methods([n for n in METHODS if method_class(n).capabilities.chooses_task])
 @pytest.mark.parametrize("views", [None, ("image", "text")])
 def test_a_choice_is_per_sample_and_among_trained_tasks(name: str, views: Any) -> None:
     told = story(name)
