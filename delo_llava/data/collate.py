@@ -1,5 +1,6 @@
 """From records to one batch: prompts with the kind of every token, encoded images, labels on answers only."""
 
+import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,9 @@ from delo_llava.tasks import Record
 
 #: Label of a position that is not trained.
 IGNORE = -100
+
+#: Kind of an answer's own words while they are tokenised.
+SAID = -1
 
 #: Makes further views of the rows that a batch will have, by name.
 Views = Callable[[Sequence[Item]], Mapping[str, View]]
@@ -138,8 +142,8 @@ class Collator:
         backbone: the family's image format.
         processor: from `backbone.load_processor`.
         max_length: most tokens of a training sequence, image tokens included; in generation, of the prompt.
-            What is too long loses the end of its context, then of its instruction (counted in `truncated`),
-            never image or answer.
+            What is too long loses the end of its context, then the middle of its instruction, whose end is
+            most often the question (both counted in `truncated`); never image or answer.
         image_mode: what a missing image becomes: `absent` (no tokens) or `dummy` (constant white).
         generation: leave the answers out.
         cache_bytes: bound of the memory of encoded images.
@@ -172,6 +176,7 @@ class Collator:
         self._image_id = int(self.tokenizer.convert_tokens_to_ids(backbone.image_token))
         pad = self.tokenizer.pad_token_id
         self._pad_id = int(self.tokenizer.eos_token_id if pad is None else pad)
+        self._control = control_pattern(self.tokenizer, backbone.image_token)
         #: Token ids of a piece of a picture's layout.
         self._ids = cache(lambda text: list(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
 
@@ -278,11 +283,32 @@ class Collator:
         encoded = self.tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         rows = []
         for i, record in enumerate(records):
-            kinds = token_kinds(texts[i], encoded["offset_mapping"][i], prompts[i], record)
-            row = self._expand(encoded["input_ids"][i], kinds, images[i] or (), record)
+            if any(map(self._control.search, (record.context or "", record.instruction, record.answer))):
+                ids, kinds = self._apart(prompts[i], record)
+            else:
+                ids = encoded["input_ids"][i]
+                kinds = token_kinds(texts[i], encoded["offset_mapping"][i], prompts[i], record)
+            row = self._expand(ids, kinds, images[i] or (), record)
             self._fit(row, record)
             rows.append(row)
         return rows
+
+    def _apart(self, prompt: Sequence[tuple[str, int]], record: Record) -> tuple[list[int], list[int | None]]:
+        """Token ids and kinds of a record whose own words look like control tokens (`</s>`, `<|im_end|>`):
+        piece by piece, the words split into plain ones, so that they neither end nor open anything. An image
+        token among them stays one, and is refused later.
+        """
+        lead, end = self.dialogue.lead, self.dialogue.end
+        answer = [] if self.generation else [(lead, None), (record.answer.strip(), SAID), (end, None)]
+        ids: list[int] = []
+        kinds: list[int | None] = []
+        for text, kind in [*prompt, *answer]:
+            plain = kind in (SEGMENT_CONTEXT, SEGMENT_INSTRUCTION, SAID)
+            plain = plain and self.backbone.image_token not in text
+            found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
+            ids += found
+            kinds += [None if kind == SAID else kind] * len(found)
+        return ids, kinds
 
     def _expand(self, ids: list[int], kinds: list[int | None], image: Layout, record: Record) -> Row:
         """The placeholder -> the image's layout; BOS in front where the dialogue has one."""
@@ -313,11 +339,16 @@ class Collator:
                 row.extend(1, token, SEGMENT_OTHER, False)
 
     def _fit(self, row: Row, record: Record) -> None:
-        """Cut context, then instruction, from the end; one token of each stays, as a query is their mean."""
+        """Cut the context's end, then the instruction's middle; one token of each stays, as a query is their
+        mean.
+        """
         for name, kind in (("context", SEGMENT_CONTEXT), ("instruction", SEGMENT_INSTRUCTION)):
             excess = len(row.ids) - self.max_length
-            places = [place for place, k in enumerate(row.kinds) if k == kind][1:]
-            cut = places[max(0, len(places) - excess) :] if excess > 0 else []
+            places = [place for place, k in enumerate(row.kinds) if k == kind]
+            count = max(0, min(excess, len(places) - 1))
+            stay = len(places) - count
+            first = stay if kind == SEGMENT_CONTEXT else stay // 2
+            cut = places[first : first + count]
             self.truncated[name] += bool(cut)
             for place in reversed(cut):
                 del row.ids[place], row.kinds[place], row.trained[place]
@@ -343,6 +374,15 @@ class Collator:
             trained[i, span] = torch.tensor(row.trained)
         labels = ids.masked_fill(~trained, IGNORE)
         return {"ids": ids, "mask": mask, "kinds": kinds, "trained": trained, "labels": labels}
+
+
+def control_pattern(tokenizer: Any, image_token: str) -> re.Pattern[str]:
+    """What a tokenizer reads as one token that is no word: ends and beginnings, roles, padding; without the
+    image token.
+    """
+    added = (str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+    found = {*tokenizer.all_special_tokens, *added} - {image_token}
+    return re.compile("|".join(map(re.escape, sorted(found, key=len, reverse=True))) or "(?!)")
 
 
 def token_kinds(

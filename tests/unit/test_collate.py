@@ -240,6 +240,37 @@ def test_context_is_cut_first_from_its_end(kind: str, record: Record) -> None:
     assert torch.equal(context, full.inputs["input_ids"][full.segments == 2][: len(context)])
 
 
+def test_of_an_instruction_the_middle_is_cut(record: Record) -> None:
+    """The question is most often its end."""
+    long = change(record, instruction="a tale of six cats. " * 30 + "what is shown", context="a")
+    full = collator()([(long, BOTH)])
+    limit = int((full.segments != 3).sum()) + 12
+    cutter = collator(max_length=limit)
+    batch = cutter([(long, BOTH)])
+    whole, kept = (b.inputs["input_ids"][b.segments == 3] for b in (full, batch))
+    assert len(kept) == 12 and torch.equal(kept, torch.cat([whole[:6], whole[-6:]]))
+    assert cutter.truncated == {"context": 0, "instruction": 1}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("field", ["context", "instruction", "answer"])
+def test_words_that_look_like_control_tokens_are_words(kind: str, field: str, record: Record) -> None:
+    """Neither an end in the middle of an answer, nor a role in a question."""
+    one = collator(kind)
+    controls = [t for t in one.tokenizer.all_special_tokens if t != one.backbone.image_token]
+    told = change(record, **{field: f"a {''.join(controls)} b"})
+    plain, batch = one([(record, BOTH)]), one([(told, BOTH)])
+    ids = set(one.tokenizer.convert_tokens_to_ids(controls))
+
+    def count(found: Batch) -> int:
+        return sum(int(i) in ids for i in found.inputs["input_ids"][0])
+
+    assert count(batch) == count(plain)
+    spoken = one.tokenizer.decode(batch.inputs["input_ids"][0])
+    assert all(spoken.count(token) >= 1 for token in controls)
+    assert batch.labels is not None and int(batch.labels[batch.labels != IGNORE][-1]) in ids, "the end is one"
+
+
 def test_then_the_instruction_and_never_image_or_answer(record: Record) -> None:
     least = collator()([(change(record, context="a", instruction="a"), BOTH)]).inputs["input_ids"].shape[1]
     cutter = collator(max_length=least)
