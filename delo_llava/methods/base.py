@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal
 
 import torch
 from peft.utils import get_peft_model_state_dict
@@ -27,15 +27,15 @@ from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples, Item, View
 from delo_llava.errors import DeloError
 from delo_llava.methods._groups import parameter_groups
+from delo_llava.methods.access import Passes as Passes
+from delo_llava.methods.access import Reduce as Reduce
+from delo_llava.methods.access import Trained as Trained
 from delo_llava.schema import Worded
 from delo_llava.tasks import StagePlan as StagePlan
 from delo_llava.tasks import TaskSequence, TaskSpec
 
 #: Names in `Method.state_dict` that begin so are one rank's part of a sum over ranks.
 SUMMED = "sum/"
-
-#: Sums a tensor over all ranks and returns the sum (the identity in one process).
-Reduce = Callable[[Tensor], Tensor]
 
 
 class MethodConfig(Worded):
@@ -123,45 +123,6 @@ class Part:
 
 #: What a stage trains on; the first part's number of examples decides the number of steps.
 Mixture = tuple[Part, ...]
-
-
-class Passes(Protocol):
-    """This rank's part of single passes over a stage's own examples, in their order, collated on demand."""
-
-    def all(self, size: int | None = None) -> Iterator[Batch]:
-        """Every example once, `size` to a batch (None: the micro-batch)."""
-
-    def first(self, count: int, size: int | None = None) -> Iterator[Batch]:
-        """The first `count` examples; which ones they are does not depend on the number of ranks."""
-
-    def complete(self, count: int) -> Iterator[Batch]:
-        """The first `count` examples that have both modalities."""
-
-
-class Trained(Protocol):
-    """The trained parameters: whole, named, fp32, and bit-equal on every rank under every engine.
-
-    Every rank must make the same calls, between the last backward pass of a global batch and its update
-    (gradients) or between two updates (all others).
-    """
-
-    def values(self) -> dict[str, Tensor]:
-        """A copy of every parameter."""
-
-    def gradients(self) -> dict[str, Tensor]:
-        """The gradient of the global batch's loss, summed over ranks and accumulation, before clipping."""
-
-    def add_gradients(self, extra: Mapping[str, Tensor]) -> None:
-        """Add to gradients; the update and its norm see the sum."""
-
-    def rewrite(self, new: Mapping[str, Tensor]) -> None:
-        """Replace whole parameters, bit-equal on every rank, down to the engine's master copies."""
-
-    def reset_moments(self, where: Mapping[str, Tensor]) -> None:
-        """Forget the optimiser's moments where a mask of the parameter's shape is true."""
-
-    def sum(self, tensor: Tensor) -> Tensor:
-        """The sum of a tensor over ranks: for what each rank saw of a step beside its gradient."""
 
 
 @dataclass(frozen=True)

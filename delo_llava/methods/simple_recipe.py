@@ -29,11 +29,6 @@ class SimpleRecipeOptions(LowRankOptions):
     """Options of the simple recipe.
 
     Attributes:
-        rank: a number, or `match`: the rank whose trainable parameters come nearest to those that the method
-            `like` trains in a stage.
-        like: a method's name.
-        alpha_over_rank: the update is scaled by this factor (alpha / r).
-        dropout: on the adapter's input, while training.
         lr: peak rate of all parameters, in place of the run's `train.lr` and `train.projector_lr`; null keeps
             the run's.
     """

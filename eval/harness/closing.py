@@ -45,6 +45,25 @@ def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Question
                 )
 
 
+def _close_cell(
+    run: StoredRun, stage: int, cell: Cell, questions: Questions, stored: StoredAnswers, results: Results
+) -> list[Prediction]:
+    """Score one cell's answers into `results`, write its predictions and return them."""
+    asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
+    rows = [
+        prediction_of(q, answer, scorer, stage, cell.pattern)
+        for q, (_, _, answer) in zip(asked, stored.gather(cell, asked), strict=True)
+    ]
+    with told_writing(run.output):
+        write_predictions(prediction_file(run.output, stage, cell.pattern, cell.task.name), rows)
+    fill_cell(results, run.method, stage, cell, rows, scorer, [Reference.of(q.record) for q in asked])
+    unseen = [row["record_id"] for row in rows if "image_fault" in row]
+    results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
+    merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
+    results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
+    return rows
+
+
 def close_stage(
     run: StoredRun,
     stage: int,
@@ -69,21 +88,9 @@ def close_stage(
     chosen: dict[str, list[Prediction]] = {pattern: [] for pattern in patterns}
     count, written = 0, []
     for cell in cells:
-        asked, scorer = questions.of(cell), scorer_of(cell.task, run.config)
-        answers = stored.gather(cell, asked)
-        rows = [
-            prediction_of(q, answer, scorer, stage, cell.pattern)
-            for q, (_, _, answer) in zip(asked, answers, strict=True)
-        ]
+        rows = _close_cell(run, stage, cell, questions, stored, results)
         written.append(prediction_file(run.output, stage, cell.pattern, cell.task.name))
-        with told_writing(run.output):
-            write_predictions(written[-1], rows)
-        fill_cell(results, run.method, stage, cell, rows, scorer, [Reference.of(q.record) for q in asked])
         count += len(rows)
-        unseen = [row["record_id"] for row in rows if "image_fault" in row]
-        results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
-        merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
-        results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
         if cell.task.name in trained:
             chosen[cell.pattern] += rows
     for pattern, rows in chosen.items():
