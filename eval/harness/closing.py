@@ -78,7 +78,9 @@ def close_stage(
         written.append(prediction_file(run.output, stage, cell.pattern, cell.task.name))
         with told_writing(run.output):
             write_predictions(written[-1], rows)
-        fill_cell(results, run.method, stage, cell, rows, scorer, [Reference.of(q.record) for q in asked])
+        references = [Reference.of(question.record) for question in asked]
+        fill_cell(results, run.method, stage, cell, rows, scorer, references)
+        results.note_floor(cell.task.name, scorer, references, cell.task.answers)
         count += len(rows)
         unseen = [row["record_id"] for row in rows if "image_fault" in row]
         results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
