@@ -1,4 +1,4 @@
-"""What blind answers score, and that it stands beside scores: results, terminal, report, comparison, `score`."""
+"""What blind answers score, beside scores in results, terminal, report, comparison and `delo-eval score`."""
 
 from pathlib import Path
 from typing import Any, cast
