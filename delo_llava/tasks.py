@@ -95,6 +95,7 @@ class TaskSpec:
     """A task: its files, where its images are, and how answers are scored. Paths are absolute.
 
     Attributes:
+        answers: the closed set of answers, where every question has the same one.
         sides: files joined to the records.
         classes: set where the files are in the CMML layout instead of CoIN's.
         absent: optional side files that are not there, each in a line.
@@ -106,6 +107,7 @@ class TaskSpec:
     image_root: Path
     scorer: str = "exact_match"
     max_new_tokens: int = 8
+    answers: tuple[str, ...] = ()
     sides: tuple[SideFile, ...] = ()
     classes: ClassTask | None = None
     absent: tuple[str, ...] = ()

@@ -211,6 +211,7 @@ def _task(entry: TaskEntry, place: _Place) -> TaskSpec:
         image_root=image_root,
         scorer=entry.scorer,
         max_new_tokens=entry.max_new_tokens,
+        answers=tuple(entry.answers),
         sides=tuple(_side(side, path) for side, path in sides if path is not None),
         classes=None
         if classes is None

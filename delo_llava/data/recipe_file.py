@@ -97,6 +97,7 @@ class TaskEntry(Section):
         files: for each split the accepted names of its file.
         image_root: accepted names of the folder that `image` entries of the records are relative to.
         images: folders below `image_root` that must be there.
+        answers: the closed set of answers, where every question has the same one: what chance is.
         sides: side files joined to the records.
         classes: set for files in the CMML layout.
         train: settings of `train` that differ for this task.
@@ -110,6 +111,7 @@ class TaskEntry(Section):
     images: list[RelativePath] = []
     scorer: str = "exact_match"
     max_new_tokens: int = Field(default=8, ge=1)
+    answers: list[str] = []
     sides: list[SideEntry] = []
     classes: ClassesEntry | None = None
     train: dict[str, Any] = {}

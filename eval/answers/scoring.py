@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from delo_eval.answers.matching import Matched
+from delo_eval.matrix.floors import Floor, floor_of
 from delo_eval.scorers.base import Reference, Scorer, Scoring
 from delo_eval.scorers.mif import SCORER as MIF
 from delo_eval.scorers.mif import obeys
@@ -25,6 +26,7 @@ class FileScore:
         standard_error: of the mean over questions, in points; None for rules that are no such mean.
         details: further numbers of the rule, in per cent.
         records: score of each question in [0, 1], None where it is not counted.
+        floor: what blind answers score; None for rules that are too slow for it.
     """
 
     mode: Scoring
@@ -34,6 +36,7 @@ class FileScore:
     standard_error: float | None
     details: dict[str, float]
     records: list[float | None]
+    floor: Floor | None
 
     def to_json(self) -> dict[str, Any]:
         """What is stored of it."""
@@ -45,6 +48,7 @@ class FileScore:
             "standard_error": self.standard_error,
             "details": self.details,
             "unanswered": self.scorer.unanswered,
+            "floor": None if self.floor is None else self.floor.to_json(),
         }
 
 
@@ -81,27 +85,28 @@ class Scored:
         }
 
 
-def score_all(scorer: Scorer, only: Scoring | None, matched: Matched) -> Scored:
+def score_all(scorer: Scorer, only: Scoring | None, matched: Matched, closed: Sequence[str] = ()) -> Scored:
     """Score answers natively and, where there is an official script, as it does.
 
     Args:
         only: one rule; without it the official one may be impossible for these data, which is told.
+        closed: the closed set of answers that the task declares.
 
     Raises:
         DeloError: data the rule cannot be applied to.
     """
-    scores = [score(scorer.in_mode(only or "native"), only or "native", matched)]
+    scores = [score(scorer.in_mode(only or "native"), only or "native", matched, closed)]
     refused = ""
     if only is None and scorer.compat is not None:
         try:
-            scores.append(score(scorer.compat, "compat", matched))
+            scores.append(score(scorer.compat, "compat", matched, closed))
         except DeloError as error:
             refused = f"{scorer.compat.id}: {error.message}"
     following = instruction_following(matched)
     return Scored(matched, scores, refused, following, list(_notes(matched, scores)))
 
 
-def score(scorer: Scorer, mode: Scoring, matched: Matched) -> FileScore:
+def score(scorer: Scorer, mode: Scoring, matched: Matched, closed: Sequence[str] = ()) -> FileScore:
     """Score the answers by `scorer`, in the way its mode treats order, ids and missing answers.
 
     A rule by position pairs answers and questions in the order of their files. Questions without answer count
@@ -128,12 +133,13 @@ def score(scorer: Scorer, mode: Scoring, matched: Matched) -> FileScore:
     said = [text or "" for text in texts]
     details = scorer.details(said, references) if scorer.details else {}
     percent = {name: 100 * value for name, value in details.items()}
+    floor = floor_of(scorer, references, closed)
     if scorer.corpus is not None:
         whole = 100 * scorer.total(said, references)
-        return FileScore(mode, scorer, whole, len(records), None, percent, records)
+        return FileScore(mode, scorer, whole, len(records), None, percent, records, floor)
     mean = sum(counted) / len(counted)
     error = _standard_error(counted, mean)
-    return FileScore(mode, scorer, 100 * mean, len(counted), error, percent, records)
+    return FileScore(mode, scorer, 100 * mean, len(counted), error, percent, records, floor)
 
 
 def _as_read(scorer: Scorer, matched: Matched) -> list[Reference]:

@@ -12,6 +12,7 @@ from delo_llava.files import user_path
 if TYPE_CHECKING:
     from delo_eval.answers.scoring import Scored
     from delo_eval.scorers.base import Reference, Scorer
+    from delo_llava.data.recipe_file import TaskEntry
 
 SCHEMA = "delo-llava/scores/1"
 
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> int:
     from delo_eval.answers.scoring import score_all
     from delo_llava.files import write_json_atomic, write_text_atomic
 
-    subject, scorer, references = _subject(options)
+    subject, scorer, references, closed = _subject(options)
     answers = read_answers(answer_files(options.answers), key=options.key, by_line=options.by_line)
     said = set(answers.ids)
     asked = [each for each in references if scorer.is_counted(each) or each.id in said]
@@ -74,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
         matched = match_by_line(answers, references, allow_missing=options.allow_missing)
     else:
         matched = match(answers, asked, allow_missing=options.allow_missing, repeated=options.repeated)
-    scored = score_all(scorer, options.scoring, matched)
+    scored = score_all(scorer, options.scoring, matched, closed)
     say(_table(subject, scored))
     if options.output:
         write_json_atomic(options.output, {"schema": SCHEMA, "subject": subject, **scored.to_json()})
@@ -83,8 +84,8 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _subject(options: argparse.Namespace) -> tuple[str, "Scorer", list["Reference"]]:
-    """What is scored, by which scorer and against which references."""
+def _subject(options: argparse.Namespace) -> tuple[str, "Scorer", list["Reference"], list[str]]:
+    """What is scored, by which scorer, against which references; the closed set of answers, if any."""
     from delo_eval.answers.references import read_references
     from delo_llava.registry import load_plugin
 
@@ -93,19 +94,21 @@ def _subject(options: argparse.Namespace) -> tuple[str, "Scorer", list["Referenc
         raise DeloError(
             "What to score is not said.", given=options.task, fix="--task <recipe>/<task>, or --scorer NAME"
         )
-    recipe, name = _recipe_task(group, task) if group else ("", options.scorer)
-    scorer = cast("Scorer", load_plugin("scorer", options.scorer or name))
+    recipe, entry = _recipe_task(group, task) if group else ("", None)
+    closed = [] if entry is None else entry.answers
+    name = options.scorer or (entry.scorer if entry is not None else "")
+    scorer = cast("Scorer", load_plugin("scorer", name))
     subject = f"{recipe}/{task}" if recipe else task or options.scorer
     if options.references:
         read = read_references(options.references, task, split=options.split, by_line=options.by_line)
-        return subject, scorer, read
+        return subject, scorer, read, closed
     if not recipe:
         raise DeloError("A scorer alone has no questions.", fix="name them with --references FILE")
-    return subject, scorer, _recipe_references(recipe, task, options)
+    return subject, scorer, _recipe_references(recipe, task, options), closed
 
 
-def _recipe_task(group: str, task: str) -> tuple[str, str]:
-    """The recipe with the task, and the task's scorer.
+def _recipe_task(group: str, task: str) -> tuple[str, "TaskEntry"]:
+    """The recipe with the task, and the task as the recipe has it.
 
     Raises:
         DeloError: no such recipe, or none of the group has the task.
@@ -117,10 +120,10 @@ def _recipe_task(group: str, task: str) -> tuple[str, str]:
     names = (
         [group] if group in known else [name for name in GROUPS.get(group, ()) if name in known] or [group]
     )
-    tasks: dict[str, tuple[str, str]] = {}
+    tasks: dict[str, tuple[str, TaskEntry]] = {}
     for name in names:
         for entry in read_recipe(name).tasks:
-            tasks.setdefault(entry.name, (name, entry.scorer))
+            tasks.setdefault(entry.name, (name, entry))
     if task not in tasks:
         raise DeloError(f"There is no such task in {', '.join(names)}.", given=task, allowed=tasks)
     return tasks[task]
@@ -164,6 +167,9 @@ def _table(title: str, scored: "Scored") -> str:
         figures = (f"{text:>{width}}" for text, width in zip(numbers, widths[2:], strict=True))
         lines.append(f"{mode:<{widths[0]}}  {scorer:<{widths[1]}}  {'  '.join(figures)}")
     lines += [f"  {name}: {value:.2f}" for name, value in scored.scores[0].details.items()]
+    if floor := scored.scores[0].floor:
+        chance = "" if floor.chance is None else f", chance {floor.chance:.2f}"
+        lines.append(f"blind ({floor.scorer}): always {floor.answer[:40]!r} {floor.majority:.2f}{chance}")
     if scored.refused:
         lines.append(f"not scored: {scored.refused}")
     if found := scored.following:

@@ -9,6 +9,7 @@ from delo_eval.compare.paired import pair
 from delo_eval.compare.protocol import Difference, Protocol, differences
 from delo_eval.compare.published import published_rows
 from delo_eval.compare.runs import labels, load_runs, row_of, row_protocol, seed_groups
+from delo_eval.matrix.results import floor_rows
 from delo_eval.matrix.uncertainty import RESAMPLES
 from delo_eval.published.base import load_table
 from delo_llava.errors import DeloError
@@ -66,6 +67,14 @@ def compare(
         stages={name: group[0].stages for name, group in by_name.items()},
         metric_ids=first.results["metric_ids"],
         scorer_ids=first.results["scorer_ids"],
+        floors={
+            label: {
+                task: score
+                for task, score in zip(first.results["tasks"], row, strict=True)
+                if task in tasks and score is not None
+            }
+            for label, row in floor_rows(first.results)
+        },
         notes=_notes(rows, tasks, len(first.results["tasks"])),
     )
 

@@ -100,6 +100,7 @@ class Comparison:
         forced: shown although rows differ: every output must say so.
         stages: number of finished stages that the numbers stand on, by row.
         metric_ids, scorer_ids: of the reference.
+        floors: name -> task -> what blind answers score, of the reference; see `delo_eval.matrix.floors`.
         notes: what holds for the whole table.
     """
 
@@ -112,6 +113,7 @@ class Comparison:
     stages: Mapping[str, int]
     metric_ids: Mapping[str, str]
     scorer_ids: Mapping[str, str]
+    floors: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def row(self, name: str) -> BoardRow:

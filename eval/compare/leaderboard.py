@@ -129,9 +129,14 @@ def _boards(comparison: Comparison) -> list[Sheet]:
         **{title: [row.extras.get(key) for row in rows] for key, title in EXTRAS.items()},
     }
     better = {name: known[name].higher_is_better for name in shown}
+    after = _board("Scores after the last stage", comparison, scores, dict.fromkeys(scores, True))
+    floors = (
+        (label, *(value_text(Value(row[task]) if task in row else None) for task in after.heads[1:]))
+        for label, row in comparison.floors.items()
+    )
     return [
         _board("Leaderboard", comparison, board, better, ("seeds", "mode")),
-        _board("Scores after the last stage", comparison, scores, dict.fromkeys(scores, True)),
+        replace(after, rows=(*after.rows, *floors)),
         _board("Other missing patterns, instructions, task choice, size", comparison, beside, {}),
     ]
 

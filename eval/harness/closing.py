@@ -56,7 +56,9 @@ def _close_cell(
     ]
     with told_writing(run.output):
         write_predictions(prediction_file(run.output, stage, cell.pattern, cell.task.name), rows)
-    fill_cell(results, run.method, stage, cell, rows, scorer, [Reference.of(q.record) for q in asked])
+    references = [Reference.of(question.record) for question in asked]
+    fill_cell(results, run.method, stage, cell, rows, scorer, references)
+    results.note_floor(cell.task.name, scorer, references, cell.task.answers)
     unseen = [row["record_id"] for row in rows if "image_fault" in row]
     results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
     merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))

@@ -1,7 +1,7 @@
 """`results.json`: everything a run reports, by the schema `delo-llava/results/1` (docs/results.md)."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from delo_eval.matrix.accuracy import (
     stage_name,
 )
 from delo_eval.matrix.derived import oracle_gap, summarise
+from delo_eval.matrix.floors import floor_of
 from delo_eval.matrix.plan import Plan
 from delo_eval.metrics.base import metrics
+from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
@@ -49,6 +51,7 @@ class Results:
         bad_images: stage (a name) -> pattern -> task -> records counted wrong as their image cannot be used.
         differs: how the base or the data that answered differ from the run's own; results of such an
             evaluation lie in a folder of their own.
+        floors: task -> what blind answers score (`Floor`).
     """
 
     matrix: AccuracyMatrix
@@ -58,6 +61,7 @@ class Results:
     answers: dict[str, dict[str, int]] = field(default_factory=dict)
     bad_images: dict[str, dict[str, dict[str, list[str]]]] = field(default_factory=dict)
     differs: list[str] = field(default_factory=list)
+    floors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def forget(self, stage: int, patterns: list[str]) -> None:
         """Drop what is about to be evaluated anew."""
@@ -71,6 +75,19 @@ class Results:
         if records:
             by_pattern = self.bad_images.setdefault(stage_name(stage), {})
             by_pattern.setdefault(pattern, {})[task] = records
+
+    def note_floor(
+        self, task: str, scorer: Scorer, references: Sequence[Reference], answers: Sequence[str]
+    ) -> None:
+        """Store what blind answers to a task score, once for a rule and a number of questions."""
+        known = self.floors.get(task, {})
+        if (known.get("scorer"), known.get("records")) == (scorer.id, len(references)):
+            return
+        floor = floor_of(scorer, references, answers)
+        if floor is None:
+            self.floors.pop(task, None)
+        else:
+            self.floors[task] = floor.to_json()
 
     def note_choice(self, stage: int, pattern: str, statistics: dict[str, Any] | None) -> None:
         """Store the task choice of one stage under one pattern, if there was any."""
@@ -109,6 +126,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
         "metric_ids": {name: metric.id for name, metric in metrics().items()},
         "scoring": config.eval.scoring,
         "scorer_ids": facts["scorer_ids"],
+        "floors": {task: results.floors[task] for task in matrix.tasks if task in results.floors},
         "task_choice_accuracy": latest.get("accuracy"),
         "task_choice_accuracy_without_instruction": latest.get("accuracy_without_instruction"),
         "task_choice": results.choices or None,
@@ -174,6 +192,20 @@ def beside_row(results: ResultsJson, name: Beside, pattern: str, mode: str, stag
 def standard_errors(results: ResultsJson, pattern: str, mode: str, stage: int) -> Cells:
     """Standard errors of a row, in points."""
     return beside_row(results, "standard_errors", pattern, mode, stage)
+
+
+#: Label -> key of a floor, for the rows that stand under scores.
+FLOORS = {"most frequent answer": "majority", "chance": "chance"}
+
+
+def floor_rows(results: ResultsJson) -> list[tuple[str, Cells]]:
+    """What blind answers score on each task, a row for each floor that is known of any."""
+    known = results.get("floors") or {}
+    rows = [
+        (label, [(known.get(task) or {}).get(key) for task in results["tasks"]])
+        for label, key in FLOORS.items()
+    ]
+    return [(label, row) for label, row in rows if any(value is not None for value in row)]
 
 
 def result_stage(results: ResultsJson, mode: str) -> int | None:
@@ -244,4 +276,5 @@ def resume_results(folder: Path, config: RunConfig, plan: Plan) -> Results:
         content["seconds"].get("answers", {}),
         content.get("bad_images", {}),
         content.get("differs", []),
+        content.get("floors") or {},
     )

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT, Cells
 from delo_eval.matrix.plan import Plan
-from delo_eval.matrix.results import grids, standard_errors
+from delo_eval.matrix.results import floor_rows, grids, standard_errors
 from delo_eval.tables import rich_table, score_text
 
 #: Metrics shown below the matrix, in this order; the rest is in results.json.
@@ -32,7 +32,7 @@ CHOICE = {
 
 
 def stage_table(results: Mapping[str, Any], stage: int) -> Table:
-    """The scores after `stage` (−1: zero-shot), a line per mode and pattern; a dot marks untrained tasks."""
+    """The scores after `stage` (−1: zero-shot), a line per mode, pattern and floor; a dot: not trained."""
     plan = Plan.read(results)
     title = "zero-shot" if stage < 0 else f"after stage {stage} ({plan.names[stage]})"
     table = rich_table(title, ["", *plan.tasks, "mean" if stage < 0 else "mean of trained"])
@@ -42,6 +42,10 @@ def stage_table(results: Mapping[str, Any], stage: int) -> Table:
         marks = ["" if task in judged or score is None else "·" for task, score in scores.items()]
         cells = map(score_text, row, marks, errors)
         table.add_row(label, *cells, score_text(_mean([scores[task] for task in judged])))
+    for label, row in floor_rows(results):
+        judged_row = [value for task, value in zip(plan.tasks, row, strict=True) if task in judged]
+        mean = None if None in judged_row else _mean(judged_row)
+        table.add_row(label, *map(score_text, row), score_text(mean))
     return table
 
 
@@ -68,7 +72,7 @@ def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, Cells, Cell
 
 
 def _matrix(results: Mapping[str, Any], mode: str) -> Table:
-    """The whole matrix of one mode."""
+    """The whole matrix of one mode, over what blind answers score."""
     plan = Plan.read(results)
     tasks, blank = plan.tasks, [""] * len(plan.tasks)
     title = f"{mode}: score on (column) after training (row), percent (standard error over records)"
@@ -80,6 +84,8 @@ def _matrix(results: Mapping[str, Any], mode: str) -> Table:
     for stage, (name, row) in enumerate(zip(plan.names, results["matrix"][mode], strict=True)):
         errors = standard_errors(results, RUN_PATTERN, mode, stage)
         table.add_row(name, *map(score_text, row, blank, errors))
+    for label, row in floor_rows(results):
+        table.add_row(label, *map(score_text, row))
     return table
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT, Cells
 from delo_eval.matrix.plan import Plan
-from delo_eval.matrix.results import standard_errors
+from delo_eval.matrix.results import floor_rows, standard_errors
 from delo_eval.report.charts import Chart, Drawn, Line, drawn
 from delo_eval.report.colour import step_of
 from delo_eval.report.content import Json, RunContent
@@ -69,6 +69,8 @@ def heat_table(content: RunContent, pattern: str, mode: str) -> HeatTable | None
         return None
     if len(done) > 1:
         rows.append(("change since learnt", _changes(grid, plan, done[-1])))
+    for label, row in floor_rows(results):
+        rows.append((label, [*(_score(s, None, label) for s in row), _mean(row)]))
     columns = [*tasks, "mean of trained" if plan.stages else "mean"]
     return HeatTable(MODE_WORDS[mode], "after training ↓\nscore on →", columns, rows)
 

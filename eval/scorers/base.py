@@ -60,6 +60,7 @@ class Scorer:
         by_position: the rule pairs the n-th prediction of a file with the n-th reference, whatever the ids.
         counts: whether a question counts at all; without it every one does.
         text_ids: its script looks answers up by ids as text and never finds one whose id is a number.
+        says: what a right answer says, where that is not the reference as it is written.
         reads_prompt: its script reads the question from the prompt beside an answer, not from the annotation.
     """
 
@@ -75,6 +76,7 @@ class Scorer:
     by_position: bool = False
     ready: Callable[[Sequence[Reference]], None] | None = None
     counts: Callable[[Reference], bool] | None = None
+    says: Callable[[Reference], str] | None = None
     text_ids: bool = False
     reads_prompt: bool = False
 
@@ -92,6 +94,10 @@ class Scorer:
     def is_counted(self, reference: Reference) -> bool:
         """Whether a question counts by this rule."""
         return self.counts is None or self.counts(reference)
+
+    def right_answer(self, reference: Reference) -> str:
+        """What a right answer says."""
+        return reference.answer if self.says is None else self.says(reference)
 
     def in_mode(self, scoring: Scoring) -> "Scorer":
         """This scorer, or the official script's rule.

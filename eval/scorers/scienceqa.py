@@ -74,10 +74,12 @@ SCORER = Scorer(
     "scienceqa.v2",
     "the letter an answer chooses, by position, announcement, choice text or lone capital",
     lambda prediction, reference: float(chosen(prediction, reference) == right_letter(reference)),
+    says=right_letter,
     compat=Scorer(
         "scienceqa.coin.v2",
         "the letter itself, or before '. ', or the first one-letter word in upper case; ids as text",
         lambda prediction, reference: float(official_choice(prediction) == right_letter(reference)),
         text_ids=True,
+        says=right_letter,
     ),
 )
