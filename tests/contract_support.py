@@ -48,7 +48,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "coda_prompt": {"components": 4, "depth": 1.0, "ortho": 0.1},
     "rebq": {"components": 3, "length": 2},
     "map_prompts": {"length": 2},
-    "simple_recipe": {"lr": None},
+    "simple_recipe": {"lr": 0.01, "replay": 3},
 }
 #: Presence of a task's records in turn.
 PRESENCE = ((True, True), (True, False), (False, True), (True, True))

@@ -55,10 +55,9 @@ class Replay(Lora):
 
     def mixture(self, stage: Stage, own: Examples, past: Mapping[str, Examples]) -> Mixture:
         self._memory = remember(own, self.options.kept, self.run.seed)
-        parts = [recall(examples, stage.past[name].folder / MEMORY) for name, examples in past.items()]
-        if not parts:
+        memory, share = recall_all(stage, past), self.options.share
+        if not len(memory):
             return (Part(own),)
-        memory, share = sum(parts[1:], start=parts[0]), self.options.share
         if share is None:
             return (Part(own), Part(memory))
         return (Part(own, 1 - share), Part(memory, share))
@@ -77,6 +76,16 @@ def remember(examples: Examples, count: int, seed: int) -> Memory:
         task: {name: record_hash(examples[index][0]) for _, name, index in sorted(ranked)[:count]}
         for task, ranked in by_task.items()
     }
+
+
+def recall_all(stage: Stage, past: Mapping[str, Examples]) -> Examples:
+    """What all stages before `stage` remembered; none in the first one.
+
+    Raises:
+        DeloError: as `recall`.
+    """
+    parts = (recall(examples, stage.past[name].folder / MEMORY) for name, examples in past.items())
+    return sum(parts, start=Examples())
 
 
 def recall(examples: Examples, file: Path) -> Examples:

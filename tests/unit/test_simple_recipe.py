@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
-from contract_support import Bench, items
+from contract_support import Bench, examples, items
 from safetensors.torch import load_file
 
 from delo_llava.adapters.merging import adapter_updates
 from delo_llava.adapters.own import TENSORS
 from delo_llava.methods.base import Past, Stage
+from delo_llava.methods.replay import MEMORY
+from delo_llava.strict import read_json
 
 ROWS = items("task0")
 
@@ -43,3 +45,18 @@ def test_every_task_adds_a_pair_to_what_stands(tmp_path: Path) -> None:
         parts = [2.0 * t[f"{key}B.weight"].double() @ t[f"{key}A.weight"].double() for t in stored]
         assert torch.allclose(update, sum(parts), atol=1e-8), name
         assert not torch.allclose(update, parts[-1], atol=1e-4), "not the last one alone"
+
+
+@pytest.mark.parametrize("replay", [0, 3])
+def test_records_are_replayed_by_an_option(replay: int, tmp_path: Path) -> None:
+    bench = Bench("simple_recipe", replay=replay)
+    first, second = bench.stages()
+    done = bench.train(first, tmp_path / "first")
+    assert (done.folder / MEMORY).exists() == bool(replay)
+    later = Stage(1, second.name, second.tasks, {first.name: Past(done.folder, first.tasks)})
+    parts = bench.method.mixture(later, examples("task1"), {first.name: examples("task0")})
+    assert [len(part.examples) for part in parts] == [8, 3][: 1 + bool(replay)]
+    assert {part.share for part in parts} == {None}
+    if replay:
+        kept = {record.id for record, _ in (parts[1].examples[i] for i in range(3))}
+        assert kept == set(read_json(done.folder / MEMORY, "", "")["task0"])
