@@ -26,10 +26,10 @@ from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples, Item, View
 from delo_llava.errors import DeloError
+from delo_llava.methods._access import Passes as Passes
+from delo_llava.methods._access import Reduce as Reduce
+from delo_llava.methods._access import Trained as Trained
 from delo_llava.methods._groups import parameter_groups
-from delo_llava.methods.access import Passes as Passes
-from delo_llava.methods.access import Reduce as Reduce
-from delo_llava.methods.access import Trained as Trained
 from delo_llava.schema import Worded
 from delo_llava.tasks import StagePlan as StagePlan
 from delo_llava.tasks import TaskSequence, TaskSpec

@@ -30,12 +30,13 @@ from delo_llava.runs.store import RunStore
 from delo_llava.schema import flat, merged, read_yaml
 
 PACKAGES = ("torch", "transformers", "peft", "deepspeed", "bitsandbytes", "tokenizers", "numpy")
+#: Settings that are places, which may differ from launch to launch and from node to node: what lies there is
+#: compared.
+PLACES = ("data.root", "model")
 #: Settings that may change between two launches of one run, since no number depends on them.
 FREE = (
     "output",
-    # Places: what lies there is compared.
-    "data.root",
-    "model",
+    *PLACES,
     "eval.batch_size",
     "eval.cache",
     *(f"train.{key}" for key in ("log_every", "tensorboard", "save_every", "keep")),
@@ -182,8 +183,9 @@ def versions() -> dict[str, str | None]:
 
 def program_facts(config: RunConfig) -> dict[str, Any]:
     """Settings, versions and source of this rank; compared before anything is written."""
+    settings = flat(yaml.safe_load(dump_config(config)))
     return {
-        **{f"config {key}": value for key, value in flat(yaml.safe_load(dump_config(config))).items()},
+        **{f"config {key}": value for key, value in settings.items() if key not in PLACES},
         **{f"version {key}": value for key, value in versions().items()},
         "source": source_hash(),
     }

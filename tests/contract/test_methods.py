@@ -1,6 +1,6 @@
 """What every method must do, on every model family; a new method is covered as soon as its file exists."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,13 @@ import tiny_models
 import torch
 import training_support as support
 from contract_support import TASKS, Bench, Story, hashes, items, recipe, records, story
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
 from delo_llava.adapters.own import TENSORS
 from delo_llava.config import load_config
 from delo_llava.errors import DeloError
-from delo_llava.methods.base import Method, Stage
+from delo_llava.methods.base import Method, Past, Stage
 from delo_llava.registry import load_plugin, plugin_names
 from delo_llava.runs.export import merge
 from delo_llava.runs.job import make_job
@@ -119,6 +119,34 @@ def test_files_of_a_stage_hold_all_of_it_and_stay(name: str, kind: str) -> None:
             assert torch.equal(inside, told.bench.logits(loaded, rows))
         stored = load_file(done.folder / TENSORS)
         assert all(torch.isfinite(t).all() for t in stored.values() if t.is_floating_point())
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@every_method
+def test_a_published_tensor_that_does_not_fit_is_named(name: str, tmp_path: Path) -> None:
+    told = story(name)
+    if not told.stages:
+        pytest.skip("it has no stage")
+    stage, published = told.stages[0], told.trained[0].folder
+    names = sorted(load_file(published / TENSORS))
+    first, last = next((n for n in names if "_B" in n), names[0]), names[-1]
+    added = first.replace("layers.0", "layers.7") if "layers.0" in first else f"{first}_7"
+
+    def refusal(change: Callable[[dict[str, torch.Tensor]], object]) -> str:
+        for file in published.iterdir():
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        tensors = load_file(tmp_path / TENSORS)
+        change(tensors)
+        save_file(tensors, tmp_path / TENSORS, metadata={"format": "pt"})
+        with pytest.raises(DeloError) as refused:
+            told.bench.loaded({stage.name: Past(tmp_path, stage.tasks)})
+        return refused.value.render()
+
+    assert f"{first}: missing" in refusal(lambda tensors: tensors.pop(first))
+    assert added in refusal(lambda tensors: tensors.update({added: tensors[first].clone()}))
+    reshaped = refusal(lambda tensors: tensors.update({last: torch.zeros(3, 5)}))
+    assert "size mismatch" in reshaped or "shape (3, 5)" in reshaped
+    assert "not fit" in reshaped
 
 
 @every_method

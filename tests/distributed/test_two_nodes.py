@@ -16,7 +16,7 @@ import training_support as support
 from delo_llava import cli
 from delo_llava.engines.signals import EXIT_CODE
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 TRAIN = Path(cli.__file__).parents[1] / "launch" / "train.py"
 BIN = Path(sys.executable).parent

@@ -8,7 +8,7 @@ import tiny_models
 import training_support as support
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 DELO = [
     "--method=delo",

@@ -34,8 +34,9 @@ ENGINES = {"none": 1, "1": 2, "2": 2, "3": 2}
 MISSING = {"complete": 0.0, "missing70": 0.7}
 #: What decides bits besides the processor.
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "deepspeed", "numpy", "pillow", "tokenizers")
-#: On another machine: how far a loss may be away, and what share of answers must be equal.
-LOSS_TOLERANCE, EQUAL_ANSWERS = 5e-3, 0.9
+#: On another machine: how far a loss may be away, and what share of answers must be equal. Seen between two
+#: kinds of one processor's vector units (AVX512 and AVX2): 1.3e-2 in one step of lora, others below 5e-3.
+LOSS_TOLERANCE, EQUAL_ANSWERS = 2e-2, 0.9
 #: Import name -> folder of the repository, as in pyproject.toml.
 PACKAGE_FOLDERS = {
     "delo_llava": "delo_llava", "delo_eval": "eval", "delo_recipes": "data_recipes",

@@ -11,7 +11,7 @@ import training_support as support
 from distributed_support import engine_words, write_split_file
 from safetensors.torch import load_file
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 DELO = ["--delo.pool_size=4", "--delo.rank=2", "--delo.latent=8", "--delo.align=0.1"]
 METHODS: dict[str, list[str]] = {

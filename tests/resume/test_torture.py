@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torture
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.long]
 
 
 @pytest.mark.parametrize(("method", "zero", "seed"), [("lora", "none", 3), ("delo", "2", 4)])

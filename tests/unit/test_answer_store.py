@@ -31,10 +31,13 @@ from delo_eval.harness.folder import Request
 from delo_eval.harness.generate import Answerer
 from delo_eval.harness.stage import evaluate_stage
 from delo_eval.harness.unchanged import unchanged_stage
+from delo_llava.data.recipe import load_sequence
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.methods.lora import Lora
 from delo_llava.registry import KINDS
+from delo_llava.runs.identity import data_hashes
+from delo_llava.runs.store import RunStore
 from delo_llava.tasks import Record
 
 CPU = torch.device("cpu")
@@ -349,6 +352,8 @@ def own_recipe(run: Path) -> Path:
     (data / "hints.json").write_text(json.dumps({f"words{i}": {"hint": "one"} for i in range(9)}))
     config["task_seq"], config["data"]["root"] = str(file), str(data)
     (run / "config.yaml").write_text(yaml.safe_dump(config))
+    store = RunStore(run)
+    store.update_run(data_hashes=data_hashes(store, load_sequence(str(file), data)))
     return file
 
 

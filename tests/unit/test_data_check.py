@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 from data_support import Sequence, bomb, picture, talk
 from PIL import Image
+from transformers import PreTrainedTokenizerBase
 
 from delo_llava import cli
 from delo_llava.data_tools import decode, forms
@@ -109,7 +110,6 @@ DEFECTS: dict[str, tuple[Plant, str, str, int, str]] = {
     "repeated record": (copied, "record_repeated", "train", 12, "again"),
     "test image that is trained on": (test(2, image="5.png"), "overlap_path", "test", 2, "q14"),
     "trained image under another name": (same_bytes, "overlap_content", "test", 2, "q14"),
-    "answer that becomes no token": (said(1, "</s>"), "label_empty", "train", 8, "m8#0"),
     "image placeholder in a context": (train(3, context="<image>"), "placeholder_in_text", "train", 3, "a3"),
     "answer longer than max_length": (said(1, "so " * 3000), "too_long", "train", 8, "m8#0"),
 }
@@ -125,6 +125,29 @@ def test_a_planted_defect_is_named_by_file_and_record(data: Sequence, name: str)
     [fault] = faults
     assert (fault["code"], fault["split"], fault["entry"], fault["record"]) == (code, split, entry, record)
     assert fault["file"] == str(data.folder / f"{split}.json")
+
+
+def test_an_answer_of_which_nothing_would_be_trained_is_named(
+    data: Sequence, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with a tokenizer that knows none of its letters."""
+    plain = PreTrainedTokenizerBase.decode
+
+    def deaf(self: Any, ids: list[int], **options: Any) -> str:
+        return plain(self, ids, **options).replace("zzz", "")
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "decode", deaf)
+    said(1, "zzz")(data)
+    data.write()
+    assert cli.main(data.words()) == 1
+    [fault] = [line for line in data.report() if line["kind"] == "fault"]
+    assert (fault["code"], fault["split"], fault["record"]) == ("label_empty", "train", "m8#0")
+
+
+def test_control_tokens_in_an_answer_are_words(data: Sequence) -> None:
+    said(1, "</s>")(data)
+    data.write()
+    assert cli.main(data.words()) == 0
 
 
 def test_entries_that_lost_a_part_are_not_called_repeated(data: Sequence) -> None:

@@ -104,6 +104,7 @@ def test_the_encoder_is_part_of_what_a_run_is(tmp_path: Path) -> None:
     recorded = store.read_run()["encoders"]
     assert list(recorded) == [str(folder)] and len(recorded[str(folder)]) == 64
     open_run(store, make_job(config))
+    store.adapter("task0").mkdir()  # a folder in which nothing was trained is free
     settings = folder / "preprocessor_config.json"
     settings.write_text(json.dumps(json.loads(settings.read_text()) | {"image_std": [1.0, 1.0, 1.0]}))
     with pytest.raises(DeloError, match="encoders: the run has"):

@@ -20,7 +20,7 @@ from delo_llava.runs.stage import checkpoint_activations
 #: Tiny models of families that share all their code with another one.
 TWINS = ("qwen2_vl", "qwen3_vl_moe", "idefics3", "paligemma2")
 EACH = pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=[pytest.mark.slow] if kind in TWINS else []) for kind in KINDS]
+    "kind", [pytest.param(kind, marks=[pytest.mark.long] if kind in TWINS else []) for kind in KINDS]
 )
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

@@ -67,7 +67,7 @@ def test_the_planner_sees_the_model_that_is_trained(kind: str) -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [*tiny_models.BUILDERS, "qwen3_vl", "llava_next", "llava_onevision"])
 def test_a_planned_step_needs_what_a_real_one_does(kind: str, tmp_path: Path) -> None:
     folder = tiny_models.session(kind)
@@ -79,7 +79,7 @@ def test_a_planned_step_needs_what_a_real_one_does(kind: str, tmp_path: Path) ->
     assert planned == pytest.approx(found.step, rel=0.10)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("method", ["delo", "lora"])
 def test_two_stages_are_trained_published_and_answered(kind: str, method: str, tmp_path: Path) -> None:

@@ -96,6 +96,9 @@ class Alone(Ranks):
     def any(self, flag: bool) -> bool:
         return flag
 
+    def same(self, value: Any) -> Any:
+        return value
+
     def leave_soon(self) -> bool:
         return signals.requested() is not None
 
