@@ -190,7 +190,9 @@ def test_all_defects_together_are_all_told(data: Sequence, capsys: pytest.Captur
 
 
 def test_every_code_is_planted_or_tested_by_name() -> None:
-    elsewhere = {"file_unreadable", "answer_form", "extra_missing", "prompt_refused", "label_form"}
+    elsewhere = {
+        "file_unreadable", "answer_form", "extra_missing", "prompt_refused", "label_form", "label_empty",
+    }  # fmt: skip
     assert {code for _, code, *_ in DEFECTS.values()} | elsewhere == set(FAULTS)
     assert not set(FAULTS) & set(NOTES)
 
