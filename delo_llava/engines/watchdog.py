@@ -69,6 +69,13 @@ class Watchdog:
 
     def watch(self) -> None:
         """The thread: until the stage is over, look once a second."""
+        try:
+            self._watch()
+        except RuntimeError as error:  # the store is where the first rank is, and goes with it
+            first = str(error).partition("\n")[0]
+            self._give_up(f"rank 0 has left while rank {self.ranks.rank} was {self.phase} ({first})")
+
+    def _watch(self) -> None:
         store = _store()
         while not self._over.wait(LOOK):
             now = self.phase, last_collective()
