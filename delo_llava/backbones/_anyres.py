@@ -17,8 +17,6 @@ class AnyRes(Backbone):
     """Tokens: the whole picture, then the grid's rows without bars, each with a vector for the line's end."""
 
     projector_pattern = r"model\.multi_modal_projector\.linear_[12]"
-    projector_name = "model.multi_modal_projector"
-    unquantised = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_token = "<image>"
 
     def encode_image(self, parts: Parts, image: Image.Image) -> EncodedImage:

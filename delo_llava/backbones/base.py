@@ -74,8 +74,8 @@ class Backbone(ABC):
         r"model\.language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
     )
     projector_pattern: ClassVar[str]
-    projector_name: ClassVar[str]
-    unquantised: ClassVar[tuple[str, ...]]
+    projector_name: ClassVar[str] = "model.multi_modal_projector"
+    unquantised: ClassVar[tuple[str, ...]] = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_token: ClassVar[str]
     placeholders: ClassVar[tuple[str, ...]] = ()
     attention: ClassVar[tuple[str, ...]] = ATTENTION
@@ -107,11 +107,8 @@ class Backbone(ABC):
 
         place = resolve_device(device)
         number = resolve_dtype(dtype, place)
-        options: dict[str, Any] = OWN_CODE | {
-            "use_safetensors": True,
-            "dtype": number,
-            "device_map": {"": str(place)},
-        }
+        options: dict[str, Any] = {"use_safetensors": True, "dtype": number, "device_map": {"": str(place)}}
+        options |= OWN_CODE
         if quant == "nf4":
             options["quantization_config"] = _quant.nf4_config(number, self.unquantised)
         elif quant != "none":

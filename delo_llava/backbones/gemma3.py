@@ -1,7 +1,6 @@
 """Gemma 3 with pictures (`gemma3`; 4B, 12B, 27B): 256 tokens for a picture of any size.
 
-Limits: no flash attention (image tokens see each other both ways, a mask that it would drop without a word);
-pan-and-scan is off.
+Limits: no flash attention (it would drop the mask of image tokens without a word); pan-and-scan is off.
 """
 
 from dataclasses import replace
@@ -23,8 +22,6 @@ class Gemma3(Backbone):
 
     model_types = ("gemma3",)
     projector_pattern = r"model\.multi_modal_projector\.project"
-    projector_name = "model.multi_modal_projector"
-    unquantised = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_token = "<image_soft_token>"
     placeholders = ("<start_of_image>",)
     attention = ("sdpa", "eager")
@@ -35,23 +32,20 @@ class Gemma3(Backbone):
 
     def encode_image(self, parts: Parts, image: Image.Image) -> EncodedImage:
         """`pixel_values` 1×3×S×S; always as many tokens."""
-        encoded = parts.image_processor([image], do_pan_and_scan=False, return_tensors="pt")
-        tokens = parts.config.mm_tokens_per_image
-        layout = (("<start_of_image>", 1), (self.image_token, tokens), ("<end_of_image>", 1))
-        return EncodedImage({"pixel_values": encoded["pixel_values"]}, layout, 1)
+        pixels = parts.image_processor([image], do_pan_and_scan=False, return_tensors="pt")["pixel_values"]
+        middle = (self.image_token, parts.config.mm_tokens_per_image)
+        layout = (("<start_of_image>", 1), middle, ("<end_of_image>", 1))
+        return EncodedImage({"pixel_values": pixels}, layout, 1)
 
     def planned_image(self, config: Any) -> PlannedImage:
         """One tile, its tokens pooled."""
-        vision = config.vision_config
-        return PlannedImage(config.mm_tokens_per_image, tile_patches(vision), tower_floats(vision))
+        tower = config.vision_config
+        return PlannedImage(config.mm_tokens_per_image, tile_patches(tower), tower_floats(tower))
 
     def dialogue(self, tokenizer: Any, template: str | None) -> Dialogue:
         """Templates leave the empty lines around a picture to the processor."""
-        found = super().dialogue(tokenizer, template)
-        if template is None:
-            return found
-        head, tail = f"{found.image_head}\n\n", f"\n\n{found.image_tail}"
-        return replace(found, image_head=head, image_tail=tail)
+        found, gap = super().dialogue(tokenizer, template), "" if template is None else "\n\n"
+        return replace(found, image_head=found.image_head + gap, image_tail=gap + found.image_tail)
 
     def sequence_inputs(self, segments: Tensor, answers: Tensor) -> dict[str, Tensor]:
         """`token_type_ids` B×S: 1 at image tokens, which see each other both ways."""

@@ -22,8 +22,6 @@ class InternVL(Backbone):
 
     model_types = ("internvl",)
     projector_pattern = r"model\.multi_modal_projector\.linear_[12]"
-    projector_name = "model.multi_modal_projector"
-    unquantised = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_token = "<IMG_CONTEXT>"
     placeholders = ("<IMG_CONTEXT>", "<image>")
     limits = {"max_tiles": "max_patches"}

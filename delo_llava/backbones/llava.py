@@ -12,8 +12,6 @@ class Llava(Backbone):
 
     model_types = ("llava",)
     projector_pattern = r"model\.multi_modal_projector\.linear_[12]"
-    projector_name = "model.multi_modal_projector"
-    unquantised = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_token = "<image>"
     default_dialogue = Dialogue("USER: ", "USER: ", "\n", " ASSISTANT:", " ", "</s>", bos=True)
 

@@ -18,8 +18,6 @@ class PaliGemma(Backbone):
 
     model_types = ("paligemma",)
     projector_pattern = r"model\.multi_modal_projector\.linear"
-    projector_name = "model.multi_modal_projector"
-    unquantised = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
     image_token = "<image>"
     attention = ("sdpa", "eager")
     default_dialogue = Dialogue("<bos>", "", "<bos>", "\n", "", "<eos>", bos=False)

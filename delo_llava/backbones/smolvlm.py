@@ -14,9 +14,8 @@ from delo_llava.backbones.base import Backbone, Parts
 from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.images import EncodedImage
 
-FAKE, NEW_ROW = "<fake_token_around_image>", "\n"
-#: Tiles of 1024×768: 4×3, and the whole picture.
-PLANNED_TILES = 13
+#: The last: tiles of 1024×768, which are 4×3 and the whole picture.
+FAKE, NEW_ROW, PLANNED_TILES = "<fake_token_around_image>", "\n", 13
 
 
 class SmolVLM(Backbone):
@@ -37,11 +36,10 @@ class SmolVLM(Backbone):
         encoded = parts.image_processor([image], return_row_col_info=True, return_tensors="pt")
         inputs = {key: encoded[key][0].unsqueeze(1) for key in ("pixel_values", "pixel_attention_mask")}
         rows, columns = encoded["rows"][0][0], encoded["cols"][0][0]
-        tokens = tile_tokens(parts.config)
-        places = [(row, column) for row in range(rows) for column in range(columns)]
+        places = ((row, column) for row in range(rows) for column in range(columns))
         marks = [f"{NEW_ROW * (c == 0 < r)}{FAKE}<row_{r + 1}_col_{c + 1}>" for r, c in places]
         marks.append(f"{NEW_ROW * 2 * (rows > 0)}{FAKE}<global-img>")
-        pairs = (((mark, 1), (self.image_token, tokens)) for mark in marks)
+        pairs = (((mark, 1), (self.image_token, tile_tokens(parts.config))) for mark in marks)
         return EncodedImage(inputs, (*chain.from_iterable(pairs), (FAKE, 1)), len(marks))
 
     def tiny_image(self, parts: Parts) -> dict[str, Tensor]:
