@@ -110,8 +110,8 @@ def batch(args: argparse.Namespace) -> tuple[dict[str, Any], RouteInputs]:
     images = presence[:, 0].nonzero().squeeze(1)
     ids[images, :IMAGE_TOKENS] = IMAGE_ID
     segments[images, :IMAGE_TOKENS] = 1
-    tensors = ids, segments, presence, images, torch.full((len(images),), IMAGE_TOKENS)
-    route = RouteInputs(*(t.to(args.device) for t in tensors))
+    tensors = ids, segments, presence, images, torch.ones(len(images), dtype=torch.int64)
+    route = RouteInputs(*(t.to(args.device) for t in tensors), image_kept=None)
     pixels = torch.randn(len(images), 3, 64, 64, device=args.device)
     return {
         "input_ids": route.input_ids,
