@@ -10,9 +10,10 @@ from PIL import Image
 
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data import images
-from delo_llava.data.collate import IGNORE, Batch, Collator, token_kinds
+from delo_llava.data.collate import IGNORE, Batch, Collator
 from delo_llava.data.examples import dropped_view
 from delo_llava.data.images import EncodedImage, ImageCache, load_image
+from delo_llava.data.tokens import token_kinds
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
