@@ -1,8 +1,13 @@
-"""Stand-ins for what training hands to a method."""
+"""Stand-ins for what training hands to a method, and what its layers did in a forward."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from delo_llava.adapters.carrier import routing
+from delo_llava.adapters.lowrank import RowPlan, lowrank
 from delo_llava.data.collate import Batch
 from delo_llava.methods.base import Clock
 
@@ -29,3 +34,20 @@ class Given:
 
     def complete(self, count: int) -> Iterator[Batch]:
         return iter(self.batches)
+
+
+def seen_by_layers(
+    model: Any, method: Any, batch: Any
+) -> tuple[RowPlan, dict[str, tuple[Any, Tensor, Tensor]]]:
+    """The decision of a forward, and (layer, input, output) of every adapted linear by its name."""
+    seen: dict[str, tuple[Any, Tensor, Tensor]] = {}
+    hooks = [
+        layer.register_forward_hook(lambda m, a, y: seen.__setitem__(m.name, (m, a[0], y)))
+        for part in lowrank(model).layers()
+        for layer in part
+    ]
+    with torch.no_grad(), routing(model, method.inputs(batch)) as route:
+        model(**batch.inputs)
+    for hook in hooks:
+        hook.remove()
+    return route.plan, seen

@@ -1,11 +1,9 @@
-"""DeepSpeed's ZeRO stages behind `Engine`; only here is DeepSpeed imported."""
+"""DeepSpeed's ZeRO stages behind `Engine`."""
 
 import gc
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from torch import Tensor, distributed, nn
 
 from delo_llava.config import RunConfig
 from delo_llava.engines.base import trained_parameters
+from delo_llava.engines.group import import_deepspeed
 from delo_llava.engines.optim import build_optimizer
 from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.sharded import ShardedTrained, forget_gradients, make_plain
@@ -54,7 +53,7 @@ class DeepSpeedEngine:
         ranks: Ranks,
         accumulation: int,
     ) -> None:
-        deepspeed = _import_deepspeed(ranks.device)
+        deepspeed = import_deepspeed(ranks.device)
         settings = deepspeed_settings(config, accumulation, ranks.device)
         self.module, self._deepspeed, self._scale = module, deepspeed, ranks.world * accumulation
         self._own = {id(p): set(vars(p)) for p in module.parameters()}
@@ -239,24 +238,3 @@ def deepspeed_settings(config: RunConfig, accumulation: int, device: torch.devic
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
-
-
-def init_deepspeed_group(device: torch.device, timeout: timedelta) -> None:
-    """Join the process group through DeepSpeed: NCCL on CUDA, gloo on the CPU."""
-    deepspeed = _import_deepspeed(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False, timeout=timeout)
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-    import deepspeed.ops
-
-    if device.type == "cpu":
-        # Joining the group would compile a shared-memory op for a minute or two, and a kill meanwhile leaves
-        # a lock that hangs every later run.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.utils.logger.setLevel("WARNING")
-    return deepspeed

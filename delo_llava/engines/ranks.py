@@ -12,6 +12,7 @@ from torch import Tensor, distributed
 
 from delo_llava.config import RunConfig
 from delo_llava.engines import signals
+from delo_llava.engines.group import init_deepspeed_group
 from delo_llava.engines.signals import Preempted
 from delo_llava.errors import DeloError
 
@@ -188,8 +189,6 @@ def start_ranks(config: RunConfig) -> Ranks:
     if config.zero == "none":
         return Ranks(0, 1, device)
     if not distributed.is_initialized():
-        from delo_llava.engines.deepspeed import init_deepspeed_group
-
         os.environ.setdefault(RECORDER, RECORDED)
         _complete_environment()
         init_deepspeed_group(device, PATIENCE)

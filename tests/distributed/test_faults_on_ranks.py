@@ -40,7 +40,7 @@ def told(place: Path, name: str) -> list[str]:
     return [path.read_text() for rank in (0, 1) if (path := place / f"{name}{rank}").is_file()]
 
 
-@pytest.mark.parametrize("zero", ["2", "3"])
+@pytest.mark.parametrize("zero", [pytest.param("2", marks=pytest.mark.long), "3"])
 def test_a_record_that_does_not_fit_is_told_on_all_ranks(place: Path, zero: str) -> None:
     name = f"long{zero}"
     one = job(place, name, f"--zero={zero}", "--data.max_length=256", data="long")
@@ -50,7 +50,7 @@ def test_a_record_that_does_not_fit_is_told_on_all_ranks(place: Path, zero: str)
     assert sum("rank " in text for text in (first, second)) == 1, "the other rank says whose fault it is"
 
 
-@pytest.mark.parametrize("zero", ["2", "3"])
+@pytest.mark.parametrize("zero", [pytest.param("2", marks=pytest.mark.long), "3"])
 def test_an_exception_of_one_rank_is_told_by_the_others(place: Path, zero: str) -> None:
     name = f"broken{zero}"
     one = job(place, name, f"--zero={zero}", sabotage={"fail": "task0/train-3"})

@@ -102,6 +102,7 @@ def test_two_nodes_train_and_a_requeued_job_goes_on(cluster: TwoNodes, place: Pa
     assert {stage["world"] for stage in recorded["stages"].values()} == {2}
 
 
+@pytest.mark.long
 def test_a_job_of_higher_priority_takes_the_nodes_and_gives_them_back(
     cluster: TwoNodes, place: Path, whole: Path
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_job_of_higher_priority_takes_the_nodes_and_gives_them_back(
     assert cluster.restarts(job) >= 1
 
 
+@pytest.mark.long
 def test_a_node_that_dies_does_not_end_the_run(cluster: TwoNodes, place: Path, whole: Path) -> None:
     job = submit(cluster, place, "node")
     cluster.wait(lambda: steps(place / "node") >= 4)

@@ -9,32 +9,28 @@ the user's command in fresh processes, as is the uninterrupted run. Words it doe
 """
 
 import argparse
-import gc
-import hashlib
 import importlib
 import json
 import os
 import random
 import re
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
-
-import psutil
 
 TESTS = Path(__file__).parents[1]
 if str(TESTS) not in sys.path:
     sys.path.insert(0, str(TESTS))
 
 import training_support as support  # noqa: E402
+from launches import Launch  # noqa: E402
+from same_end import differences  # noqa: E402
 
 TRAIN = TESTS.parent / "launch" / "train.py"
 #: How a kill's moment is chosen -> share of the kills: uniform over the time of a whole run; or just after a
@@ -58,100 +54,6 @@ SLOW = (
 )  # fmt: skip
 #: A launch that takes this many times the uninterrupted run's time hangs.
 HANGS = 20
-#: What may differ, by file: seconds and times; where launches went on; the counts of which experts answered
-#: and which answers were ready (those of a killed evaluation count twice, or not at all), and so the report,
-#: which shows them. All else is compared.
-OPEN = {
-    "results.json": ("seconds",),
-    "run.json": ("train_seconds", "resumed_at", "stopped"),
-    "metrics": ("time", "seconds", "samples_per_second"),
-    "names only": (
-        "routing",
-        "answers",
-        "report.html",
-        "plots",
-        "complete.json",
-        "hashes.json",
-        "config.yaml",
-    ),
-}
-
-
-class Launch:
-    """One start of the command: the processes of all ranks, in a process group of their own."""
-
-    def __init__(self, starts: list[Callable[[], int]], log: Path) -> None:
-        self.log, self.pids = log, list[int]()
-        self.codes: dict[int, int] = {}
-        gc.collect()
-        for start in starts:
-            self.pids.append(_fork(start, log, self.pids[0] if self.pids else 0))
-
-    def running(self) -> bool:
-        """Whether any rank is; notes the exit codes of the others."""
-        for pid in set(self.pids) - set(self.codes):
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                self.codes[pid] = os.waitstatus_to_exitcode(status)
-        return len(self.codes) < len(self.pids)
-
-    def kill(self, late: float = 0.0, first: int = 0) -> None:
-        """SIGKILL to the whole group; with `late`, one rank so many seconds before the others."""
-        started = [child for pid in self.pids for child in _descendants(pid)]
-        if late:
-            _kill(self.pids[first % len(self.pids)])
-            time.sleep(late)
-        with suppress(ProcessLookupError):
-            os.killpg(self.pids[0], signal.SIGKILL)
-        for process in started:  # a launcher's ranks, should they have left the group
-            _kill(process.pid)
-        while self.running():
-            time.sleep(0.005)
-        psutil.wait_procs(started, timeout=30)
-
-    def end_of_log(self) -> str:
-        """What it said last."""
-        return self.log.read_text(errors="replace")[-4000:]
-
-
-def _fork(start: Callable[[], int], log: Path, group: int) -> int:
-    """A child that runs `start` with its output in `log`, in the process group `group` (0: its own)."""
-    sys.stdout.flush()
-    pid = os.fork()
-    if pid:
-        with suppress(PermissionError, ProcessLookupError):  # the child has done it, or is gone
-            os.setpgid(pid, group)
-        return pid
-    os.setpgid(0, group)
-    _run_child(start, log)
-
-
-def _run_child(start: Callable[[], int], log: Path) -> NoReturn:
-    code = 70
-    try:
-        output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        code = start()
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else 1
-    except BaseException:  # noqa: BLE001 - the child must never go on in its parent's code
-        sys.excepthook(*sys.exc_info())
-    finally:
-        sys.stderr.flush()
-        os._exit(code)
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def _kill(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
 
 
 @dataclass
@@ -402,57 +304,6 @@ def _trained(run: Path, stage: int) -> bool:
     """Whether a step of this stage was logged."""
     file = run / "logs" / "metrics.jsonl"
     return file.is_file() and f'"stage": {stage},' in file.read_text()
-
-
-def differences(whole: Path, run: Path) -> list[str]:
-    """What differs between two complete runs, one line each; see `OPEN` for what is not compared."""
-    mine, theirs = tree(run), tree(whole)
-    found = [f"{path}: left over" for path in sorted(mine - theirs)]
-    found += [f"{path}: missing" for path in sorted(theirs - mine)]
-    for path in sorted(mine & theirs):
-        if (run / path).is_dir() or {*Path(path).parts} & {*OPEN["names only"]}:
-            continue
-        if path in ("results.json", "run.json"):
-            found += unequal(closed(whole / path, path), closed(run / path, path), path)
-        elif path == "logs/metrics.jsonl":
-            curves = [[without(line, "metrics") for line in support.metrics(each)] for each in (whole, run)]
-            found += unequal(*curves, path)
-        elif digest(whole / path) != digest(run / path):
-            found.append(f"{path}: other bytes")
-    return found
-
-
-def tree(run: Path) -> set[str]:
-    """Every path of a run's folder."""
-    return {path.relative_to(run).as_posix() for path in run.rglob("*")}
-
-
-def closed(file: Path, name: str) -> Any:
-    """The content of a JSON file that must be the same."""
-    return without(json.loads(file.read_text()), name)
-
-
-def without(value: Any, name: str) -> Any:
-    """A JSON value without the keys that may differ in the file `name`."""
-    if isinstance(value, dict):
-        return {key: without(inner, name) for key, inner in value.items() if key not in OPEN[name]}
-    return [without(inner, name) for inner in value] if isinstance(value, list) else value
-
-
-def unequal(wanted: Any, given: Any, where: str) -> list[str]:
-    """Each place where two JSON values differ."""
-    if isinstance(wanted, dict) and isinstance(given, dict):
-        keys = sorted(wanted.keys() | given.keys())
-        return [line for key in keys for line in unequal(wanted.get(key), given.get(key), f"{where}.{key}")]
-    if isinstance(wanted, list) and isinstance(given, list) and len(wanted) == len(given):
-        pairs = enumerate(zip(wanted, given, strict=True))
-        return [line for i, (a, b) in pairs for line in unequal(a, b, f"{where}[{i}]")]
-    return [] if wanted == given else [f"{where}: {str(wanted)[:80]} became {str(given)[:80]}"]
-
-
-def digest(file: Path) -> str:
-    """The sha256 of a file."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def tell(text: str) -> None:

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import logging
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
+from answer_support import CPU, STAGE, batches_asked, counts, evaluated, model_refused, outcome, own_copy  # noqa: F401
 from PIL import Image
-from test_stage import TASKS, Alone, make_run, predictions, recipe  # noqa: F401
+from run_support import TASKS, Alone, little_recipe, predictions  # noqa: F401
 
 import delo_eval
 import delo_llava
@@ -26,7 +25,6 @@ from delo_eval.answers.hashes import FileHashes
 from delo_eval.answers.keys import AnswerKeys
 from delo_eval.answers.question import Answer, Question
 from delo_eval.answers.store import CellAnswers, PartWriter
-from delo_eval.harness import stage as stage_module
 from delo_eval.harness.folder import Request
 from delo_eval.harness.generate import Answerer
 from delo_eval.harness.stage import evaluate_stage
@@ -34,66 +32,10 @@ from delo_eval.harness.unchanged import unchanged_stage
 from delo_llava.data.recipe import load_sequence
 from delo_llava.engines import signals
 from delo_llava.errors import DeloError
-from delo_llava.methods.lora import Lora
 from delo_llava.registry import KINDS
 from delo_llava.runs.identity import data_hashes
 from delo_llava.runs.store import RunStore
 from delo_llava.tasks import Record
-
-CPU = torch.device("cpu")
-STAGE = 1  # two trained tasks and the next one: 27 questions in batches of 4
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:  # noqa: F811
-    folder = make_run(tmp_path_factory.mktemp("run") / "run", recipe, "lora", Lora, 2)
-    assert evaluate_stage(folder, STAGE) is not None
-    return folder
-
-
-@pytest.fixture
-def run(original: Path, tmp_path: Path) -> Path:
-    """An evaluated run of its own; its receipt holds, as files keep their times."""
-    return Path(shutil.copytree(original, tmp_path / "run"))
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that are decoded from here on."""
-    sizes: list[int] = []
-    plain = Answerer.answer
-
-    def counted(self: Answerer, questions: Any, tokens: int) -> list[Answer]:
-        sizes.append(len(questions))
-        return plain(self, questions, tokens)
-
-    monkeypatch.setattr(Answerer, "answer", counted)
-    return sizes
-
-
-@pytest.fixture
-def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    def loaded(*_: object) -> None:
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(stage_module, "answerer", loaded)
-
-
-def outcome(folder: Path) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Everything an evaluation writes that must not depend on how it went."""
-    results = json.loads((folder / "results.json").read_text())
-    results.pop("seconds")
-    files = (folder / "predictions").rglob("*.jsonl")
-    return results, {str(f.relative_to(folder)): f.read_bytes() for f in files}
-
-
-def counts(folder: Path) -> dict[str, int]:
-    found: dict[str, int] = json.loads((folder / "results.json").read_text())["seconds"]["answers"]["1"]
-    return found
-
-
-def answers_of(folder: Path, task: str = "words") -> Path:
-    return folder / "answers" / "1" / "run" / f"{task}.jsonl"
 
 
 def killed_after(batches: int, monkeypatch: pytest.MonkeyPatch, evaluate: Callable[[], object]) -> None:
@@ -250,93 +192,6 @@ def test_changed_settings(run: Path, asked: list[int], change: dict[str, Any], a
     (run / "results.json").unlink()
     evaluate_stage(run, STAGE)
     assert sum(asked) == again
-
-
-def damage(file: Path, line: int) -> None:
-    """Turn one letter of a line into another."""
-    lines = file.read_bytes().split(b"\n")
-    lines[line] = lines[line].replace(b"prediction", b"predictioN", 1)
-    file.write_bytes(b"\n".join(lines))
-
-
-def test_only_a_damaged_answer_is_given_again(
-    run: Path, asked: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    before, file = outcome(run), answers_of(run)
-    whole = file.read_bytes()
-    damage(file, 3)
-    (run / "answers" / "1.json").unlink()
-    with caplog.at_level(logging.WARNING):
-        evaluate_stage(run, STAGE)
-    assert [str(m) for m in caplog.messages] == [
-        f"A stored answer is damaged and is given again: {file}, line 4"
-    ]
-    assert counts(run) == {"stored": 26, "new": 1} and len(asked) == 1
-    assert outcome(run) == before and file.read_bytes() == whole
-
-
-def test_a_cut_file_of_answers_is_completed(run: Path, asked: list[int]) -> None:
-    before, file = outcome(run), answers_of(run)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    (run / "answers" / "1.json").unlink()
-    evaluate_stage(run, STAGE)
-    assert outcome(run) == before and file.read_bytes() == whole and 0 < counts(run)["new"] < 9
-
-
-def test_damaged_predictions_are_named_and_written_again(
-    run: Path, no_model: None, caplog: pytest.LogCaptureFixture
-) -> None:
-    before, file = outcome(run), run / "predictions" / "1" / "run" / "places.jsonl"
-    damage(file, 2)
-    with caplog.at_level(logging.WARNING):
-        evaluate_stage(run, STAGE)
-    assert str(file) in caplog.text and outcome(run) == before
-
-
-@pytest.mark.parametrize("content", [b"{", b"[]", b"null", b"\xff", b"[" * 100_000])
-@pytest.mark.parametrize("name", ["hashes.json", ".hashes.part1"])
-def test_damaged_memories_of_hashes_are_dropped(
-    run: Path, no_model: None, caplog: pytest.LogCaptureFixture, name: str, content: bytes
-) -> None:
-    before, whole = outcome(run), (run / "answers" / "hashes.json").read_bytes()
-    (run / "answers" / name).write_bytes(content)
-    (run / "answers" / "1.json").unlink()
-    with caplog.at_level(logging.WARNING):
-        evaluate_stage(run, STAGE)
-    assert "files are hashed again" in caplog.text and counts(run)["new"] == 0
-    assert outcome(run) == before and (run / "answers" / "hashes.json").read_bytes() == whole
-    assert not (run / "answers" / ".hashes.part1").exists()
-
-
-@pytest.mark.parametrize("cut", [slice(0, 2), slice(0, 0), slice(1, 3)])
-def test_damaged_entries_of_the_memory_are_dropped(run: Path, no_model: None, cut: slice) -> None:
-    before, file = outcome(run), run / "answers" / "hashes.json"
-    whole = file.read_bytes()
-    file.write_text(json.dumps({name: entry[cut] for name, entry in json.loads(whole).items()}))
-    (run / "answers" / "1.json").unlink()
-    evaluate_stage(run, STAGE)
-    assert outcome(run) == before and counts(run)["new"] == 0 and file.read_bytes() == whole
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda text: "[]", lambda text: "null", lambda text: text[:40], lambda text: "[" * 100_000,
-        lambda text: json.dumps({"schema": json.loads(text)["schema"]}),
-        lambda text: json.dumps({**json.loads(text), "modules": None}),
-        lambda text: json.dumps({**json.loads(text), "modules": [3, "nobodys.plugin"]}),
-        lambda text: json.dumps({**json.loads(text), "files": []}),
-    ],
-)  # fmt: skip
-def test_a_receipt_that_cannot_be_used_is_written_again(
-    run: Path, no_model: None, damage: Callable[[str], str]
-) -> None:
-    before, file = outcome(run), run / "answers" / "1.json"
-    whole = file.read_text()
-    file.write_text(damage(whole))
-    evaluate_stage(run, STAGE)
-    assert outcome(run) == before and file.read_text() == whole and counts(run)["new"] == 0
 
 
 @pytest.fixture

@@ -6,32 +6,16 @@ from typing import Any
 import pytest
 import torch
 from contract_support import Bench, examples, items, story
-from method_support import START, Given, alone
+from method_support import START, Given, alone, seen_by_layers
 from torch import Tensor
 
-from delo_llava.adapters.carrier import frozen_queries, routing
-from delo_llava.adapters.lowrank import RowPlan, lowrank
+from delo_llava.adapters.carrier import frozen_queries
 from delo_llava.data.segments import SEGMENT_OTHER
 from delo_llava.errors import DeloError
 from delo_llava.methods.clmoe import shares, task_weights
 
 N, K = 4, 2
 ROWS = [*items("task0"), *items("task1")[:2]]
-
-
-def run(model: Any, method: Any, batch: Any) -> tuple[RowPlan, dict[str, Any]]:
-    """The decision of a forward, and (layer, input, output) by name."""
-    seen: dict[str, Any] = {}
-    hooks = [
-        layer.register_forward_hook(lambda m, a, y: seen.__setitem__(m.name, (m, a[0], y)))
-        for part in lowrank(model).layers()
-        for layer in part
-    ]
-    with torch.no_grad(), routing(model, method.inputs(batch)) as route:
-        model(**batch.inputs)
-    for hook in hooks:
-        hook.remove()
-    return route.plan, seen
 
 
 def instance(layer: Any, prompt: Tensor) -> Tensor:
@@ -58,7 +42,7 @@ def test_every_linear_is_the_mixture_of_both_routers(beta: float) -> None:
     bench = Bench("clmoe", beta=beta, top_k=K)
     model, method = bench.loaded(told.past(2)), bench.method
     batch = bench.batch(ROWS)
-    plan, seen = run(model, method, batch)
+    plan, seen = seen_by_layers(model, method, batch)
     images, other = batch.image_rows.tolist(), 0
     tables: Any = method
     for layer, x, y in seen.values():
@@ -82,7 +66,7 @@ def test_the_task_of_a_row_is_the_nearest_and_without_evidence_all_count_alike()
     model = bench.loaded(told.past(2))
     method: Any = bench.method
     batch = bench.batch(ROWS)
-    plan, _ = run(model, method, batch)
+    plan, _ = seen_by_layers(model, method, batch)
     queries = frozen_queries(model, method.inputs(batch), batch.inputs)
     means = torch.stack([method._anchors.tasks[t].means()[0] for t in ("task0", "task1")])
     for row, shown in enumerate(batch.presence[:, 0].tolist()):
@@ -104,7 +88,7 @@ def test_the_task_router_is_the_mean_of_what_the_instance_router_gave() -> None:
         batch = bench.batch([examples("task0")[i] for i in range(start, start + 4)])
         method.loss_sums(model, batch)["answer"].backward()
         method.after_backward(model, batch, START)
-        _, seen = run(model, method, batch)
+        _, seen = seen_by_layers(model, method, batch)
         method._seen = {}
         for at, name in enumerate(method._names):
             layer, x, _ = seen[name]

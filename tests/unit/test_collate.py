@@ -1,62 +1,27 @@
 """The collator against hand-made expectations: kinds, labels, padding, truncation, missing modalities."""
 
-from functools import cache
-from pathlib import Path
-
 import pytest
-import tiny_models
 import torch
+from collate_support import (  # noqa: F401
+    BOTH,
+    FAMILIES,
+    NEITHER,
+    NO_IMAGE,
+    NO_TEXT,
+    change,
+    collator,
+    family,
+    science_record,
+    spelled,
+)
 from PIL import Image
 
-from delo_llava.backbones.base import find_backbone
 from delo_llava.data import images
-from delo_llava.data.collate import IGNORE, Batch, Collator
+from delo_llava.data.collate import IGNORE, Batch
 from delo_llava.data.examples import dropped_view
-from delo_llava.data.images import EncodedImage, ImageCache, load_image
 from delo_llava.data.tokens import token_kinds
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
-
-FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl")
-LETTERS = "OICQ"  # other, image, context, question (instruction)
-BOTH, NO_IMAGE, NO_TEXT, NEITHER = (True, True), (False, True), (True, False), (False, False)
-
-
-@cache
-def family(kind: str):
-    backbone, path = find_backbone(tiny_models.session(kind))
-    return backbone, backbone.load_processor(path)
-
-
-def collator(kind: str = "llava", max_length: int = 512, image_mode: str = "absent", **options) -> Collator:
-    return Collator(*family(kind), max_length, image_mode, **options)
-
-
-@pytest.fixture
-def record(tmp_path: Path) -> Record:
-    path = tmp_path / "picture.png"
-    Image.effect_noise((90, 60), 80.0).convert("RGB").save(path)
-    return Record("r0", "science", "train", path, "hint: six", "which number is shown?", "four")
-
-
-def change(record: Record, **fields) -> Record:
-    return Record(**({name: getattr(record, name) for name in Record.__slots__} | fields))
-
-
-def spelled(kind: str, batch: Batch, row: int = 0) -> list[tuple[str, str]]:
-    """(text, kind) of runs of tokens of one kind (answers: T for trained), as the tokenizer spells them."""
-    tokenizer = family(kind)[1].tokenizer
-    runs: list[tuple[str, list[int]]] = []
-    for i in batch.inputs["attention_mask"][row].nonzero().flatten().tolist():
-        trained = batch.labels is not None and batch.labels[row, i] != IGNORE
-        letter = "T" if trained else LETTERS[batch.segments[row, i]]
-        if not runs or runs[-1][0] != letter:
-            runs.append((letter, []))
-        runs[-1][1].append(int(batch.inputs["input_ids"][row, i]))
-    return [
-        ("".join(tokenizer.convert_ids_to_tokens(ids)).replace("▁", " ").replace("Ġ", " "), letter)
-        for letter, ids in runs
-    ]
 
 
 def test_spans_of_llava(record: Record) -> None:
@@ -288,67 +253,6 @@ def test_short_records_are_not_cut(record: Record) -> None:
     keeper = collator(max_length=exact)
     assert keeper([(record, BOTH)]).inputs["input_ids"].shape[1] == exact
     assert not any(keeper.truncated.values())
-
-
-# ---- images ----------------------------------------
-
-
-def test_unusable_images_name_file_and_record(
-    record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert record.image is not None
-    whole = record.image.read_bytes()
-    broken = {
-        "cut.png": whole[: len(whole) // 2],
-        "flipped.png": whole[:60] + bytes(b ^ 0xFF for b in whole[60:90]) + whole[90:],
-        "text.png": b"not an image",
-        "empty.png": b"",
-    }
-    for name, content in broken.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(DeloError, match=rf"(?s)record 'r0' \(science/train\).*{name}"):
-            collator()([(change(record, image=tmp_path / name), BOTH)])
-    with pytest.raises(DeloError, match=r"(?s)'r0'.*there is no such file.*gone\.png"):
-        collator()([(change(record, image=tmp_path / "gone.png"), BOTH)])
-    monkeypatch.setattr(images, "MAX_PIXELS", 90 * 60 - 1)
-    with pytest.raises(DeloError, match=r"(?s)'r0'.*90x60 is more than 5399 pixels"):
-        collator()([(record, BOTH)])
-
-
-def test_an_image_the_model_cannot_take_names_file_and_record(record: Record, tmp_path: Path) -> None:
-    Image.new("RGB", (3000, 2)).save(tmp_path / "strip.png")
-    with pytest.raises(DeloError, match=r"(?s)'r0'.*aspect ratio.*strip\.png"):
-        collator("qwen2_5_vl")([(change(record, image=tmp_path / "strip.png"), BOTH)])
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "I;16", "CMYK"])
-def test_every_colour_mode_becomes_rgb(mode: str, record: Record, tmp_path: Path) -> None:
-    path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
-    Image.new(mode, (20, 20)).save(path)
-    assert load_image(path, record).mode == "RGB"
-    collator()([(change(record, image=path), BOTH)])
-
-
-def test_cache_is_bounded_and_forgets_the_oldest() -> None:
-    made: list[str] = []
-
-    def get(key: str) -> EncodedImage:
-        return cache_of_two.get(key, lambda: made.append(key) or EncodedImage({"x": torch.zeros(25)}, (), 1))
-
-    cache_of_two = ImageCache(max_bytes=200)
-    for key in "abacab":
-        get(key)
-    assert "".join(made) == "abcb"
-    assert cache_of_two.bytes == 200
-    cache_of_two.get("large", lambda: EncodedImage({"x": torch.zeros(99)}, (), 1))
-    assert cache_of_two.bytes <= 200
-
-
-def test_cached_images_are_the_same_as_fresh_ones(record: Record) -> None:
-    kept, fresh = collator(), collator(cache_bytes=0)
-    item = (record, BOTH)
-    for _ in range(2):
-        assert torch.equal(kept([item]).inputs["pixel_values"], fresh([item]).inputs["pixel_values"])
 
 
 # ---- the dropped view ----------------------------------------

@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from contract_support import Bench, items, story
-from method_support import Given, alone
+from method_support import Given, alone, seen_by_layers
 from torch import Tensor
 
-from delo_llava.adapters.carrier import frozen_queries, routing
-from delo_llava.adapters.lowrank import RowPlan, lowrank
+from delo_llava.adapters.carrier import frozen_queries
+from delo_llava.adapters.lowrank import lowrank
 from delo_llava.methods._cram import Cut, basis_of, centred, group_of, slot_of
 from delo_llava.methods.base import Clock, Past, Stage
 
@@ -27,21 +27,6 @@ def loaded(**options: Any) -> tuple[Bench, Any]:
     return bench, bench.loaded(told.past(2))
 
 
-def run(model: Any, method: Any, batch: Any) -> tuple[RowPlan, dict[str, Any]]:
-    """The decision of a forward, and (layer, input, output) by name."""
-    seen: dict[str, Any] = {}
-    hooks = [
-        layer.register_forward_hook(lambda m, a, y: seen.__setitem__(m.name, (m, a[0], y)))
-        for part in lowrank(model).layers()
-        for layer in part
-    ]
-    with torch.no_grad(), routing(model, method.inputs(batch)) as route:
-        model(**batch.inputs)
-    for hook in hooks:
-        hook.remove()
-    return route.plan, seen
-
-
 # ---- what answers ----
 def test_every_linear_is_what_the_paper_writes() -> None:
     """Both tasks' instructions are alike, so they are one group here."""
@@ -49,7 +34,7 @@ def test_every_linear_is_what_the_paper_writes() -> None:
     method: Any = bench.method
     assert method._groups == {"task0": 0, "task1": 0}
     batch = bench.batch(ROWS)
-    _, seen = run(model, method, batch)
+    _, seen = seen_by_layers(model, method, batch)
     queries = frozen_queries(model, method.inputs(batch), batch.inputs).image.double()
     images, unequal = batch.image_rows.tolist(), 0
     assert len(seen) == 2 * 4 + 2
@@ -73,7 +58,7 @@ def test_slots_of_another_group_have_no_weight() -> None:
     method: Any = bench.method
     method._groups = {"task0": 0, "task1": 1}
     batch = bench.batch(ROWS)
-    plan, seen = run(model, method, batch)
+    plan, seen = seen_by_layers(model, method, batch)
     near = [0, 0, 0, 0, 1, 1]  # the instruction names the task, so its prototype is the nearest
     assert plan.values["slots"].tolist() == [[n == 0, n == 1] for n in near]
     for layer, x, y in seen.values():
@@ -90,8 +75,8 @@ def test_weights_are_a_sample_s_own_unless_the_batch_is_asked_for() -> None:
     for transductive in (False, True):
         bench, model = loaded(transductive=transductive)
         assert bench.method.capabilities.transductive == transductive
-        whole = run(model, bench.method, bench.batch(ROWS))[0].values["query"]
-        alone_ = run(model, bench.method, bench.batch(ROWS[:1]))[0].values["query"]
+        whole = seen_by_layers(model, bench.method, bench.batch(ROWS))[0].values["query"]
+        alone_ = seen_by_layers(model, bench.method, bench.batch(ROWS[:1]))[0].values["query"]
         assert torch.allclose(whole[0], alone_[0], atol=1e-6) == (not transductive)
 
 

@@ -33,7 +33,7 @@ ONLY = {
 
 #: Libraries and the one place where each may be imported, relative to the package.
 ONE_PLACE = {
-    "deepspeed": {"engines/deepspeed.py"},
+    "deepspeed": {"engines/group.py"},
     "bitsandbytes": {"backbones/_quant.py"},
     "flwr": set(),
 }

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_stage import Chooser, make_run, predictions, recipe  # noqa: F401
+from run_support import Chooser, little_recipe, make_run, predictions  # noqa: F401
 
 from delo_eval.harness import model as model_module
 from delo_eval.harness.folder import Request
@@ -84,7 +84,7 @@ def lmms() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:  # noqa: F811
+def run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     return make_run(tmp_path_factory.mktemp("lmms") / "run", recipe, "individual", Individual, 2)
 
 
@@ -145,7 +145,7 @@ def test_answers_do_not_depend_on_the_batch_and_end_where_they_should(
 def test_its_answers_are_those_of_the_harness(
     lmms: Any,
     run: Path,
-    recipe: Path,  # noqa: F811
+    recipe: Path,
     tmp_path: Path,
 ) -> None:
     evaluate_stage(
@@ -213,7 +213,7 @@ def test_bad_arguments_are_told(
 
 def test_a_method_without_tasks_needs_none(
     lmms: Any,
-    recipe: Path,  # noqa: F811
+    recipe: Path,
     documents: dict[str, Any],
     tmp_path: Path,
 ) -> None:

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from contract_support import Bench, Story, items, story
+from method_support import seen_by_layers
 from torch import Tensor
 
-from delo_llava.adapters.carrier import frozen_queries, routing
-from delo_llava.adapters.lowrank import LowRankLayer, RowPlan, lowrank
+from delo_llava.adapters.carrier import frozen_queries
+from delo_llava.adapters.lowrank import LowRankLayer
 from delo_llava.methods.hide import number_of
 
 ROWS = [*items("task0"), *items("task1")[:2]]
@@ -19,21 +20,6 @@ def told(name: str) -> tuple[Story, Any]:
     """A story and its model after both tasks."""
     found = story(name)
     return found, found.bench.loaded(found.past(2))
-
-
-def outputs(model: Any, method: Any, batch: Any) -> tuple[RowPlan, dict[str, tuple[Any, Tensor, Tensor]]]:
-    """The decision of a forward, and input and output of every adapted linear."""
-    seen: dict[str, tuple[Any, Tensor, Tensor]] = {}
-    hooks = [
-        layer.register_forward_hook(lambda m, a, y: seen.__setitem__(m.name, (m, a[0], y)))
-        for part in lowrank(model).layers()
-        for layer in part
-    ]
-    with torch.no_grad(), routing(model, method.inputs(batch)) as route:
-        model(**batch.inputs)
-    for hook in hooks:
-        hook.remove()
-    return route.plan, seen
 
 
 def factors(layer: LowRankLayer, name: str) -> tuple[Tensor, Tensor]:
@@ -59,7 +45,7 @@ def test_every_linear_is_what_the_paper_writes(name: str, cross: bool) -> None:
     bench = Bench(name, **({"cross_terms": cross} if name == "hide" else {}))
     model, method = bench.loaded(found.past(2)), bench.method
     batch = bench.batch(ROWS)
-    plan, seen = outputs(model, method, batch)
+    plan, seen = seen_by_layers(model, method, batch)
     images = batch.image_rows.tolist()
     last = max(number_of(name) for name in seen if "layers." in name)
     assert last == 1 and len(seen) == 16
@@ -83,7 +69,7 @@ def test_weights_are_the_softmax_of_mean_cosines_over_what_is_shown(name: str) -
     found, model = told(name)
     method: Any = found.bench.method
     batch = found.bench.batch(ROWS)
-    plan, _ = outputs(model, method, batch)
+    plan, _ = seen_by_layers(model, method, batch)
     queries = frozen_queries(model, method.inputs(batch), batch.inputs)
     views = {"image": 0, "text": 1, "instruction": 2}
     for row in range(len(ROWS)):
@@ -141,7 +127,7 @@ def test_without_a_top_layer_nothing_is_weighed_and_everywhere_it_is_disco() -> 
 def test_a_row_s_weights_do_not_hang_on_its_company() -> None:
     found, model = told("hide")
     method: Any = found.bench.method
-    whole = outputs(model, method, found.bench.batch(ROWS))[0].values["tasks"]
+    whole = seen_by_layers(model, method, found.bench.batch(ROWS))[0].values["tasks"]
     for row, item in enumerate(ROWS):
-        lone = outputs(model, method, found.bench.batch([item]))[0].values["tasks"]
+        lone = seen_by_layers(model, method, found.bench.batch([item]))[0].values["tasks"]
         torch.testing.assert_close(lone[0], whole[row], rtol=0, atol=1e-6)

@@ -6,12 +6,13 @@ from typing import Any
 import pytest
 import torch
 from contract_support import Bench, examples, items, story
+from method_support import seen_by_layers
 from pydantic import ValidationError
 from torch import Tensor
 from torch.nn import functional as F
 
 from delo_llava.adapters.carrier import routing
-from delo_llava.adapters.lowrank import LowRankLayer, RowPlan, lowrank
+from delo_llava.adapters.lowrank import LowRankLayer, RowPlan
 from delo_llava.data.segments import SEGMENT_OTHER
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
@@ -25,21 +26,6 @@ def trained() -> tuple[Bench, Any]:
     """The model after both tasks."""
     told = story("smolora")
     return told.bench, told.bench.loaded(told.past(2))
-
-
-def seen_by_layers(model: Any, method: Any, batch: Any) -> tuple[RowPlan, dict[str, Any]]:
-    """The decision of a forward, and (layer, input, output) by name."""
-    seen: dict[str, Any] = {}
-    hooks = [
-        layer.register_forward_hook(lambda m, a, y: seen.__setitem__(m.name, (m, a[0], y)))
-        for part in lowrank(model).layers()
-        for layer in part
-    ]
-    with torch.no_grad(), routing(model, method.inputs(batch)) as route:
-        model(**batch.inputs)
-    for hook in hooks:
-        hook.remove()
-    return route.plan, seen
 
 
 def written_out(layer: LowRankLayer, x: Tensor, mean: Tensor, words: Tensor) -> Tensor:
