@@ -67,6 +67,7 @@ def _log(file: Path, stage: int, task: str) -> None:
 FACTS: dict[str, Any] = {
     "scorer_ids": dict.fromkeys(TASKS, SCRIPT),
     "world": 1,
+    "zero": "2",
     "start_weights": {"name": SCRIPT, "sha256": "a" * 64},
     "data_hashes": {SCRIPT: {"test": "b" * 64}},
     "versions": {SCRIPT: SCRIPT},

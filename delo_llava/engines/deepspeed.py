@@ -217,6 +217,12 @@ def zero_stage(config: RunConfig) -> int:
     return 0 if config.zero == "none" else int(read_deepspeed_file(config)["zero_optimization"]["stage"])
 
 
+def engine_name(config: RunConfig) -> str:
+    """What trains a stage, as `zero` names it; with a DeepSpeed file of the user's, the file's ZeRO stage."""
+    own = config.ds_config is not None and config.zero != "none"
+    return str(zero_stage(config)) if own else config.zero
+
+
 def deepspeed_settings(config: RunConfig, accumulation: int, device: torch.device) -> dict[str, Any]:
     """The file's settings with batch sizes and clipping filled in.
 

@@ -174,7 +174,7 @@ class _Sequence:
     def _progress(self, done: int) -> "RunProgress":
         from delo_llava.training.logging import RunProgress
 
-        counts = [self._step_count(plan) for plan in self.plans[done:]]
+        counts = [self._step_count(plan) for plan in self.plans]
         cells = [
             self._seen(i)
             for i, plan in enumerate(self.plans)
@@ -183,7 +183,8 @@ class _Sequence:
         zero_shot = (
             0 if self.evaluate is None or self.store.read_run().get(ZERO_SHOT) else len(self.sequence.tasks)
         )
-        return RunProgress(sum(counts), sum(cells) + zero_shot, self.ranks.first)
+        left = sum(counts[done:])
+        return RunProgress(left, sum(cells) + zero_shot, sum(counts[:done]), self.ranks.first)
 
     def _seen(self, index: int) -> int:
         """How many tasks are trained up to stage `index`."""
@@ -242,3 +243,5 @@ class _Sequence:
         if self.ranks.first and self.store.results.is_file():
             progress.say(matrix_summary(self._results(), [plan.name for plan in self.plans]))
             progress.say(f"results: {self.store.results}")
+        if self.ranks.first and self.store.report.is_file():
+            progress.say(f"report: {self.store.report}")

@@ -20,6 +20,7 @@ from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.examples import Examples
 from delo_llava.data.missing import effective
 from delo_llava.data.readers import read_records
+from delo_llava.engines.deepspeed import engine_name
 from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.signals import Preempted
 from delo_llava.errors import DeloError
@@ -147,6 +148,7 @@ class StageTrainer:
             "lr_last": ledger.last,
             "missing": self._missing(stage.tasks),
             "world": self.ranks.world,
+            "zero": engine_name(self.config),
             "train_seconds": seconds,
             "skipped_steps": ledger.skipped,
             "bad_images": self.ranks.union(ledger.bad_images),

@@ -21,7 +21,7 @@ class RunStore:
 
     `config.yaml` (resolved configuration) · `run.json` (versions, hashes, seeds, stages) · `adapters/<task>/`
     · `checkpoints/<task>/step-…/` (of the stage that is being trained) · `predictions/` ·
-    `logs/metrics.jsonl` · `results.json` · `complete.json` (written when the last stage is evaluated).
+    `logs/metrics.jsonl` · `results.json` · `report.html` · `complete.json` (the last stage is evaluated).
     """
 
     def __init__(self, root: Path) -> None:
@@ -33,6 +33,7 @@ class RunStore:
         self.logs = self.root / "logs"
         self.metrics = self.logs / "metrics.jsonl"
         self.results = self.root / "results.json"
+        self.report = self.root / "report.html"
         self.complete = self.root / "complete.json"
 
     def adapter(self, task: str) -> Path:
@@ -112,7 +113,7 @@ class RunStore:
         target = self.adapter(task)
         if target.exists():
             raise DeloError("This adapter is already published and is never rewritten", given=target)
-        fix = "make room or rights there; the same command goes on after the last finished stage"
+        fix = "make room or rights there; the same command goes on where it was"
         with published(target, f"The adapter of {task}", check_tensors, fix) as draft:
             yield draft
         self.update_stage(task, manifest=sha256_file(target / MANIFEST))

@@ -98,10 +98,11 @@ class RunProgress:
 
     Args:
         steps, cells: what is left of the sequence, see `Eta`.
+        before: steps of the stages that earlier launches finished.
         shown: only the first rank shows anything.
     """
 
-    def __init__(self, steps: int, cells: int, shown: bool) -> None:
+    def __init__(self, steps: int, cells: int, before: int, shown: bool) -> None:
         self.console = Console(stderr=True, quiet=not shown)
         self.eta = Eta(steps, cells)
         self._live = Progress(
@@ -115,8 +116,8 @@ class RunProgress:
             disable=not (shown and self.console.is_terminal),
             refresh_per_second=2,
         )
-        self._bar = self._live.add_task("starting", total=max(1, steps), loss="")
-        self._said, self._total = time.monotonic(), steps
+        self._bar = self._live.add_task("starting", total=max(1, before + steps), completed=before, loss="")
+        self._said, self._total = time.monotonic(), before + steps
 
     def __enter__(self) -> "RunProgress":
         self._live.start()

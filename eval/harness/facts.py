@@ -20,9 +20,11 @@ def run_facts(run: RunFolder) -> dict[str, Any]:
     recorded = run.store.read_run()
     stages = {name: run.store.stage(name) for name in run.plan.names}
     worlds = [stage["world"] for stage in stages.values() if "world" in stage]
+    engines = [stage["zero"] for stage in stages.values() if "zero" in stage]
     return {
         "scorer_ids": {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks},
         "world": worlds[-1] if worlds else None,
+        "zero": engines[-1] if engines else run.config.zero,
         "changes": recorded.get("changes", []),
         "start_weights": {"name": run.config.model, "sha256": recorded.get("base", {}).get("sha256")},
         "encoders": recorded.get("encoders", {}),

@@ -63,8 +63,8 @@ def stages_named(word: str, run: RunFolder) -> list[int]:
     if word in ("last", "all") and names and not trained:
         raise DeloError("No stage of this run is trained yet.", given=run.store.root)
     results = trained if names else [ZERO_SHOT]
-    named = {"zero-shot": [ZERO_SHOT], str(ZERO_SHOT): [ZERO_SHOT], "last": results[-1:], "all": results}
-    named |= {name: [i] for i, name in enumerate(names)} | {str(i): [i] for i in range(len(names))}
+    named = {"last": results[-1:], "all": results}
+    named |= {name: [stage] for name, stage in run.plan.by_word.items()}
     if word not in named:
         raise DeloError("There is no such stage.", given=word, allowed=named)
     return named[word]

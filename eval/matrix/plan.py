@@ -45,6 +45,16 @@ class Plan:
         """Names of the stages."""
         return [stage.name for stage in self.stages]
 
+    def label(self, stage: int) -> str:
+        """A stage as people are told of it everywhere: its place counted from 1, and its name."""
+        return f"{stage + 1}. {self.names[stage]}" if stage >= 0 else "zero-shot"
+
+    @property
+    def by_word(self) -> dict[str, int]:
+        """Words that name a stage -> its index: its name, the index itself, `zero-shot` for the base (−1)."""
+        words = {"zero-shot": -1, "-1": -1} | {name: i for i, name in enumerate(self.names)}
+        return words | {str(i): i for i in range(len(self.names))}
+
     @property
     def last(self) -> int:
         """The stage that is the result; −1, the base itself, where nothing is trained."""

@@ -115,7 +115,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
         "task_seq": config.task_seq,
         "seed": config.seed,
         "quant": config.quant,
-        "zero": config.zero,
+        "zero": facts["zero"],
         "world": facts["world"],
         "split": config.eval.split,
         "limit": config.eval.limit,

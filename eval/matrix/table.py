@@ -34,7 +34,7 @@ CHOICE = {
 def stage_table(results: Mapping[str, Any], stage: int) -> Table:
     """The scores after `stage` (−1: zero-shot), a line per mode, pattern and floor; a dot: not trained."""
     plan = Plan.read(results)
-    title = "zero-shot" if stage < 0 else f"after stage {stage} ({plan.names[stage]})"
+    title = plan.label(stage) if stage < 0 else f"after {plan.label(stage)}"
     table = rich_table(title, ["", *plan.tasks, "mean" if stage < 0 else "mean of trained"])
     judged = plan.judged(stage)
     for label, row, errors in _rows(results, stage):

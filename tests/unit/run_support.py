@@ -155,7 +155,12 @@ def make_run(
         with store.publish(task) as draft:
             built.save(model, stage, draft)
         store.update_stage(
-            task, trainable_parameters=10 + index, train_seconds=1.5, world=2, missing={"ratio": 0.5}
+            task,
+            trainable_parameters=10 + index,
+            train_seconds=1.5,
+            world=2,
+            zero="3",
+            missing={"ratio": 0.5},
         )
     return folder
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.engines.build import build_engine
-from delo_llava.engines.deepspeed import deepspeed_settings, read_deepspeed_file, zero_stage
+from delo_llava.engines.deepspeed import deepspeed_settings, engine_name, read_deepspeed_file, zero_stage
 from delo_llava.engines.module import MethodModule
 from delo_llava.engines.optim import cosine_with_warmup
 from delo_llava.engines.ranks import Ranks
@@ -255,6 +255,13 @@ def test_a_file_without_a_stage_or_not_there_is_refused(tmp_path: Path) -> None:
         read_deepspeed_file(given(tmp_path, {}))
     with pytest.raises(DeloError, match="cannot be read"):
         read_deepspeed_file(RunConfig(ds_config=tmp_path / "none.json"))
+
+
+def test_an_engine_goes_by_the_stage_of_the_file_that_was_given(tmp_path: Path) -> None:
+    content = {"zero_optimization": {"stage": 3}}
+    assert engine_name(given(tmp_path, content)) == "3"
+    assert engine_name(given(tmp_path, content, zero="none")) == "none"
+    assert engine_name(RunConfig(zero="2_offload")) == "2_offload"
 
 
 def test_the_one_process_engine_is_chosen_by_name() -> None:

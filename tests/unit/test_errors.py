@@ -98,8 +98,11 @@ def test_command_writes_and_shows(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [task["wrong"] for task in content["tasks"]] == [10, 20]
     assert main(["errors", "--run", str(run), "--stage", "0", "--output", str(tmp_path / "e.json")]) == 0
     assert json.loads((tmp_path / "e.json").read_text())["tasks"][0]["wrong"] == 0
+    assert main(["errors", "--run", str(run), "--stage", "science"]) == 0
+    assert "after 1. science" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         main(["errors", "--run", str(run), "--stage", "2"])
+    assert "This stage is not evaluated" in capsys.readouterr().err
 
 
 def test_predictions_that_are_missing_or_not_of_this_mode_are_told(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 FACTS: dict[str, Any] = {
     "scorer_ids": dict.fromkeys(TASKS, "exact_match.v1"),
     "world": 2,
+    "zero": "2",
     "start_weights": {"name": "mini-llava", "sha256": "0" * 64},
     "data_hashes": {},
     "versions": {"torch": "2"},
@@ -223,7 +224,7 @@ def test_tables() -> None:
     console.print(stage_table(content(), ZERO_SHOT))
     console.print(final_table(content(stages=2)))
     text = console.export_text()
-    assert "after stage 1 (ocr)" in text and "33.00·" in text and "80.00" in text
+    assert "after 2. ocr" in text and "33.00·" in text and "80.00" in text
     assert "zero-shot" in text and "2 of 3 stages" in text
 
 
