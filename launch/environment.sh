@@ -13,7 +13,14 @@ venv="${VENV:-${VIRTUAL_ENV:-$root/.venv}}"
 ensure_environment() {
   local extra="${1:-}" stamp="$venv/.delo-llava${1:+-$1}"
   if [ ! -x "$venv/bin/python" ]; then
-    "${PYTHON:-python3}" -m venv "$venv"
+    local python="${PYTHON:-python3}"
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+      echo "error: Python 3.11 or newer is needed" >&2
+      echo "  given: $("$python" --version 2>&1)" >&2
+      echo "  fix:   name one: PYTHON=python3.11 bash $0" >&2
+      exit 2
+    fi
+    "$python" -m venv "$venv"
   fi
   export PATH="$venv/bin:$PATH"
   if [ ! -e "$stamp" ] || [ "$root/requirements.lock" -nt "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then

@@ -1,7 +1,9 @@
-"""`delo-eval`: evaluate a saved stage of a run, alone or under torchrun or deepspeed."""
+"""`delo-eval`: evaluate a saved stage of a run, alone or on several ranks."""
 
 import argparse
 import os
+import shutil
+import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +22,7 @@ from delo_llava.commands.base import at_least
 from delo_llava.data.missing import PATTERNS
 from delo_llava.errors import DeloError
 from delo_llava.files import user_path
+from delo_llava.registry import plugin_names, plugin_summary
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -136,9 +139,23 @@ def _patterns(given: str | None) -> tuple[str, ...] | None:
     return names
 
 
+def _further_commands() -> str:
+    """What `delo-eval COMMAND` does besides, and an example, as wide as the terminal."""
+    lines = ["further commands (delo-eval COMMAND --help):"]
+    for name in plugin_names("eval_command"):
+        lines += textwrap.wrap(
+            plugin_summary("eval_command", name), width=shutil.get_terminal_size().columns - 2,
+            initial_indent=f"  {name:<10}", subsequent_indent=" " * 12,
+        )  # fmt: skip
+    return "\n".join([*lines, "", "example: delo-eval --run runs/x --stage all --patterns run,complete"])
+
+
 def _parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="delo-eval", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="delo-eval", description=__doc__, epilog=_further_commands(), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     # torchrun takes --run for an abbreviation of its own --run_path, wherever it stands: hence a second name.
     parser.add_argument(
         "--run", "--run_dir", dest="run", type=user_path, required=True, help="folder of the run"

@@ -13,9 +13,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from delo_eval.cli import main as evaluate
 from delo_llava import __version__, cli, endings
 from delo_llava.config import load_config
 from delo_llava.errors import DeloError
+from delo_llava.registry import plugin_names
 
 
 def run(*words: str, **environment: str) -> tuple[subprocess.CompletedProcess[str], float]:
@@ -257,3 +259,14 @@ def test_numbers_that_mean_nothing_are_refused(line: str, capsys: pytest.Capture
         cli.main(line.split())
     told = capsys.readouterr().err
     assert line.split()[-1] in told and ("whole number" in told or "time limit" in told)
+
+
+def test_help_of_the_harness_names_its_other_commands(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        evaluate(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n  {name} " in said for name in plugin_names("eval_command"))
+    assert max(map(len, said.splitlines())) <= 80
