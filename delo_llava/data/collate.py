@@ -1,6 +1,5 @@
 """From records to one batch: prompts with the kind of every token, encoded images, labels on answers only."""
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -20,6 +19,7 @@ from delo_llava.data.images import (
     image_error,
     load_image,
 )
+from delo_llava.data.omitted import Cut
 from delo_llava.data.segments import SEGMENT_CONTEXT, SEGMENT_IMAGE, SEGMENT_INSTRUCTION, SEGMENT_OTHER
 from delo_llava.data.tokens import control_pattern, token_kinds
 from delo_llava.errors import DeloError
@@ -66,6 +66,7 @@ class Batch:
         image_kept: bool, which projector outputs, in order, the language model sees; None: all.
         answers: reference answers.
         views: some rows once more, shown in another way, by the view's name.
+        cut: row -> which parts of its prompt (`context`, `instruction`) were cut.
         filler: no record of this batch could be used; it keeps the ranks in step and trains nothing.
         items: what the rows were made of, for features from outside the base.
     """
@@ -81,11 +82,19 @@ class Batch:
     tasks: list[str]
     answers: list[str]
     views: Mapping[str, "BatchView"] = field(default_factory=dict)
+    cut: Mapping[int, Sequence[str]] = field(default_factory=dict)
     filler: bool = False
     items: Sequence[Item] = ()
 
     def __len__(self) -> int:
         return len(self.record_ids)
+
+    @property
+    def cuts(self) -> set[Cut]:
+        """What was cut, by names of records."""
+        return {
+            (self.tasks[row], part, self.record_ids[row]) for row, parts in self.cut.items() for part in parts
+        }
 
     def to(self, device: torch.device | str) -> "Batch":
         """A copy with every tensor on `device`."""
@@ -120,11 +129,12 @@ class BatchView:
 
 @dataclass(slots=True)
 class Row:
-    """One sequence before padding: token ids, their kinds, and whether each is trained."""
+    """One sequence before padding: token ids, their kinds, whether each is trained, which parts were cut."""
 
     ids: list[int]
     kinds: list[int]
     trained: list[bool]
+    cut: list[str] = field(default_factory=list)
 
     def extend(self, copies: int, token: int, kind: int, trained: bool) -> None:
         """Append `copies` of one token."""
@@ -141,7 +151,7 @@ class Collator:
         processor: from `backbone.load_processor`.
         max_length: most tokens of a training sequence, image tokens included; in generation, of the prompt.
             What is too long loses the end of its context, then the middle of its instruction, whose end is
-            most often the question (both counted in `truncated`); never image or answer.
+            most often the question (both told in `Batch.cut`); never image or answer.
         image_mode: what a missing image becomes: `absent` (no tokens) or `dummy` (constant white).
         generation: leave the answers out.
         cache_bytes: bound of the memory of encoded images.
@@ -166,7 +176,6 @@ class Collator:
         self.backbone, self.processor, self.tokenizer = backbone, processor, processor.tokenizer
         self.dialogue: Dialogue = processor.dialogue
         self.max_length, self.image_mode, self.generation = max_length, image_mode, generation
-        self.truncated: Counter[str] = Counter()
         self.skip_bad_images = skip_bad_images
         #: task/record id -> why its image cannot be used.
         self.bad_images: dict[str, str] = {}
@@ -220,7 +229,7 @@ class Collator:
         """A record without its image, of which nothing is trained."""
         batch = self._batch([(item[0], (False, item[1][1]))])
         assert batch.labels is not None
-        return replace(batch, labels=torch.full_like(batch.labels, IGNORE), filler=True)
+        return replace(batch, labels=torch.full_like(batch.labels, IGNORE), cut={}, filler=True)
 
     def _batch(self, items: Sequence[Item]) -> Batch:
         records = [record for record, _ in items]
@@ -244,6 +253,7 @@ class Collator:
             record_ids=[record.id for record in records],
             tasks=[record.task for record in records],
             answers=[record.answer for record in records],
+            cut={place: row.cut for place, row in enumerate(rows) if row.cut},
             items=items,
         )
 
@@ -347,7 +357,7 @@ class Collator:
             stay = len(places) - count
             first = stay if kind == SEGMENT_CONTEXT else stay // 2
             cut = places[first : first + count]
-            self.truncated[name] += bool(cut)
+            row.cut += [name] if cut else []
             for place in reversed(cut):
                 del row.ids[place], row.kinds[place], row.trained[place]
         if len(row.ids) > self.max_length:

@@ -41,12 +41,6 @@ class Prompts:
         """The model's tokenizer."""
         return self.processor.tokenizer
 
-    @property
-    def cut(self) -> dict[str, int]:
-        """Records so far whose `context` or `instruction` was cut to `max_length`."""
-        counts = [collator.truncated for collator in self._collators.values()]
-        return {name: sum(count[name] for count in counts) for name in ("context", "instruction")}
-
     def rows(
         self,
         records: Sequence[Record],

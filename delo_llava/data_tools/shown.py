@@ -111,7 +111,6 @@ def _shown(
     size = None if picture is None or not presence[0] else picture.size
     if size is None and missing.image == "dummy":
         size = DUMMY_SIZE
-    before = prompts.cut
     [row] = prompts.rows([record], [size], [presence[1]])
     return Shown(
         record=record,
@@ -120,7 +119,7 @@ def _shown(
         presence=presence,
         prompt=prompts.text(record, size is not None, presence[1]),
         segments=segments(row, prompts.tokenizer, prompts.backbone.image_token),
-        cut=[name for name, count in prompts.cut.items() if count > before[name]],
+        cut=row.cut,
         scorer=task.scorer,
     )
 

@@ -33,7 +33,7 @@ class Trial:
     def __init__(self, prompts: Prompts, size: Callable[[str], tuple[int, int] | None], tell: Tell) -> None:
         self.prompts, self._size, self._tell = prompts, size, tell
         self.trained = 0
-        self.cut = dict.fromkeys(prompts.cut, 0)
+        self.cut = dict.fromkeys(("context", "instruction"), 0)
         self._waiting: list[Waiting] = []
 
     def add(self, entry: int, record: Record) -> None:
@@ -57,13 +57,10 @@ class Trial:
             self._judge(entry, record, row)
 
     def _rows(self, waiting: Sequence[Waiting]) -> list[Row]:
-        """Tokenise; what is cut counts only where nothing is refused, as the rest is tried again."""
+        """Tokenise."""
         if not waiting:
             return []
-        before = self.prompts.cut
-        rows = self.prompts.rows([record for _, record, _ in waiting], [size for *_, size in waiting])
-        self.cut = {name: self.cut[name] + n - before[name] for name, n in self.prompts.cut.items()}
-        return rows
+        return self.prompts.rows([record for _, record, _ in waiting], [size for *_, size in waiting])
 
     def _single(self, entry: int, record: Record, size: tuple[int, int] | None) -> None:
         """One record of a batch that was refused."""
@@ -75,7 +72,9 @@ class Trial:
             self._judge(entry, record, row)
 
     def _judge(self, entry: int, record: Record, row: Row) -> None:
-        """Count trained tokens; the end token and blanks alone teach nothing."""
+        """Count what is cut and trained tokens; the end token and blanks alone teach nothing."""
+        for part in row.cut:
+            self.cut[part] += 1
         trained = [token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained]
         self.trained += len(trained)
         if record.split != "train":

@@ -158,6 +158,7 @@ class _Sequence:
             return
         self._evaluate(-1, "evaluating the base", len(self.sequence.tasks), progress)
         self.ranks.run_first(lambda: self.store.update_run(**{ZERO_SHOT: True}))
+        self._say_results(progress, -1)
 
     def _evaluate(self, stage: int, text: str, cells: int, progress: "RunProgress") -> None:
         assert self.evaluate is not None
@@ -223,10 +224,14 @@ class _Sequence:
             progress.say(f"already finished: {', '.join(done)}")
 
     def _say_results(self, progress: "RunProgress", stage: int) -> None:
+        from delo_llava.data.omitted import evaluated_lines
         from delo_llava.training.logging import matrix_row
 
         if self.ranks.first and self.store.results.is_file():
-            progress.say(matrix_row(self._results(), stage, self.plans[stage].name))
+            if stage >= 0:
+                progress.say(matrix_row(self._results(), stage, self.plans[stage].name))
+            for line in evaluated_lines(self._results(), "zero_shot" if stage < 0 else str(stage)):
+                progress.say(line)
 
     def _results(self) -> dict[str, Any]:
         fix = "move it away and evaluate again: delo-eval --stage all"

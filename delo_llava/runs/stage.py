@@ -19,6 +19,7 @@ from delo_llava.adapters.store import require_same_tensors
 from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.examples import Examples
 from delo_llava.data.missing import effective
+from delo_llava.data.omitted import omitted_lines, trained_without
 from delo_llava.data.readers import read_records
 from delo_llava.engines.deepspeed import engine_name
 from delo_llava.engines.ranks import Ranks
@@ -128,6 +129,8 @@ class StageTrainer:
                 observer.close()
         seconds = observers[-1].seconds() if observers else time.monotonic() - began
         facts = self._facts(stage, fitted, seconds)
+        for line in omitted_lines(facts["omitted"], "train"):
+            progress.say(line)
         # Before the adapter: a launch killed in between trains the end of the stage again and notes it
         # again, while one killed after publishing never comes back here.
         self.ranks.run_first(lambda: self.store.update_stage(stage.name, **facts))
@@ -137,7 +140,7 @@ class StageTrainer:
 
     def _facts(self, stage: Stage, fitted: Fitted, seconds: float) -> dict[str, Any]:
         """What run.json says of the stage."""
-        ledger = fitted.ledger
+        ledger = fitted.ledger.gathered(self.ranks)
         return {
             "index": stage.index,
             "steps": fitted.steps,
@@ -151,7 +154,8 @@ class StageTrainer:
             "zero": engine_name(self.config),
             "train_seconds": seconds,
             "skipped_steps": ledger.skipped,
-            "bad_images": self.ranks.union(ledger.bad_images),
+            "bad_images": ledger.bad_images,
+            "omitted": trained_without(ledger.cut, ledger.bad_images),
             "resumed_at": ledger.resumed,
         }
 

@@ -57,7 +57,8 @@ class Resumed:
 
     def ledger(self) -> Ledger:
         """The record of the steps before."""
-        return Ledger(**self.state["ledger"])
+        known = self.state["ledger"]
+        return Ledger(**known | {"cut": {(task, part, name) for task, part, name in known.get("cut", [])}})
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the trained parameters into the model; before an engine shards them.
@@ -152,7 +153,7 @@ class StepCheckpoints:
             weights = {
                 n: p.detach().cpu().clone() for n, p in trained_parameters(engine.module).items() if first
             }
-        bad_images = self.ranks.union(ledger.bad_images)
+        ledger = ledger.gathered(self.ranks)
         content = {
             "schema": SCHEMA,
             **self.facts,
@@ -161,7 +162,7 @@ class StepCheckpoints:
             "time": time.time(),
             "optimizer": {"scalars": optimizer.scalars, "groups": optimizer.groups},
             "schedule": engine.schedule_state(),
-            "ledger": asdict(ledger) | {"bad_images": bad_images},
+            "ledger": asdict(ledger) | {"cut": sorted(ledger.cut)},
         }
         self.ranks.run_each(lambda: self._write(draft, content, weights, optimizer.tensors))
         self.ranks.run_first(lambda: self._publish(draft, step))

@@ -196,7 +196,8 @@ class _Fit:
         """Statistics, steps, statistics."""
         model, method, config, ranks = self.model, self.method, self.config, self.ranks
         own = mixture[0].examples
-        passes = StagePasses(own, config, ranks, lambda: self.kit.collator(config))
+        start, ledger = self._begun()
+        passes = StagePasses(own, config, ranks, lambda: self.kit.collator(config), ledger)
         batches = StageBatches(config, mixture, self.seed)
         self.at("preparing")
         if self.resumed is not None:
@@ -206,12 +207,26 @@ class _Fit:
             method.prepare(model, passes, ranks.sum)
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         groups = method.groups(model, config.train)
-        ledger = self._engaged(groups, batches) if groups else Ledger()
+        if groups:
+            self._engaged(groups, batches, start, ledger)
         self.at("finishing")
         method.finish(model, passes, ranks.sum)
         return Fitted(model, method, len(own), len(batches.steps) if groups else 0, ledger, trainable)
 
-    def _engaged(self, groups: list[dict[str, Any]], batches: StageBatches) -> Ledger:
+    def _begun(self) -> tuple[int, Ledger]:
+        """The first step to train and what is known of the steps before it."""
+        if self.resumed is None:
+            return 0, Ledger()
+        ledger = self.resumed.ledger()
+        ledger.resumed.append(self.resumed.step)
+        if not self.ranks.first:
+            # The first rank keeps those of all; this one's own come again.
+            ledger.bad_images, ledger.cut = {}, set()
+        return self.resumed.step, ledger
+
+    def _engaged(
+        self, groups: list[dict[str, Any]], batches: StageBatches, start: int, ledger: Ledger
+    ) -> None:
         """The steps in an engine, which is gone afterwards."""
         stage = zero_stage(self.config)
         dummy = DummyImage(self.model, self.kit.tiny_image()) if stage == 3 else None
@@ -220,18 +235,19 @@ class _Fit:
         accumulation = plan_accumulation(train.global_batch, train.micro_batch, self.ranks.world)
         engine = build_engine(module, groups, self.config, self.ranks, accumulation)
         try:
-            ledger = self._steps(engine, module, batches)
+            self._steps(engine, module, batches, start, ledger)
         except BaseException:
             engine.close(whole=False)  # the other ranks may not be there to put parameters together
             raise
         engine.close()
         if dummy is not None:
             dummy.remove()
-        return ledger
 
-    def _steps(self, engine: Engine, module: MethodModule, batches: StageBatches) -> Ledger:
+    def _steps(
+        self, engine: Engine, module: MethodModule, batches: StageBatches, start: int, ledger: Ledger
+    ) -> None:
         """The steps of the stage; what was frozen before them is proven to be the same afterwards."""
-        start, ledger = self._start(engine)
+        self._restore(engine, start)
         collator = self.kit.collator(self.config)
         running = Running(engine, collator, ledger, len(batches.steps), len(batches.examples), start)
         observer = self.observe(running)
@@ -242,18 +258,10 @@ class _Fit:
             start=start, ledger=ledger, at=self.at,
         )  # fmt: skip
         require_unchanged(before, fingerprint(frozen_parameters(module.model)))
-        return ledger
 
-    def _start(self, engine: Engine) -> tuple[int, Ledger]:
-        """The first step to train and what is known of the steps before it; sets the random states."""
-        start = 0 if self.resumed is None else self.resumed.step
+    def _restore(self, engine: Engine, start: int) -> None:
+        """Set the random states, and the engine's where an earlier launch left the stage."""
         seed_everything(self.seed + 1 + self.ranks.rank + RANK_SEEDS * start)
-        if self.resumed is None:
-            return 0, Ledger()
-        self.resumed.load_engine(engine)
-        self.resumed.load_random()
-        ledger = self.resumed.ledger()
-        ledger.resumed.append(start)
-        if not self.ranks.first:
-            ledger.bad_images = {}  # the first rank keeps those of all; this one's own come again
-        return start, ledger
+        if self.resumed is not None:
+            self.resumed.load_engine(engine)
+            self.resumed.load_random()

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite, nan
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from delo_llava.config import TrainConfig
 from delo_llava.data.collate import Batch
+from delo_llava.data.omitted import Cut
 from delo_llava.engines import signals
 from delo_llava.engines.base import Engine
 from delo_llava.engines.module import MethodModule
@@ -49,7 +50,8 @@ class Ledger:
     Attributes:
         first, last: the learning rates that really applied, by group.
         skipped: steps left out because loss or gradient was not finite, with the records at fault.
-        bad_images: records left out because their image cannot be read -> why.
+        bad_images: records left out because their image cannot be read -> why; cut: what of prompts was cut.
+            Both are this rank's own until they are `gathered`.
         seconds: spent in this stage before the checkpoint.
         resumed: steps at which a launch went on.
     """
@@ -58,8 +60,14 @@ class Ledger:
     last: dict[str, float] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     bad_images: dict[str, str] = field(default_factory=dict)
+    cut: set[Cut] = field(default_factory=set)
     seconds: float = 0.0
     resumed: list[int] = field(default_factory=list)
+
+    def gathered(self, ranks: Ranks) -> "Ledger":
+        """With what every rank left out, on every rank."""
+        cut = set[Cut]().union(*ranks.each(self.cut))
+        return replace(self, bad_images=ranks.union(self.bad_images), cut=cut)
 
 
 class Observer(Protocol):
@@ -111,6 +119,7 @@ def run_steps(
             ranks.leave_if_asked(f"training, before step {step}")
         now = clock(step)
         micros, totals = _next(source, module.method, now, ranks)
+        ledger.cut.update(*(micro.cuts for micro in micros))
         if engine.schedules:
             lr = rates(engine.optimizer)
         else:

@@ -15,6 +15,7 @@ from delo_llava.data.sampler import mixed_batches, step_batches
 from delo_llava.engines.ranks import Ranks
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Clock, Method, Mixture
+from delo_llava.training.loop import Ledger
 
 #: What an image adds to a record's length, in characters of text: only the order of lengths matters.
 IMAGE_CHARACTERS = 256
@@ -90,12 +91,22 @@ class StageBatches:
 
 
 class StagePasses:
-    """This rank's part of single passes over a stage's own examples (`methods.base.Passes`)."""
+    """This rank's part of single passes over a stage's own examples (`methods.base.Passes`).
+
+    Args:
+        ledger: takes note of what is left out.
+    """
 
     def __init__(
-        self, examples: Examples, config: RunConfig, ranks: Ranks, collator: Callable[[], Collator]
+        self,
+        examples: Examples,
+        config: RunConfig,
+        ranks: Ranks,
+        collator: Callable[[], Collator],
+        ledger: Ledger,
     ) -> None:
         self._examples, self._config, self._ranks, self._collator = examples, config, ranks, collator
+        self._ledger = ledger
 
     def all(self, size: int | None = None) -> Iterator[Batch]:
         """Every example once."""
@@ -114,6 +125,8 @@ class StagePasses:
         collator = self._collator()
         parts = (list(mine[start : start + size]) for start in range(0, len(mine), size))
         for batch in ahead(parts, lambda indices: collator([self._examples[i] for i in indices])):
+            self._ledger.cut |= batch.cuts
+            self._ledger.bad_images |= dict(collator.bad_images)  # a copy: the thread adds to it
             if not batch.filler:
                 yield batch.to(self._ranks.device)
 

@@ -51,8 +51,8 @@ def prediction_of(question: Question, answer: Answer, scorer: Scorer, stage: int
         "task_without_instruction": answer.task_without_instruction,
         "choice_scores": answer.choice_scores,
     }
-    if answer.fallback:
-        row["fallback"] = list(answer.fallback)
+    told = {"fallback": answer.fallback, "cut": answer.cut, "unended": answer.unended}
+    row |= {key: list(names) for key, names in told.items() if names}
     return row if answer.image_fault is None else {**row, "image_fault": answer.image_fault}
 
 

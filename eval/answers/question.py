@@ -30,6 +30,9 @@ class Answer:
         fallback: which of `task_used` and `task_without_instruction` are no choice, as the sample showed
             nothing to judge a task by, but the first trained task.
         image_fault: why the record's image could not be used; the answer is empty then, and wrong.
+        cut: which parts of the prompt (`context`, `instruction`) were cut to `data.max_length`.
+        unended: which of `prediction` and `oracle_prediction` were ended by the number of new tokens instead
+            of an end token.
     """
 
     prediction: str
@@ -39,3 +42,5 @@ class Answer:
     choice_scores: dict[str, float | None] | None = None
     image_fault: str | None = None
     fallback: tuple[str, ...] = ()
+    cut: tuple[str, ...] = ()
+    unended: tuple[str, ...] = ()

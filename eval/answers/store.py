@@ -181,8 +181,8 @@ def _parsed(line: bytes) -> StoredAnswer | None:
 
 
 def _answer(body: dict[str, Any]) -> Answer:
-    """An answer from JSON, which has no tuples; lines from before there were fallbacks have none."""
-    return Answer(**{**body, "fallback": tuple(body.get("fallback", ()))})
+    """An answer from JSON, which has no tuples; lines from before there were some of them have none."""
+    return Answer(**body | {key: tuple(body.get(key, ())) for key in ("fallback", "cut", "unended")})
 
 
 def _check(body: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from delo_eval.matrix.results import Results, read_results, results_json, resume
 from delo_eval.report.render import try_report
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.config import RunConfig
+from delo_llava.data.omitted import answered_without
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method
 from delo_llava.runs.identity import encoder_files
@@ -61,6 +62,7 @@ def _close_cell(
     results.note_floor(cell.task.name, scorer, references, cell.task.answers)
     unseen = [row["record_id"] for row in rows if "image_fault" in row]
     results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
+    results.note_omitted(stage, cell.pattern, cell.task.name, answered_without(rows))
     merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
     results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
     return rows

@@ -7,9 +7,9 @@ it every last bit of the arithmetic, does not depend on how many ranks there are
 import gc
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,13 @@ class Tokenizer(Protocol):
     def batch_decode(self, sequences: Tensor, *, skip_special_tokens: bool) -> list[str]:
         """Texts of a B×S batch of ids."""
         ...
+
+
+class Said(NamedTuple):
+    """A generated text, and whether an end token closed it (else the number of new tokens did)."""
+
+    text: str
+    ended: bool
 
 
 @dataclass
@@ -82,15 +89,14 @@ class Answerer:
     @torch.inference_mode()
     def _answer(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
         """As `answer`; all images must be usable."""
-        if not self.trained:
-            return [Answer(text, None) for text in self.decode(questions, None, max_new_tokens)]
-        can = self.method.capabilities
-        if can.chooses_task:
-            return self._answer_with_choice(questions, max_new_tokens)
-        texts = self.decode(
-            questions, [q.record.task for q in questions] if can.needs_task else None, max_new_tokens
-        )
-        return [Answer(text, text) for text in texts]
+        batch, can = self._batch(questions), self.method.capabilities
+        if self.trained and can.chooses_task:
+            answers = self._answer_with_choice(questions, max_new_tokens, batch)
+        else:
+            tasks = [q.record.task for q in questions] if self.trained and can.needs_task else None
+            said = self.decode(questions, tasks, max_new_tokens, batch)
+            answers = [_answer(one, one if self.trained else None) for one in said]
+        return [replace(a, cut=tuple(batch.cut.get(row, ()))) for row, a in enumerate(answers)]
 
     def _image_fault(self, question: Question) -> str | None:
         """What is wrong with the question's image, None where it can be used."""
@@ -106,12 +112,13 @@ class Answerer:
         told = bool(self.trained) and (not can.chooses_task or (self.oracle and known))
         return Answer("", "" if told else None, image_fault=fault)
 
-    def _answer_with_choice(self, questions: Sequence[Question], max_new_tokens: int) -> list[Answer]:
+    def _answer_with_choice(
+        self, questions: Sequence[Question], max_new_tokens: int, batch: Batch
+    ) -> list[Answer]:
         """Choose each row's task, answer as that task, and as the true one where the choice was another.
 
         A row without evidence is answered as the first trained task, and says so.
         """
-        batch = self._batch(questions)
         choice, blind = self._choice(batch), self._choice(batch, VIEWS_WITHOUT_INSTRUCTION)
         used = choice.names
         predictions = self.decode(questions, used, max_new_tokens, batch)
@@ -119,9 +126,14 @@ class Answerer:
         scores = [_finite(dict(zip(choice.tasks, row, strict=True))) for row in choice.scores.tolist()]
         kinds = zip(choice.fallback, blind.fallback, strict=True)
         fallbacks = [("task_used",) * full + ("task_without_instruction",) * part for full, part in kinds]
-        nothing = [None] * len(used)  # no image is at fault
-        rows = zip(predictions, oracle, used, blind.names, scores, nothing, fallbacks, strict=True)
-        return [Answer(*row) for row in rows]
+        rows = zip(predictions, oracle, used, blind.names, scores, fallbacks, strict=True)
+        return [
+            replace(
+                _answer(said, told), task_used=task, task_without_instruction=without, choice_scores=of_tasks,
+                fallback=fallback,
+            )
+            for said, told, task, without, of_tasks, fallback in rows
+        ]  # fmt: skip
 
     def _choice(self, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
         """The method's choice; a method that declares to choose must."""
@@ -136,11 +148,11 @@ class Answerer:
         self,
         questions: Sequence[Question],
         used: Sequence[str],
-        predictions: Sequence[str],
+        predictions: Sequence[Said],
         max_new_tokens: int,
-    ) -> list[str | None]:
+    ) -> list[Said | None]:
         """Predictions with the true task; routes do not depend on the batch, so right choices share them."""
-        texts: list[str | None] = list(predictions)
+        texts: list[Said | None] = list(predictions)
         if not self.oracle:
             return [None] * len(texts)
         wrong = [i for i, q in enumerate(questions) if used[i] != q.record.task]
@@ -162,7 +174,7 @@ class Answerer:
         tasks: Sequence[str] | None,
         max_new_tokens: int,
         batch: Batch | None = None,
-    ) -> list[str]:
+    ) -> list[Said]:
         """Generated texts, without prompt and special tokens.
 
         Args:
@@ -173,7 +185,10 @@ class Answerer:
         settings = decoding(self.tokenizer, self.model, max_new_tokens, self.beams, self.ends)
         with self.method.answering(self.model, batch, tasks, self.beams) as prompt:
             ids: Tensor = cast(Any, self.model).generate(**prompt.inputs, generation_config=settings)
-        return self.tokenizer.batch_decode(ids[:, prompt.skip :], skip_special_tokens=True)
+        new = ids[:, prompt.skip :]
+        ended = torch.isin(new, torch.tensor(settings.eos_token_id, device=new.device)).any(1)
+        texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
+        return [Said(*pair) for pair in zip(texts, ended.tolist(), strict=True)]
 
 
 @contextmanager
@@ -216,6 +231,13 @@ def loaded(
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _answer(said: Said, told: Said | None) -> Answer:
+    """What was said with the task that was chosen, and with the true one."""
+    both = {"prediction": said, "oracle_prediction": told}
+    unended = tuple(name for name, each in both.items() if each is not None and not each.ended)
+    return Answer(said.text, None if told is None else told.text, unended=unended)
 
 
 def _finite(scores: dict[str, float]) -> dict[str, float | None]:

@@ -146,7 +146,8 @@ class DeloLlava(lmms):
 
     def _answers(self, questions: Sequence[Question], tokens: int) -> list[str]:
         if self.task is not None:
-            return self._ready.decode(questions, [self.task] * len(questions), tokens)
+            said = self._ready.decode(questions, [self.task] * len(questions), tokens)
+            return [one.text for one in said]
         return [answer.prediction for answer in self._ready.answer(questions, tokens)]
 
     def _chosen(self, batch: Any) -> list[str] | None:

@@ -20,6 +20,7 @@ from delo_eval.matrix.results import read_results
 from delo_eval.matrix.table import final_table, stage_table
 from delo_llava.commands.base import at_least
 from delo_llava.data.missing import PATTERNS
+from delo_llava.data.omitted import evaluated_lines
 from delo_llava.errors import DeloError
 from delo_llava.files import user_path
 from delo_llava.registry import plugin_names, plugin_summary
@@ -112,6 +113,8 @@ def _tell(run: RunFolder, stages: Sequence[int], content: dict[str, Any], consol
     """Tables of the stages and of the whole run, and where it is written."""
     for stage in stages:
         console.print(stage_table(content, stage))
+        for line in evaluated_lines(content, stage_name(stage)):
+            console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(final_table(content))
     counts = content["seconds"]["answers"]
     told = (f"{n} {counts[n]['stored']} / {counts[n]['new']}" for n in map(stage_name, stages))

@@ -174,4 +174,6 @@ def _part_of(results: Results, stage: int, patterns: Sequence[str]) -> str:
         for (mode, of, task, pattern), score in results.matrix.scores.items()
         if of == stage and pattern in patterns
     )
-    return digest([scores, results.choices.get(str(stage)), results.bad_images.get(stage_name(stage))])
+    name = stage_name(stage)
+    beside = results.choices.get(str(stage)), results.bad_images.get(name), results.omitted.get(name)
+    return digest([scores, *(found or None for found in beside)])  # an empty one is not in the file

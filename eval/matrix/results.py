@@ -21,6 +21,7 @@ from delo_eval.matrix.plan import Plan
 from delo_eval.metrics.base import metrics
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.config import RunConfig
+from delo_llava.data.omitted import Omitted
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 from delo_llava.strict import read_json
@@ -52,6 +53,7 @@ class Results:
         differs: how the base or the data that answered differ from the run's own; results of such an
             evaluation lie in a folder of their own.
         floors: task -> what blind answers score (`Floor`).
+        omitted: stage (a name) -> pattern -> task -> counts of what was left out (`Omitted`).
     """
 
     matrix: AccuracyMatrix
@@ -62,6 +64,7 @@ class Results:
     bad_images: dict[str, dict[str, dict[str, list[str]]]] = field(default_factory=dict)
     differs: list[str] = field(default_factory=list)
     floors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    omitted: dict[str, dict[str, dict[str, dict[str, int]]]] = field(default_factory=dict)
 
     def forget(self, stage: int, patterns: list[str]) -> None:
         """Drop what is about to be evaluated anew."""
@@ -69,12 +72,19 @@ class Results:
         for pattern in patterns:
             self.choices.get(str(stage), {}).pop(pattern, None)
             self.bad_images.get(stage_name(stage), {}).pop(pattern, None)
+            self.omitted.get(stage_name(stage), {}).pop(pattern, None)
 
     def note_bad_images(self, stage: int, pattern: str, task: str, records: list[str]) -> None:
         """Store which records of one cell could not be shown, if any."""
         if records:
             by_pattern = self.bad_images.setdefault(stage_name(stage), {})
             by_pattern.setdefault(pattern, {})[task] = records
+
+    def note_omitted(self, stage: int, pattern: str, task: str, omitted: Omitted) -> None:
+        """Store what was left out of one cell, if anything."""
+        if counts := omitted.counts():
+            by_pattern = self.omitted.setdefault(stage_name(stage), {})
+            by_pattern.setdefault(pattern, {})[task] = counts
 
     def note_floor(
         self, task: str, scorer: Scorer, references: Sequence[Reference], answers: Sequence[str]
@@ -137,6 +147,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
             "effective_train": facts["missing_train"],
         },
         "bad_images": {stage: found for stage, found in results.bad_images.items() if found},
+        "omitted": {stage: found for stage, found in results.omitted.items() if found},
         "differs": results.differs,
         "changes": facts["changes"],
         "start_weights": facts["start_weights"],
@@ -277,4 +288,5 @@ def resume_results(folder: Path, config: RunConfig, plan: Plan) -> Results:
         content.get("bad_images", {}),
         content.get("differs", []),
         content.get("floors") or {},
+        content.get("omitted", {}),
     )

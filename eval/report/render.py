@@ -22,6 +22,7 @@ from delo_eval.report.learning import learning
 from delo_eval.report.matrices import confusions, forgetting, matrices, missing_words
 from delo_eval.report.routing import PoolUse, routing
 from delo_eval.report.samples import samples
+from delo_llava.data.omitted import LABELS
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 
@@ -95,6 +96,8 @@ def report_parts(content: RunContent) -> dict[str, Any]:
         "warnings": summary.warnings(content),
         "stages_about": content.plan.about,
         "stages": [list(row.values()) for row in summary.stages(content)],
+        "omitted": summary.omitted(content),
+        "omitted_heads": ["stage", "task", "records", *LABELS.values()],
         "zero_shot": bool(content.results["zero_shot"]),
         "errors_known": bool(content.results.get("standard_errors")),
         "matrices": matrices(content),

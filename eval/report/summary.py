@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from delo_eval.matrix.accuracy import RUN_PATTERN
+from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT, stage_name
 from delo_eval.matrix.results import score_row
 from delo_eval.matrix.table import HEADLINE
 from delo_eval.metrics.base import metrics
 from delo_eval.report.content import Json, RunContent, value_at
 from delo_eval.report.matrices import missing_words
+from delo_llava.data.omitted import LABELS
 from delo_llava.tasks import StagePlan
 
 #: Words for the headline figures.
@@ -151,6 +152,23 @@ def _stage_row(
         "missing_train": _missing(effective[0]),
         "missing_test": _missing(effective[1]),
     }
+
+
+def omitted(content: RunContent) -> list[list[str]]:
+    """What training and evaluation left out: stage, task, records, and every count of `LABELS`; only lines
+    with any.
+    """
+    results, plan = content.results, content.plan
+    found: list[tuple[str, str, str, Json]] = []
+    for name in plan.names:
+        trained = value_at(content.record, "stages", name, "omitted") or {}
+        found += [(name, task, "train", counts) for task, counts in trained.items()]
+    for stage, label in enumerate(["zero-shot", *plan.names], start=ZERO_SHOT):
+        patterns = value_at(results, "omitted", stage_name(stage)) or {}
+        for pattern, tasks in patterns.items():
+            split = results["split"] + ("" if pattern == RUN_PATTERN else f" ({pattern})")
+            found += [(label, task, split, counts) for task, counts in tasks.items()]
+    return [[*place, *(_count(counts.get(key)) for key in LABELS)] for *place, counts in found]
 
 
 def progress(content: RunContent) -> tuple[int, int]:

@@ -194,7 +194,7 @@ def test_context_is_cut_first_from_its_end(kind: str, record: Record) -> None:
     cutter = collator(kind, limit)
     batch = cutter([(long, BOTH)])
     assert batch.inputs["input_ids"].shape[1] == limit
-    assert cutter.truncated == {"context": 1, "instruction": 0}
+    assert batch.cut == {0: ["context"]}
     assert full.labels is not None
     assert batch.labels is not None
     for segment in (0, 1, 3):
@@ -215,7 +215,7 @@ def test_of_an_instruction_the_middle_is_cut(record: Record) -> None:
     batch = cutter([(long, BOTH)])
     whole, kept = (b.inputs["input_ids"][b.segments == 3] for b in (full, batch))
     assert len(kept) == 12 and torch.equal(kept, torch.cat([whole[:6], whole[-6:]]))
-    assert cutter.truncated == {"context": 0, "instruction": 1}
+    assert batch.cut == {0: ["instruction"]}
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -241,7 +241,7 @@ def test_then_the_instruction_and_never_image_or_answer(record: Record) -> None:
     least = collator()([(change(record, context="a", instruction="a"), BOTH)]).inputs["input_ids"].shape[1]
     cutter = collator(max_length=least)
     batch = cutter([(change(record, instruction="a" + " a" * 40, context="a" + " a" * 40), BOTH)])
-    assert cutter.truncated == {"context": 1, "instruction": 1}
+    assert batch.cut == {0: ["context", "instruction"]}
     assert [(batch.segments == s).sum().item() for s in (1, 2, 3)] == [16, 1, 1]
     assert spelled("llava", batch)[-1] == (" four</s>", "T")
     with pytest.raises(DeloError, match=r"(?s)Record 'r0' does not fit.*data\.max_length"):
@@ -250,9 +250,8 @@ def test_then_the_instruction_and_never_image_or_answer(record: Record) -> None:
 
 def test_short_records_are_not_cut(record: Record) -> None:
     exact = collator()([(record, BOTH)]).inputs["input_ids"].shape[1]
-    keeper = collator(max_length=exact)
-    assert keeper([(record, BOTH)]).inputs["input_ids"].shape[1] == exact
-    assert not any(keeper.truncated.values())
+    batch = collator(max_length=exact)([(record, BOTH)])
+    assert batch.inputs["input_ids"].shape[1] == exact and not batch.cut
 
 
 # ---- the dropped view ----------------------------------------

@@ -126,6 +126,25 @@ def test_nothing_is_decoded_twice_when_every_choice_is_right() -> None:
     assert method.asked == [["b"]]
 
 
+class Ending(Parrot):
+    """Closes answers as task `a` with an end token, and leaves others to the number of tokens."""
+
+    def generate(self, input_ids: Tensor, generation_config: Any, **more: Any) -> Tensor:
+        said = super().generate(input_ids, generation_config, **more)
+        ends = [int(task == "a") for task in self.tasks or "b" * len(said)]
+        return torch.cat([said, torch.tensor(ends)[:, None]], dim=1)
+
+
+def test_answers_without_an_end_token_are_told() -> None:
+    """Each of the two answers by itself: `lost` is answered as `a`, and with the true task as `b`."""
+    ready = fake(Chooser())
+    ready.model = Ending()
+    said = ready.answer([Question(record("lost"), (True, True)), Question(record("x"), (True, True))], 2)
+    assert [a.unended for a in said] == [("oracle_prediction",), ("prediction", "oracle_prediction")]
+    ready.trained = ()
+    assert ready.answer([Question(record("x"), (True, True))], 2)[0].unended == ("prediction",)
+
+
 def test_an_untrained_task_has_no_oracle() -> None:
     method = Chooser()
     answers = fake(method).answer([Question(record("x", task="next"), (True, True))], 1)
@@ -141,11 +160,11 @@ def test_the_oracle_can_be_turned_off() -> None:
 
 def test_methods_without_a_choice() -> None:
     question = [Question(record("x"), (True, True))]
-    assert fake(Plain()).answer(question, 1) == [Answer("?", "?")]
-    assert fake(Needy()).answer(question, 1) == [Answer("b", "b")]
-    assert fake(Chooser(), trained=()).answer(question, 1) == [
-        Answer("?", None)
-    ]  # the bare base has no choice
+    both = ("prediction", "oracle_prediction")
+    assert fake(Plain()).answer(question, 1) == [Answer("?", "?", unended=both)]
+    assert fake(Needy()).answer(question, 1) == [Answer("b", "b", unended=both)]
+    bare = fake(Chooser(), trained=()).answer(question, 1)
+    assert bare == [Answer("?", None, unended=both[:1])], "the bare base has no choice"
 
 
 def test_batches_hold_every_question_once_longest_first() -> None:

@@ -26,7 +26,7 @@ from delo_eval.report.matrices import heat_table
 from delo_eval.report.render import FAILED, SECTIONS, try_report, write_report
 from delo_eval.report.routing import entropy, pool_use
 from delo_eval.report.samples import gallery, samples
-from delo_eval.report.summary import progress, warnings
+from delo_eval.report.summary import omitted, progress, warnings
 from delo_llava.cli import resolve
 from delo_llava.errors import DeloError
 from delo_llava.methods.delo.router import Selection
@@ -151,6 +151,28 @@ def test_standard_errors_stand_in_their_cells(hostile: Path) -> None:
         ["", "", ""],
     ]
     assert [cell.text for cell in table.rows[2][1]] == ["+0.0", "–", "–", "+0.0"]
+
+
+def test_what_was_left_out_is_one_table_where_there_is_anything(hostile: Path, tmp_path: Path) -> None:
+    assert omitted(read_content(hostile)) == []
+    assert "Left out" not in write_report(hostile).read_text(encoding="utf-8")
+    run = Path(shutil.copytree(hostile, tmp_path / "run"))
+    trained = {"plain": {"omitted": {"plain": {"contexts_cut": 1200, "records_skipped": 1}}}}
+    (run / "run.json").write_text(json.dumps({"stages": trained}))
+    results = json.loads((run / "results.json").read_text())
+    results["omitted"] = {
+        "1": {"run": {"plain": {"answers_unended": 4}}, "text": {support.TASK: {"instructions_cut": 2}}},
+        "zero_shot": {"run": {"plain": {"answers_unended": 6}}},
+    }
+    (run / "results.json").write_text(json.dumps(results))
+    assert omitted(read_content(run)) == [
+        ["plain", "plain", "train", "1,200", "–", "1", "–"],
+        ["zero-shot", "plain", "test", "–", "–", "–", "6"],
+        [support.TASK, "plain", "test", "–", "–", "–", "4"],
+        [support.TASK, support.TASK, "test (text)", "–", "2", "–", "–"],
+    ]
+    text = write_report(run).read_text(encoding="utf-8")
+    assert text.count("Left out, in records") == 2 and "answers ended by max_new_tokens" in text
 
 
 # ---- a fault of the page is told, and loses nothing

@@ -1,0 +1,122 @@
+"""What is left out of records is counted and told: by hand, and through an evaluation."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from run_support import little_recipe, make_run, predictions  # noqa: F401
+
+from delo_eval.cli import main
+from delo_eval.harness import stage as stage_module
+from delo_eval.harness.folder import Request
+from delo_eval.harness.stage import evaluate_stage
+from delo_llava.data.omitted import Omitted, answered_without, evaluated_lines, omitted_lines, trained_without
+from delo_llava.methods.lora import Lora
+
+
+def test_training_counts_records_not_views() -> None:
+    cut = {("b", "context", "1"), ("b", "context", "2"), ("b", "instruction", "2"), ("a", "context", "1")}
+    assert trained_without(cut, ["b/7/x", "c/9"]) == {
+        "a": {"contexts_cut": 1},
+        "b": {"contexts_cut": 2, "instructions_cut": 1, "records_skipped": 1},
+        "c": {"records_skipped": 1},
+    }
+    assert trained_without((), ()) == {}
+
+
+def test_predictions_say_what_was_left_out() -> None:
+    rows: list[dict[str, Any]] = [
+        {}, {"cut": ["context", "instruction"]}, {"cut": ["instruction"], "unended": ["oracle_prediction"]},
+        {"unended": ["prediction", "oracle_prediction"]}, {"image_fault": "torn"},
+    ]  # fmt: skip
+    assert answered_without(rows) == Omitted(1, 2, 1, 2)
+    assert answered_without([{}]).counts() == {}
+
+
+def test_a_line_for_each_task_that_lost_anything() -> None:
+    assert omitted_lines({"a": {}, "b": {"contexts_cut": 1200, "answers_unended": 3}}, "train") == [
+        "b, train: contexts cut to data.max_length: 1,200; answers ended by max_new_tokens: 3"
+    ]
+    results = {"split": "val", "omitted": {"1": {"run": {"a": {"records_skipped": 1}}, "image": {"a": {}}}}}
+    assert evaluated_lines(results, "1") == ["a, val: records without their image, which cannot be used: 1"]
+    assert evaluated_lines(results, "0") == evaluated_lines({"split": "test"}, "1") == []
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
+    """A run of two stages; of `words`, one test record has a long context, another a long question, which its
+    context goes before."""
+    root = Path(shutil.copytree(recipe.parent, tmp_path_factory.mktemp("omitted") / "data"))
+    file = root / "words_test.json"
+    rows = json.loads(file.read_text())
+    rows[1]["context"], rows[2]["text"] = "mango " * 200, "what " * 200
+    file.write_text(json.dumps(rows))
+    whole = ["--data.max_length=120", "--missing.ratio=0", "--eval.last_patterns=text"]
+    return make_run(root.parent / "run", root / "little.yaml", "lora", Lora, 2, *whole)
+
+
+def counts(content: dict[str, Any] | None, stage: str, pattern: str, task: str) -> dict[str, int]:
+    assert content is not None
+    found: dict[str, int] = content["omitted"].get(stage, {}).get(pattern, {}).get(task, {})
+    return found
+
+
+def without_seconds(content: dict[str, Any] | None) -> dict[str, Any]:
+    assert content is not None
+    return {key: value for key, value in content.items() if key != "seconds"}
+
+
+def test_an_evaluation_counts_what_was_cut_in_every_cell(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same from new answers, from stored ones, and from a receipt; a limit counts what it asks."""
+    content = evaluate_stage(run, 1)
+    found = counts(content, "1", "run", "words")
+    rows = predictions(run, 1)["words"]
+    assert [row.get("cut") for row in rows[:4]] == [None, ["context"], ["context", "instruction"], None]
+    assert (found["contexts_cut"], found["instructions_cut"]) == (2, 1)
+    assert found.get("answers_unended", 0) == sum("unended" in row for row in rows)
+    assert "contexts_cut" not in counts(content, "1", "run", "shapes")
+
+    receipt = run / "answers" / "1.json"
+    receipt.unlink()
+    monkeypatch.setattr(stage_module, "answerer", lambda *_: pytest.fail("a model was loaded"))
+    assert without_seconds(evaluate_stage(run, 1)) == without_seconds(content)
+    assert main(["--run", str(run), "--stage", "1"]) == 0
+    told = capsys.readouterr().out
+    assert "nothing has changed" in told
+    assert "words, test: contexts cut to data.max_length: 2; instructions cut to data.max_length: 1" in told
+
+    monkeypatch.undo()
+    few = evaluate_stage(run, 1, request=Request(limit=4))
+    rows = predictions(run / "eval-test", 1)["words"]
+    assert counts(few, "1", "run", "words") == answered_without(rows).counts()
+
+
+def test_a_pattern_that_hides_the_long_context_cuts_none(run: Path) -> None:
+    content = evaluate_stage(run, 1, request=Request(patterns=("run", "text")))
+    assert counts(content, "1", "text", "words").get("contexts_cut", 0) == 0
+    assert counts(content, "1", "text", "words")["instructions_cut"] == 1
+    assert counts(content, "1", "run", "words")["contexts_cut"] == 2
+
+
+def test_edited_counts_are_computed_again(run: Path) -> None:
+    wanted = without_seconds(evaluate_stage(run, 0))
+    content = json.loads((run / "results.json").read_text())
+    content["omitted"]["0"]["run"]["words"]["contexts_cut"] = 7
+    (run / "results.json").write_text(json.dumps(content))
+    assert without_seconds(evaluate_stage(run, 0)) == wanted
+
+
+def test_a_fixed_record_is_no_longer_counted(run: Path, tmp_path: Path) -> None:
+    """Results that are evaluated anew forget the old counts."""
+    content = evaluate_stage(run, 0)
+    assert counts(content, "0", "run", "words")["contexts_cut"] == 2
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"]["max_length"] = 2048
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "contexts_cut" not in counts(evaluate_stage(folder, 0), "0", "run", "words")
