@@ -50,13 +50,14 @@ def adds_bos(tokenizer: Any) -> bool:
 
 
 def require_end_token(dialogue: Dialogue, tokenizer: Any) -> None:
-    """Make sure that answers end in one token that is the tokenizer's own.
+    """Make sure that answers end in one token that is a control token of the tokenizer's own.
 
     Raises:
-        DeloError: the end is several pieces or unknown: generation would not stop there.
+        DeloError: the end is several pieces, or a word among others: it would be trained as text, and stand
+            in every answer.
     """
     ids = tokenizer(dialogue.end, add_special_tokens=False).input_ids
-    if len(ids) != 1 or tokenizer.convert_ids_to_tokens(ids[0]) != dialogue.end:
+    if len(ids) != 1 or dialogue.end not in _specials(tokenizer):
         raise DeloError(
             "Answers of this family end in a token that the tokenizer does not have.",
             given=dialogue.end,

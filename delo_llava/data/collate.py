@@ -258,7 +258,11 @@ class Collator:
         )
 
     def _image(self, record: Record, present: bool) -> EncodedImage | None:
-        """The record's image as model inputs, the dummy, or None for no image tokens."""
+        """The record's image as model inputs, the dummy, or None for no image tokens.
+
+        Raises:
+            UnusableImage: it cannot be read, or takes all the room that there is.
+        """
         path = record.image if present else None
         if path is None and self.image_mode == "absent":
             return None
@@ -270,7 +274,14 @@ class Collator:
             except ValueError as error:
                 raise image_error(path, record, str(error)) from error
 
-        return self._cache.get(path, encode)
+        encoded = self._cache.get(path, encode)
+        tokens = encoded.tokens(self.backbone.image_token)
+        if path is not None and tokens >= self.max_length:
+            told = (
+                f"it becomes {tokens} tokens, and data.max_length is {self.max_length} (data.max_pixels and "
+            )
+            raise image_error(path, record, f"{told}data.max_tiles make pictures of some families smaller)")
+        return encoded
 
     def layout(
         self, records: list[Record], presence: list[tuple[bool, bool]], images: Sequence[Layout | None]
@@ -364,7 +375,8 @@ class Collator:
             raise DeloError(
                 f"Record {record.id!r} does not fit: image, answer and template are {len(row.ids)} tokens.",
                 given=f"max_length {self.max_length}",
-                fix="raise data.max_length, or show smaller pictures (data.max_pixels, data.max_tiles)",
+                fix="shorten the answer, or begin anew with a larger data.max_length or smaller pictures "
+                "(data.max_pixels, data.max_tiles)",
             )
 
     def _pad(self, rows: list[Row]) -> dict[str, Tensor]:

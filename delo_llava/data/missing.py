@@ -91,6 +91,14 @@ def hash_rank(seed: int, task: str, split: str, record_id: str) -> bytes:
     return hashlib.sha256("|".join((str(seed), task, split, record_id)).encode()).digest()
 
 
+def limited(ids: Sequence[str], task: str, split: Split, limit: int | None) -> list[int]:
+    """Indices of the records that a limit leaves: drawn by their ids, as files may be sorted by class."""
+    if limit is None or limit >= len(ids):
+        return list(range(len(ids)))
+    names = list(ids)
+    return sorted(sorted(range(len(names)), key=lambda i: hash_rank(0, task, split, names[i]))[:limit])
+
+
 @runtime_checkable
 class Columns(Protocol):
     """Records of one (task, split) that tell their ids and what they have without being built one by one."""

@@ -41,6 +41,8 @@ class Part:
         sha256: of the annotation file.
         extra: names of what is kept for scorers and never shown to a model.
         refused: the file has faults for which the reader refuses it.
+        turns_apart, first_apart: records that are later turns of a conversation, and the (entry, record) of
+            the first.
         turns_repeated, first_repeated: turns that say the same as an earlier one of their conversation, and
             the (entry, record) of the first.
     """
@@ -58,6 +60,8 @@ class Part:
     cut: dict[str, int] = field(default_factory=dict)
     extra: set[str] = field(default_factory=set)
     refused: bool = False
+    turns_apart: int = 0
+    first_apart: tuple[int, str] | None = None
     turns_repeated: int = 0
     first_repeated: tuple[int, str] | None = None
 
@@ -157,6 +161,9 @@ class DataCheck:
         """What is told of a part once its file has been read."""
         for told in part.task.absent if part.split == "train" else ():
             self._tell(part, "side_absent", None, None, told)
+        if part.first_apart:
+            told = f"{part.turns_apart} records are later turns, each shown without the turns before it"
+            self._tell(part, "turns_apart", *part.first_apart, told)
         if part.first_repeated:
             told = f"{part.turns_repeated} turns ask and answer what an earlier turn of theirs does"
             self._tell(part, "turn_repeated", *part.first_repeated, told)
@@ -166,6 +173,9 @@ class DataCheck:
         part.entries += 1
         part.records += len(entry.rows)
         part.turns = max(part.turns, len(entry.rows))
+        if len(entry.rows) > 1:
+            part.turns_apart += len(entry.rows) - 1
+            part.first_apart = part.first_apart or (entry.number, entry.rows[1]["id"])
         part.extra |= entry.extra
         part.refused = part.refused or bool(entry.faults)
         for fault in entry.faults:

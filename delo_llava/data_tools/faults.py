@@ -26,6 +26,7 @@ FAULTS: dict[str, str] = {
 NOTES: dict[str, str] = {
     "link_outside": "an image is reached through a symbolic link that leaves the image folder",
     "image_dark": "an image is nearly black, as one of 10 or 12 bits that are stored in 16",
+    "turns_apart": "records are later turns of a conversation, each shown without the turns before it",
     "turn_repeated": "turns of a conversation say what an earlier turn of the same one says",
     "annotations_changed": "an annotation file is not the one that was checked before",
     "shared_across_tasks": "images tested in one task are trained on in another",

@@ -13,6 +13,9 @@ from delo_llava.errors import DeloError
 from delo_llava.features.queries import Queries
 from delo_llava.strict import read_tensors
 
+#: Samples that a map is fitted to at least: with one, nothing is left once its mean is taken away.
+FEWEST = 2
+
 
 @dataclass
 class RidgeStatistics:
@@ -64,13 +67,13 @@ class RidgeStatistics:
             W (d×d) and the offset ȳ − x̄ W (d), fp32.
 
         Raises:
-            DeloError: with fewer than two complete samples.
+            DeloError: with fewer than `FEWEST` complete samples.
         """
-        if self.count < 2:
+        if self.count < FEWEST:
             raise DeloError(
                 "A ridge map needs complete samples, with image and text",
                 given=f"{int(self.count)} samples",
-                fix="use --delo.cross_modal=identity, or a lower missing ratio",
+                fix="leave the map the identity, or add records with both",
             )
         mean = self.sums / self.count
         source, goal = (1, 0) if target == "image" else (0, 1)

@@ -211,6 +211,12 @@ class Method(ABC):
         """Further views of a micro-batch's rows, collated into `Batch.views`; always of the same names."""
         return {}
 
+    def remarks(self, own: Mapping[str, Examples]) -> list[str]:
+        """What should be known before anything is trained, from each stage's examples by its name: what of
+        them the method cannot use.
+        """
+        return []
+
     # ---- a stage
     @abstractmethod
     def begin(self, base: nn.Module, stage: Stage) -> nn.Module:

@@ -6,7 +6,7 @@ imports them late.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -105,6 +105,7 @@ class _Sequence:
         trainer = StageTrainer(self.job, self.store, self.ranks, planner)
         with self._progress(len(done)) as progress:
             self._say_start(progress, done)
+            self._look_ahead(self.plans[len(done) :], trainer, progress)
             self._zero_shot(progress)
             for index in range(len(self.plans)):
                 self._stage(index, index < len(done), trainer, progress)
@@ -137,6 +138,22 @@ class _Sequence:
 
         self.ranks.run_first(look)
         return [name for name in names if self.store.adapter(name).exists()]
+
+    def _look_ahead(
+        self, left: Sequence["StagePlan"], trainer: "StageTrainer", progress: "RunProgress"
+    ) -> None:
+        """Find what would stop the run in a later stage, and say what should be known of its data."""
+        from delo_llava.runs.preflight import Preflight
+
+        def look() -> None:
+            notes = Preflight(self.job, trainer.kit).run(left, self.evaluate is not None)
+            self.store.update_run(notes=notes)
+            for note in notes:
+                progress.say(note)
+
+        if left:
+            progress.describe("looking at the data of all stages")
+            self.ranks.run_first(look)
 
     def _stage(self, index: int, trained: bool, trainer: "StageTrainer", progress: "RunProgress") -> None:
         from delo_llava.runs.stage import free_memory, make_stage

@@ -5,8 +5,9 @@ adapter.
 """
 
 import gc
+import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -16,18 +17,20 @@ from torch import nn
 
 from delo_llava.adapters.own import TENSORS
 from delo_llava.adapters.store import require_same_tensors
+from delo_llava.config import RunConfig
 from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.examples import Examples
 from delo_llava.data.missing import effective
 from delo_llava.data.omitted import omitted_lines, trained_without
-from delo_llava.data.readers import read_records
+from delo_llava.data.readers import Records, read_records
 from delo_llava.engines.deepspeed import engine_name
 from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.signals import Preempted
 from delo_llava.errors import DeloError
-from delo_llava.methods.base import Method, Past, Stage
+from delo_llava.methods.base import Method, Mixture, Past, Stage
 from delo_llava.runs.job import Job
 from delo_llava.runs.observer import StageObserver
+from delo_llava.runs.room import require_room, room_needed
 from delo_llava.runs.step_state import Resumed, StepCheckpoints
 from delo_llava.runs.steps import StepStore
 from delo_llava.runs.store import RunStore
@@ -102,11 +105,14 @@ class StageTrainer:
     def _train(self, stage: Stage, progress: RunProgress) -> None:
         began = time.monotonic()
         self.ranks.run_first(lambda: self.store.verify_published(stage.past))
-        mixture = self.method.mixture(stage, self._own(stage.tasks), PastExamples(self, stage.past))
+        mixture = self.method.mixture(
+            stage, examples_of(self.config, stage.tasks), PastExamples(self, stage.past)
+        )
         checkpoints = self._checkpoints(stage)
         resumed = self._find(checkpoints, stage, progress)
         seed_everything(stage.seed)
         model = self._build(stage)
+        self.ranks.run_first(lambda: self._require_room(stage, mixture, model, checkpoints))
         observers: list[StageObserver] = []
 
         def observe(running: Running) -> StageObserver:
@@ -138,6 +144,16 @@ class StageTrainer:
         self.ranks.run_first(lambda: self.store.verify_published(stage.past))
         checkpoints.discard()
 
+    def _require_room(
+        self, stage: Stage, mixture: Mixture, model: nn.Module, checkpoints: StepCheckpoints
+    ) -> None:
+        """Refuse to begin what the disk has no room for."""
+        train = self.config.train
+        steps = math.ceil(train.epochs * len(mixture[0].examples) / train.global_batch)
+        left, saved = len(self.job.plans) - stage.index, len(checkpoints.steps.published())
+        steps = min(steps, train.max_steps or steps)
+        require_room(self.store.root, room_needed(model, self.method.state_dict(), train, left, steps, saved))
+
     def _facts(self, stage: Stage, fitted: Fitted, seconds: float) -> dict[str, Any]:
         """What run.json says of the stage."""
         ledger = fitted.ledger.gathered(self.ranks)
@@ -159,17 +175,11 @@ class StageTrainer:
             "resumed_at": ledger.resumed,
         }
 
-    def _own(self, tasks: tuple[TaskSpec, ...]) -> Examples:
-        """The training records of some tasks under the run's missing pattern."""
-        parts = (Examples.of(self._records(task), self.config.missing) for task in tasks)
-        return sum(parts, start=Examples())
-
-    def _records(self, task: TaskSpec) -> Any:
-        return read_records(task, "train", self.config.data.sub, self.config.seed)
-
     def _missing(self, tasks: tuple[TaskSpec, ...]) -> dict[str, Any]:
         """What is missing in the training records: of the stage's task, or of each one by name."""
-        found = {task.name: effective(self.config.missing, self._records(task)) for task in tasks}
+        found = {
+            task.name: effective(self.config.missing, training_records(self.config, task)) for task in tasks
+        }
         return dict(next(iter(found.values()))) if len(found) == 1 else dict(found)
 
     def _checkpoints(self, stage: Stage) -> StepCheckpoints:
@@ -220,13 +230,24 @@ class PastExamples(Mapping[str, Examples]):
         self._trainer, self._past = trainer, past
 
     def __getitem__(self, name: str) -> Examples:
-        return self._trainer._own(self._past[name].tasks)
+        return examples_of(self._trainer.config, self._past[name].tasks)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._past)
 
     def __len__(self) -> int:
         return len(self._past)
+
+
+def examples_of(config: RunConfig, tasks: Sequence[TaskSpec]) -> Examples:
+    """The training records of some tasks under the run's missing pattern."""
+    parts = (Examples.of(training_records(config, task), config.missing) for task in tasks)
+    return sum(parts, start=Examples())
+
+
+def training_records(config: RunConfig, task: TaskSpec) -> Records:
+    """The training records that a run uses of a task."""
+    return read_records(task, "train", config.data.sub, config.seed)
 
 
 def note_dialogue(store: RunStore, dialogue: Dialogue) -> None:

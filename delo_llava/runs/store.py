@@ -153,9 +153,7 @@ def check_tensors(folder: Path) -> None:
             if tensor.numel() == 0:
                 raise DeloError(f"An adapter tensor is empty: {name}", given=file.name, fix=_GATHER)
             if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise DeloError(
-                    f"An adapter tensor is not finite: {name}", given=file.name, fix="lower the learning rate"
-                )
+                raise DeloError(f"An adapter tensor is not finite: {name}", given=file.name, fix=_LOWER)
             if any(part in name for part in ZERO_AT_START):
                 start, moved = start + 1, moved + int(bool(tensor.any()))
     if count == 0:
@@ -166,4 +164,5 @@ def check_tensors(folder: Path) -> None:
         )
 
 
+_LOWER = "begin anew with a lower train.lr, in another --output"
 _GATHER = "parameters must be gathered from all ranks and trained before they are saved"

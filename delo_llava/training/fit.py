@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
-from delo_llava.data.collate import Collator
+from delo_llava.data.collate import Collator, Layout
+from delo_llava.data.images import dummy_image
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.engines.base import Engine
 from delo_llava.engines.build import build_engine
@@ -125,15 +126,20 @@ class Kit:
     backbone: Backbone
     processor: Any
 
-    def collator(self, config: RunConfig) -> Collator:
-        """A fresh collator for training."""
+    def collator(self, config: RunConfig, *, generation: bool = False) -> Collator:
+        """A fresh collator, for training or for questions alone."""
         return Collator(
             self.backbone,
             self.processor,
             config.data.max_length,
             config.missing.image,
-            skip_bad_images=config.data.on_bad_image == "skip",
+            generation=generation,
+            skip_bad_images=config.data.on_bad_image == "skip" and not generation,
         )
+
+    def dummy_layout(self) -> Layout:
+        """What the placeholder of the dummy picture becomes."""
+        return self.backbone.encode_image(self.processor, dummy_image()).layout
 
     def tiny_image(self) -> dict[str, torch.Tensor]:
         """Model inputs of a picture of no meaning."""

@@ -35,7 +35,7 @@ def require_trained_tokens(counts: dict[str, float], record_ids: list[str]) -> N
         raise DeloError(
             "A batch holds no trained answer token",
             given=_ids(record_ids),
-            fix="raise data.max_length, or look at these records' answers",
+            fix="correct these records' answers; the same command goes on",
         )
 
 
@@ -56,7 +56,8 @@ def judge_nonfinite(train: TrainConfig, step: int, record_ids: list[str], skippe
     raise DeloError(
         f"Loss or gradient is not finite at step {step}{limit}",
         given=f"records {_ids(record_ids)}",
-        fix="lower train.lr, check these records, or leave such steps out: --train.on_nonfinite=skip",
+        fix="go on without such steps: --train.on_nonfinite=skip; or begin anew with a lower train.lr, in "
+        "another --output",
         everywhere=True,
     )
 

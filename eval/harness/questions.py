@@ -8,7 +8,7 @@ from delo_eval.answers.question import Question
 from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.matrix.plan import Plan
 from delo_llava.config import RunConfig
-from delo_llava.data.missing import effective, hash_rank, pattern_spec, record_presence
+from delo_llava.data.missing import effective, limited, pattern_spec, record_presence
 from delo_llava.data.readers import read_records
 from delo_llava.tasks import Record, TaskSequence, TaskSpec
 
@@ -52,7 +52,9 @@ class Questions:
         """
         records = self._of_task(cell.task)
         mask = record_presence(pattern_spec(cell.pattern, self.config.missing), records).tolist()
-        return [Question(records[i], (mask[i][0], mask[i][1])) for i in self._kept(records, cell.task.name)]
+        split, limit = self.config.eval.split, self.config.eval.limit
+        kept = limited([record.id for record in records], cell.task.name, split, limit)
+        return [Question(records[i], (mask[i][0], mask[i][1])) for i in kept]
 
     def missing(self, cell: Cell) -> dict[str, Any]:
         """Counts and ratios of what is missing in the cell's split."""
@@ -62,13 +64,3 @@ class Questions:
         if self._latest is None or self._latest[0] != task:
             self._latest = task, list(read_records(task, self.config.eval.split))
         return self._latest[1]
-
-    def _kept(self, records: Sequence[Record], task: str) -> list[int]:
-        """Indices within the limit: drawn by record id, as files may be sorted by class."""
-        limit = self.config.eval.limit
-        if limit is None or limit >= len(records):
-            return list(range(len(records)))
-        split = self.config.eval.split
-        return sorted(
-            sorted(range(len(records)), key=lambda i: hash_rank(0, task, split, records[i].id))[:limit]
-        )

@@ -21,12 +21,13 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("faults")
     support.write_sequence(folder, tasks=1)
-    long = folder / "long"
-    long.mkdir()
-    support.write_sequence(long, tasks=1)
-    file = long / "task0_train.json"
+    torn = folder / "torn"
+    torn.mkdir()
+    support.write_sequence(torn, tasks=1)
+    (torn / "images" / "half.png").write_bytes((torn / "images" / "red.png").read_bytes()[:60])
+    file = torn / "task0_train.json"
     rows = json.loads(file.read_text())
-    rows[5]["conversations"][1]["value"] = "red blue " * 400
+    rows[5]["image"] = "images/half.png"
     file.write_text(json.dumps(rows))
     return folder
 
@@ -41,12 +42,13 @@ def told(place: Path, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize("zero", [pytest.param("2", marks=pytest.mark.long), "3"])
-def test_a_record_that_does_not_fit_is_told_on_all_ranks(place: Path, zero: str) -> None:
-    name = f"long{zero}"
-    one = job(place, name, f"--zero={zero}", "--data.max_length=256", data="long")
+def test_a_picture_that_cannot_be_read_is_told_on_all_ranks(place: Path, zero: str) -> None:
+    """It is there, so it is found when it is shown."""
+    name = f"torn{zero}"
+    one = job(place, name, f"--zero={zero}", "--missing.ratio=0", data="torn")
     assert support.launch([one], place, ranks=2) == [0, 0]
     first, second = told(place, name)
-    assert all("'train-5' does not fit" in text for text in (first, second))
+    assert all("The image of record 'train-5'" in text for text in (first, second))
     assert sum("rank " in text for text in (first, second)) == 1, "the other rank says whose fault it is"
 
 

@@ -27,6 +27,15 @@ def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence:
     return Sequence(tmp_path)
 
 
+#: What is found in the training file as it is.
+APART = {"turns_apart": 1}
+
+
+def found(data: Sequence, kind: str) -> list[dict[str, Any]]:
+    """The faults or notes of the last report."""
+    return [line for line in data.report() if line["kind"] == kind]
+
+
 Plant = Callable[[Sequence], None]
 
 
@@ -121,7 +130,7 @@ def test_a_planted_defect_is_named_by_file_and_record(data: Sequence, name: str)
     plant(data)
     data.write()
     assert cli.main(data.words()) == 1
-    faults = [line for line in data.report() if line["kind"] == "fault"]
+    faults = found(data, "fault")
     [fault] = faults
     assert (fault["code"], fault["split"], fault["entry"], fault["record"]) == (code, split, entry, record)
     assert fault["file"] == str(data.folder / f"{split}.json")
@@ -140,7 +149,7 @@ def test_an_answer_of_which_nothing_would_be_trained_is_named(
     said(1, "zzz")(data)
     data.write()
     assert cli.main(data.words()) == 1
-    [fault] = [line for line in data.report() if line["kind"] == "fault"]
+    [fault] = found(data, "fault")
     assert (fault["code"], fault["split"], fault["record"]) == ("label_empty", "train", "m8#0")
 
 
@@ -156,17 +165,21 @@ def test_entries_that_lost_a_part_are_not_called_repeated(data: Sequence) -> Non
         data.train[place]["images"] = ["11.png"]
     data.write()
     assert cli.main(data.words("--no-tokens")) == 1
-    assert [line["code"] for line in data.report()[1:]] == ["keys_compete"] * 3
+    assert [fault["code"] for fault in found(data, "fault")] == ["keys_compete"] * 3
 
 
-def test_clean_data_yields_nothing(data: Sequence, capsys: pytest.CaptureFixture[str]) -> None:
+def test_clean_data_yields_nothing_but_how_many_turns_stand_apart(
+    data: Sequence, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(data.words()) == 0
-    [summary] = data.report()
+    summary, note = data.report()
+    assert (note["kind"], note["code"], note["record"]) == ("note", "turns_apart", "m8#1")
+    assert note["message"] == "3 records are later turns, each shown without the turns before it"
     assert (summary["faults"], summary["images_decoded"], summary["tokenizer"]) == (0, 17, "mini-llava")
     trained, tested = summary["parts"]
     counts = [trained[key] for key in ("entries", "records", "turns", "images", "without_image")]
     assert counts == [12, 15, 2, 11, 1]
-    assert (trained["without_context"], trained["found"], tested["records"]) == (7, {}, 6)
+    assert (trained["without_context"], trained["found"], tested["records"]) == (7, APART, 6)
     assert trained["extra"] == tested["extra"] == []
     assert trained["trained"] > 15
     assert "0 faults" in capsys.readouterr().out
@@ -179,7 +192,7 @@ def test_all_defects_together_are_all_told(data: Sequence, capsys: pytest.Captur
     data.train[0]["context"] = 5
     data.write()
     assert cli.main(data.words("--show", "3")) == 1
-    faults = [line for line in data.report() if line["kind"] == "fault"]
+    faults = found(data, "fault")
     assert sorted(fault["code"] for fault in faults) == sorted(
         ["image_missing", "record_repeated", "entry_malformed", "answer_empty", "id_repeated", "answer_empty"]
         + ["image_outside", "entry_malformed"]
@@ -202,9 +215,9 @@ def test_accepted_faults_are_notes_that_still_name_their_record(data: Sequence) 
     gone(data)
     data.write()
     assert cli.main(data.words("--allow", "record_repeated", "--allow=image_missing")) == 0
-    notes = [line for line in data.report() if line["kind"] == "note"]
-    assert [(note["code"], note["record"]) for note in notes] == [("accepted", "a2"), ("accepted", "again")]
-    assert notes[1]["message"].startswith("record_repeated: says the same as entry 4")
+    notes = [(note["code"], note["record"]) for note in found(data, "note")]
+    assert notes == [("accepted", "a2"), ("turns_apart", "m8#1"), ("accepted", "again")]
+    assert found(data, "note")[2]["message"].startswith("record_repeated: says the same as entry 4")
 
 
 def test_a_conversation_that_repeats_itself_is_a_note(data: Sequence) -> None:
@@ -212,7 +225,7 @@ def test_a_conversation_that_repeats_itself_is_a_note(data: Sequence) -> None:
         data.train[place]["conversations"] += data.train[place]["conversations"][2:]
     data.write()
     assert cli.main(data.words("--no-tokens")) == 0
-    [note] = [line for line in data.report() if line["kind"] == "note"]
+    _, note = found(data, "note")
     assert (note["code"], note["record"], note["message"][:2]) == ("turn_repeated", "m8#2", "2 ")
 
 
@@ -225,7 +238,7 @@ def test_a_second_check_decodes_only_what_changed(data: Sequence) -> None:
     assert cli.main(data.words()) == 0
     summary, *notes = data.report()
     assert (summary["images_decoded"], summary["images_known"]) == (1, 16)
-    assert [note["code"] for note in notes] == ["annotations_changed"]
+    assert [note["code"] for note in notes] == ["annotations_changed", "turns_apart"]
     assert notes[0]["file"].endswith("test.json")
 
 
@@ -233,7 +246,7 @@ def test_a_bad_image_stays_bad_without_being_decoded_again(data: Sequence) -> No
     no_picture(data)
     assert cli.main(data.words()) == 1
     assert cli.main(data.words()) == 1
-    summary, fault = data.report()
+    summary, fault, _ = data.report()
     assert (summary["images_decoded"], fault["code"]) == (0, "image_undecodable")
 
 
@@ -294,7 +307,7 @@ def test_an_image_that_the_model_refuses_is_told(data: Sequence) -> None:
     Image.new("RGB", (2, 600), "red").save(data.images / "2.png")
     model = str(tiny_models.session("qwen2_vl"))
     assert cli.main(data.words("--model", model)) == 1
-    [fault] = [line for line in data.report() if line["kind"] == "fault"]
+    [fault] = found(data, "fault")
     assert (fault["code"], fault["record"], fault["entry"]) == ("prompt_refused", "a2", 2)
     assert "2x600" in fault["message"]
 
@@ -308,7 +321,7 @@ def test_test_references_are_looked_at_by_their_scorer(
     data.test[4]["answer"] = "[0.1, 0.1]"
     data.write()
     assert cli.main(data.words("--no-tokens")) == 1
-    [fault] = [line for line in data.report() if line["kind"] == "fault"]
+    [fault] = found(data, "fault")
     assert (fault["code"], fault["split"], fault["record"]) == ("answer_form", "test", "q16")
 
 
@@ -350,7 +363,7 @@ def test_images_shared_across_tasks_are_a_note(data: Sequence) -> None:
     (data.folder / "two_test.json").write_text(json.dumps([question]))
     data.recipe.write_text(json.dumps({**recipe, "tasks": [recipe["tasks"][0], other]}))
     assert cli.main(data.words("--no-tokens")) == 0
-    [note] = [line for line in data.report() if line["kind"] == "note"]
+    note, _ = found(data, "note")
     assert (note["code"], note["task"]) == ("shared_across_tasks", "one")
     assert note["message"] == "1 images of this test are also trained on in two"
 

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import (
     SmolVLMProcessor,
 )
 
-from delo_llava.backbones._template import from_template
+from delo_llava.backbones._template import from_template, require_end_token
 from delo_llava.backbones.base import attention_choices, find_backbone
 from delo_llava.data.images import load_image
 from delo_llava.errors import DeloError
@@ -222,3 +223,12 @@ def test_token_types_change_what_is_said(kind: str) -> None:
         right = model(**inputs).logits
         wrong = model(**inputs | {"token_type_ids": 1 - inputs["token_type_ids"]}).logits
     assert (right - wrong).abs().max() > 1e-2
+
+
+def test_an_end_that_is_a_word_is_refused() -> None:
+    """One token, but an ordinary one: it would end answers in their midst and stand in every prediction."""
+    _, _, parts = loaded("qwen3_vl")
+    assert len(parts.tokenizer("a").input_ids) == 1
+    with pytest.raises(DeloError, match="does not have"):
+        require_end_token(replace(parts.dialogue, end="a"), parts.tokenizer)
+    require_end_token(parts.dialogue, parts.tokenizer)

@@ -1,13 +1,17 @@
 """How large a picture is shown: `data.min_pixels`, `data.max_pixels`, `data.max_tiles`."""
 
+from pathlib import Path
+
 import pytest
 import tiny_models
 from PIL import Image
 
 from delo_llava.backbones.base import Backbone, find_backbone
 from delo_llava.config import load_config
-from delo_llava.data.images import ImageLimits
+from delo_llava.data.collate import Collator
+from delo_llava.data.images import ImageLimits, UnusableImage
 from delo_llava.errors import DeloError
+from delo_llava.tasks import Record
 
 
 def tokens(kind: str, size: tuple[int, int], **limits: int) -> int:
@@ -51,3 +55,21 @@ def test_bounds_are_in_order() -> None:
     }  # fmt: skip
     with pytest.raises(DeloError, match="min_pixels 9 is above max_pixels 4"):
         load_config(None, ["--data.min_pixels=9", "--data.max_pixels=4"])
+
+
+def test_a_picture_that_takes_all_the_room_may_be_left_out(tmp_path: Path) -> None:
+    """The remedy that is offered works in a run that has begun: its length stays what it was."""
+    backbone, path = find_backbone(tiny_models.session("qwen2_5_vl"))
+    parts = backbone.load_processor(path, ImageLimits(min_pixels=28**2, max_pixels=400 * 28**2))
+    records = []
+    for name, side in (("large", 560), ("small", 56)):
+        Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+        records.append(Record(name, "t", "train", tmp_path / f"{name}.png", None, "what?", "red"))
+    items = [(record, (True, False)) for record in records]
+    with pytest.raises(
+        UnusableImage, match=r"(?s)'large'.*becomes \d+ tokens.*data\.max_length is 128"
+    ) as error:
+        Collator(backbone, parts, 128)(items)
+    assert error.value.fix is not None and "--data.on_bad_image=skip" in error.value.fix
+    passing = Collator(backbone, parts, 128, skip_bad_images=True)
+    assert passing(items).record_ids == ["small"] and list(passing.bad_images) == ["t/large"]

@@ -8,6 +8,7 @@ docs/delo.md.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ from delo_llava.adapters.store import open_adapters, save_adapter
 from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
-from delo_llava.data.examples import Item, View, dropped_view
+from delo_llava.data.examples import Examples, Item, View, dropped_view
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import VIEWS, Queries
-from delo_llava.features.ridge import RidgeStatistics
+from delo_llava.features.ridge import FEWEST, RidgeStatistics
 from delo_llava.features.task_keys import TaskKeyMemory
 from delo_llava.methods.base import (
     SUMMED,
@@ -86,6 +87,18 @@ class Delo(Method):
         """The complete rows with one modality dropped, for the consistency loss: the student's view."""
         return {DROPPED: dropped_view(items, self._seed)} if self.options.consistency else {}
 
+    def remarks(self, own: Mapping[str, Examples]) -> list[str]:
+        """The stages up to which too few records are complete for a ridge map."""
+        if self.options.cross_modal != "ridge":
+            return []
+        seen = (int(examples.presence.all(1).sum()) for examples in own.values())
+        counts = accumulate(min(count, self.options.ridge_samples) for count in seen)
+        lacking = [name for name, count in zip(own, counts, strict=True) if count < FEWEST]
+        return [
+            f"delo.cross_modal=ridge: {', '.join(lacking)}: too few training records with image and context "
+            "so far to fit a map; it stays the identity, as cross_modal=identity is"
+        ] * bool(lacking)
+
     def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
         hidden = self.backbone.hidden_size(base)
         shared = self.options.task == "shared"
@@ -104,7 +117,7 @@ class Delo(Method):
 
     def prepare(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
         """Add this task's complete samples to the ridge statistics of the earlier ones and solve the map,
-        which then stays.
+        which then stays; without any it stays the identity.
         """
         if self._ridge is None:
             return
@@ -120,7 +133,8 @@ class Delo(Method):
     def _fit(self, model: nn.Module) -> None:
         cross = tuner(model).delo_cross[self._task]
         assert isinstance(cross, CrossModal) and self._ridge is not None
-        cross.fit(self._ridge, self.options.ridge)
+        if self._ridge.count >= FEWEST:
+            cross.fit(self._ridge, self.options.ridge)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         counts = super().counts(batch)

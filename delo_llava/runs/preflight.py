@@ -1,0 +1,174 @@
+"""Before the first step, the data of all stages to come: every prompt is tried, every picture looked for.
+
+A fault in the last task's records would otherwise end a run after days; and what a user ought to know of the
+data (no picture anywhere, turns without what was said before them) would be told by nothing.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from delo_llava.data.collate import Collator, Layout
+from delo_llava.data.examples import Item, shown
+from delo_llava.data.images import UnusableImage, absent
+from delo_llava.data.missing import Presence, limited, pattern_spec, record_presence
+from delo_llava.data.readers import Records, read_records
+from delo_llava.errors import DeloError
+from delo_llava.runs.job import Job
+from delo_llava.runs.stage import examples_of, training_records
+from delo_llava.tasks import Split, StagePlan, TaskSpec
+from delo_llava.training.fit import Kit
+
+#: Records that are tokenised together; records told of in a message; paths looked for at once, and by how
+#: many threads (a network drive answers late, but many at a time).
+BATCH, SHOWN, LOOKED, THREADS = 256, 8, 256, 16
+
+WITHOUT = "put the file there, or go on without such records: --data.on_bad_image=skip"
+
+
+@dataclass
+class Preflight:
+    """One look at what a run has still to do; nothing is trained, and no weights are loaded.
+
+    Attributes:
+        faults: what would stop the run later.
+        notes: what would not, and should be known.
+    """
+
+    job: Job
+    kit: Kit
+    faults: list[DeloError] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def run(self, left: Sequence[StagePlan], evaluates: bool) -> list[str]:
+        """Look at the training records of the stages that are left and, if the run evaluates, at what all
+        tasks are asked.
+
+        Returns:
+            the notes.
+
+        Raises:
+            DeloError: records that a stage or an evaluation would refuse; the first ones by file and id.
+        """
+        tasks = {task.name: task for task in self.job.sequence.tasks}
+        for plan in left:
+            lost = sum(self._trained(tasks[name]) for name in plan.tasks)
+            self._judge_lost(plan.name, lost)
+        for task in tasks.values() if evaluates else ():
+            self._asked(task)
+        own = {
+            plan.name: examples_of(self.job.config, [tasks[name] for name in plan.tasks])
+            for plan in self.job.plans
+        }
+        self.notes += self.job.method.remarks(own)
+        if self.faults:
+            raise _refused(self.faults)
+        return self.notes
+
+    def _trained(self, task: TaskSpec) -> int:
+        """Look at a task's training records; returns how many are left out for want of their picture."""
+        config = self.job.config
+        records = training_records(config, task)
+        if not records.natural[:, 0].any():
+            self.notes.append(f"{task.name}: none of its {len(records)} training records has a picture")
+        whole = read_records(task, "train")
+        if later := len(whole) - whole.conversations:
+            self.notes.append(
+                f"{task.name}: {later} of {len(whole)} training records are later turns of a conversation, "
+                "each shown without the turns before it, unlike in LLaVA's own training"
+            )
+        return self._look(task, "train", records, record_presence(config.missing, records))
+
+    def _asked(self, task: TaskSpec) -> None:
+        """Look at the questions of a task, with all that any pattern shows."""
+        config, split = self.job.config, self.job.config.eval.split
+        records = read_records(task, split)
+        patterns = {*config.eval.patterns, *config.eval.last_patterns}
+        masks = [record_presence(pattern_spec(name, config.missing), records) for name in patterns]
+        kept = limited(records.ids, task.name, split, config.eval.limit)
+        if lost := self._look(task, split, records.select(kept), np.logical_or.reduce(masks)[kept]):
+            told = f"{task.name}/{split}: questions whose pictures are not there: {lost}"
+            self.notes.append(f"{told}; they are answered by nothing")
+
+    def _look(self, task: TaskSpec, split: Split, records: Records, mask: Presence) -> int:
+        """Try every prompt and look for every picture; returns how many missing ones the run passes over."""
+        collator = self.kit.collator(self.job.config, generation=split != "train")
+        layout = self.kit.dummy_layout()
+        pictures: dict[str, tuple[str, int]] = {}
+        items = zip(records, mask.tolist(), strict=True)
+        while part := [(record, (flags[0], flags[1])) for record, flags in islice(items, BATCH)]:
+            for item in _suspects(collator, part, layout):
+                try:  # what the run itself would do decides
+                    collator([item])
+                except UnusableImage:
+                    pass  # found below
+                except DeloError as error:
+                    self._fault(task, split, item[0].id, error)
+            for record, (image, _) in part:
+                if image and record.image is not None:
+                    first, count = pictures.get(str(record.image), (record.id, 0))
+                    pictures[str(record.image)] = first, count + 1
+        return self._pictures(task, split, pictures)
+
+    def _pictures(self, task: TaskSpec, split: Split, pictures: Mapping[str, tuple[str, int]]) -> int:
+        """Look for pictures, each with its (first record, number of records)."""
+        gone = _not_there(list(pictures))
+        if self.job.config.data.on_bad_image == "skip":
+            return sum(pictures[path][1] for path in gone)
+        for path in gone:
+            told = f"its picture cannot be used: {absent(Path(path))}"
+            self._fault(task, split, pictures[path][0], DeloError(told, given=path, fix=WITHOUT))
+        return 0
+
+    def _judge_lost(self, stage: str, lost: int) -> None:
+        """Training records that are left out: a note, or too many."""
+        limit = self.job.config.data.max_bad_images
+        told = f"{stage}: training records whose pictures are not there: {lost}"
+        if lost > limit:
+            fix = "put the files there, or raise data.max_bad_images"
+            self.faults.append(DeloError(told, given=f"data.max_bad_images={limit}", fix=fix))
+        elif lost:
+            self.notes.append(f"{told}; they are left out")
+
+    def _fault(self, task: TaskSpec, split: Split, record: str, error: DeloError) -> None:
+        told = f"{task.files[split]} ({task.name}/{split}, id {record}): {error.message}"
+        self.faults.append(DeloError(told, given=error.given, fix=error.fix))
+
+
+def _suspects(collator: Collator, items: Sequence[Item], layout: Layout) -> Iterator[Item]:
+    """The items that are refused with the dummy in place of each picture; one by one only where any is."""
+    flags = [shown(item) for item in items]
+    try:
+        collator.layout([record for record, _ in items], flags, [layout if has else None for has, _ in flags])
+    except DeloError:
+        if len(items) == 1:
+            yield items[0]
+            return
+        for item in items:
+            yield from _suspects(collator, [item], layout)
+
+
+def _not_there(paths: Sequence[str]) -> list[str]:
+    """Those of some paths that name no file."""
+
+    def look(start: int) -> list[str]:
+        return [path for path in paths[start : start + LOOKED] if not os.path.isfile(path)]
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        return [path for found in pool.map(look, range(0, len(paths), LOOKED)) for path in found]
+
+
+def _refused(faults: Sequence[DeloError]) -> DeloError:
+    """One error for all that was found."""
+    lines = [f"{len(faults)} fault{'s' if len(faults) > 1 else ''} would stop this run later:"]
+    for fault in faults[:SHOWN]:
+        lines.append(f"  {fault.message}" + (f" ({fault.given})" if fault.given is not None else ""))
+    if len(faults) > SHOWN:
+        lines.append(f"  … and {len(faults) - SHOWN} more; `delo-llava data check` finds all")
+    fixes = dict.fromkeys(fault.fix for fault in faults if fault.fix)
+    return DeloError("\n".join(lines), fix="; ".join(fixes) + "; nothing was trained by this launch")
