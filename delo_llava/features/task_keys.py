@@ -7,7 +7,8 @@ itself, and a missing view gives no evidence.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
+from delo_llava.features.blocks import RowBlocks
 from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.strict import read_tensors
 
@@ -34,7 +36,7 @@ class KeyStatistics:
 
     count: Tensor
     sums: Tensor
-    products: Tensor | None
+    products: Tensor | None = None
 
     @classmethod
     def empty(cls, hidden: int, covariance: bool) -> "KeyStatistics":
@@ -66,6 +68,20 @@ class KeyStatistics:
         return self.products[view] - self.count[view] * torch.outer(mean, mean)
 
 
+@dataclass
+class Gathered:
+    """What this rank observed of a task since it was last settled: `sums`, and the rows that `products` still
+    lacks, a block for each view (none where no covariance is kept)."""
+
+    sums: KeyStatistics
+    blocks: tuple[RowBlocks, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        products = self.sums.products
+        kept = () if products is None else products.unbind()
+        self.blocks = tuple(RowBlocks(len(product), partial(_add_products, product)) for product in kept)
+
+
 class TaskKeyMemory:
     """Keys of all trained tasks.
 
@@ -80,7 +96,7 @@ class TaskKeyMemory:
     def __init__(self, hidden: int, covariance: bool = True, shrinkage: float = 0.1) -> None:
         self.hidden, self.covariance, self.shrinkage = hidden, covariance, shrinkage
         self.tasks: dict[str, KeyStatistics] = {}
-        self._pending: dict[str, KeyStatistics] = {}
+        self._pending: dict[str, Gathered] = {}
 
     def observe(self, task: str, queries: Queries, presence: Tensor) -> None:
         """Add a batch of a task (`presence`: bool B×2). Counts once `all_reduce_` or `settle` is called.
@@ -88,27 +104,47 @@ class TaskKeyMemory:
         A view counts where it is present in the data; a sample whose instruction has no words gives no
         instruction.
         """
-        here = self.pending(task)
+        here = self._here(task)
         for view, (query, seen) in enumerate(zip(queries, _seen(queries, presence), strict=True)):
-            q = query.detach()[seen].double().cpu()
-            here.count[view] += len(q)
-            here.sums[view] += q.sum(0)
-            if here.products is not None:
-                here.products[view] += q.T @ q
+            rows = query.detach()[seen].cpu()
+            here.sums.count[view] += len(rows)
+            here.sums.sums[view] += rows.double().sum(0)
+            if here.blocks:
+                here.blocks[view].add(rows)
 
-    def pending(self, task: str) -> KeyStatistics:
-        """What this rank observed of `task` since it was last settled; the sums may be written to."""
-        return self._pending.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance))
+    def running(self, task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What this rank observed of `task` since it was last settled, for `resume`: sums by name, and by
+        view the rows that the sum of products does not hold yet.
+        """
+        here = self._here(task)
+        return here.sums.tensors(), dict(zip(VIEWS, (block.rows() for block in here.blocks), strict=False))
+
+    def resume(self, task: str, sums: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
+        """Go on from `running`; rows of several ranks may be joined, their sums added up."""
+        self._pending.pop(task, None)
+        here = self._here(task)
+        for name, tensor in here.sums.tensors().items():
+            tensor.copy_(sums[name])
+        for view, block in zip(VIEWS, here.blocks, strict=False):
+            if view in rows:
+                block.add(rows[view])
 
     def settle(self, task: str, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Add what was observed of `task` since the last call to its keys, summed over ranks by `reduce`.
 
         Every rank must call it, also one that saw no sample. Calling it twice adds nothing twice.
         """
-        part = self._pending.pop(task, None) or KeyStatistics.empty(self.hidden, self.covariance)
-        products = None if part.products is None else reduce(part.products)
-        summed = KeyStatistics(reduce(part.count), reduce(part.sums), products)
+        here = self._here(task)
+        for block in here.blocks:
+            block.flush()
+        del self._pending[task]
+        summed = KeyStatistics(**{name: reduce(tensor) for name, tensor in here.sums.tensors().items()})
         self.tasks.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance)).add(summed)
+
+    def _here(self, task: str) -> Gathered:
+        if task not in self._pending:
+            self._pending[task] = Gathered(KeyStatistics.empty(self.hidden, self.covariance))
+        return self._pending[task]
 
     def all_reduce_(self, task: str) -> None:
         """`settle` over the ranks of the default process group, if there is one."""
@@ -222,3 +258,8 @@ def _seen(queries: Queries, presence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows have each view, bool B each: by the data's flags; the instruction's, whether it has
     words."""
     return presence[:, 0], presence[:, 1], (queries.instruction != 0).any(1)
+
+
+def _add_products(product: Tensor, rows: Tensor) -> None:
+    """Add Σ q·qᵀ over rows n×d to a d×d sum, in place."""
+    product.addmm_(rows.T, rows)

@@ -57,9 +57,9 @@ def test_ranks_add_up_exactly_and_only_once() -> None:
     ranks = [TaskKeyMemory(D) for _ in range(2)]
     for rank, part in zip(ranks, torch.arange(12).split(7), strict=True):
         rank.observe("t", queries.rows(part), presence[part])
-    other = {k: v.clone() for k, v in ranks[1]._pending["t"].tensors().items()}
-    names = iter(("products", "count", "sums"))
-    ranks[0].settle("t", lambda tensor: tensor + other[next(names)])
+    told: list[torch.Tensor] = []  # what the other rank gives to the reduction, in its order
+    ranks[1].settle("t", lambda tensor: told.append(tensor.clone()) or tensor)
+    ranks[0].settle("t", lambda tensor: tensor + told.pop(0))
     ranks[0].settle("t", lambda tensor: tensor)  # nothing pending any more
     for name, tensor in whole.tasks["t"].tensors().items():
         torch.testing.assert_close(ranks[0].tasks["t"].tensors()[name], tensor, rtol=0, atol=1e-13)
