@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -82,6 +82,19 @@ class Gathered:
         self.blocks = tuple(RowBlocks(len(product), partial(_add_products, product)) for product in kept)
 
 
+class Discriminant(NamedTuple):
+    """How queries of one view speak for T tasks: score_t = w_t · (q − c) + o_t, which is the log-likelihood
+    −½ (q − μ_t)ᵀ Σ⁻¹ (q − μ_t) but for what is the same for all tasks. Nothing d×d is left in it.
+
+    Attributes:
+        centre: c, d: the mean of the means μ_t. weight: T×d, Σ⁻¹ (μ_t − c). offset: T, −½ w_t · (μ_t − c).
+    """
+
+    centre: Tensor
+    weight: Tensor
+    offset: Tensor
+
+
 class TaskKeyMemory:
     """Keys of all trained tasks.
 
@@ -97,6 +110,8 @@ class TaskKeyMemory:
         self.hidden, self.covariance, self.shrinkage = hidden, covariance, shrinkage
         self.tasks: dict[str, KeyStatistics] = {}
         self._pending: dict[str, Gathered] = {}
+        #: By tasks and view; a change of `tasks` drops them.
+        self._discriminants: dict[tuple[tuple[str, ...], int], Discriminant] = {}
 
     def observe(self, task: str, queries: Queries, presence: Tensor) -> None:
         """Add a batch of a task (`presence`: bool B×2). Counts once `all_reduce_` or `settle` is called.
@@ -140,6 +155,7 @@ class TaskKeyMemory:
         del self._pending[task]
         summed = KeyStatistics(**{name: reduce(tensor) for name, tensor in here.sums.tensors().items()})
         self.tasks.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance)).add(summed)
+        self._discriminants.clear()
 
     def _here(self, task: str) -> Gathered:
         if task not in self._pending:
@@ -167,8 +183,8 @@ class TaskKeyMemory:
         """The likeliest of `tasks` for every sample.
 
         `cosine`: mean cosine to the keys over present views. `lda`: log-likelihood under task means and one
-        shrunk covariance for all tasks, summed over present views. A task that never saw a view gets the mean
-        score of those that did.
+        shrunk covariance for all tasks, summed over present views, up to a number of the sample that is the
+        same for all tasks. A task that never saw a view gets the mean score of those that did.
 
         Returns:
             index int64 B into `tasks`, and scores B×T (float64). Ties go to the earlier task; −1 and scores
@@ -201,21 +217,31 @@ class TaskKeyMemory:
 
     def _evidence(self, query: Tensor, tasks: Sequence[str], view: int, matcher: Matcher) -> Tensor:
         """B×T scores of one view."""
-        means = torch.stack([self.tasks[t].means()[view] for t in tasks])
         if matcher == "cosine":
+            means = torch.stack([self.tasks[t].means()[view] for t in tasks])
             return F.normalize(query, dim=1) @ F.normalize(means, dim=1).T
-        count = torch.stack([self.tasks[t].count[view] for t in tasks])
-        scatter = torch.stack([self.tasks[t].scatter(view) for t in tasks]).sum(0)
-        covariance = scatter / (count.sum() - (count > 0).sum()).clamp(min=1)
+        key = (tuple(tasks), view)
+        if key not in self._discriminants:
+            self._discriminants[key] = self._discriminant(*key)
+        centre, weight, offset = self._discriminants[key]
+        return (query - centre) @ weight.T + offset
+
+    def _discriminant(self, tasks: Sequence[str], view: int) -> Discriminant:
+        """By one Cholesky factor of the shrunk covariance of all tasks together."""
+        parts = [self.tasks[t] for t in tasks]
+        count = torch.stack([part.count[view] for part in parts])
+        means = torch.stack([part.means()[view] for part in parts])
+        covariance = torch.zeros(self.hidden, self.hidden, dtype=torch.float64)
+        for part in parts:
+            covariance += part.scatter(view)
+        covariance /= (count.sum() - (count > 0).sum()).clamp(min=1)
         spread = covariance.diagonal().mean().clamp(min=1e-12)
-        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * spread * torch.eye(
-            self.hidden, dtype=torch.float64
-        )
-        white = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(shrunk), torch.cat([query, means]).T, upper=False
-        ).T
-        samples, centres = white[: len(query)], white[len(query) :]
-        return -0.5 * torch.cdist(samples, centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+        covariance *= 1 - self.shrinkage
+        covariance.diagonal().add_(self.shrinkage * spread)
+        centre = means[count > 0].mean(0)
+        apart = means - centre
+        weight = torch.cholesky_solve(apart.T, torch.linalg.cholesky(covariance)).T
+        return Discriminant(centre, weight, -0.5 * (weight * apart).sum(1))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Task -> sums by name."""
@@ -223,7 +249,9 @@ class TaskKeyMemory:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Replace all keys by those of `state_dict`."""
-        self.tasks = {task: self._read(dict(tensors), task) for task, tensors in state.items()}
+        copies = {task: {n: tensor.clone() for n, tensor in kept.items()} for task, kept in state.items()}
+        self.tasks = {task: self._read(tensors, task) for task, tensors in copies.items()}
+        self._discriminants.clear()
 
     def save_task(self, folder: Path, task: str) -> None:
         """Write one task's statistics into its folder; files of other tasks are not touched."""
@@ -241,6 +269,7 @@ class TaskKeyMemory:
                     f"The keys of task {task} are missing", given=file, fix="train the stage again"
                 )
             self.tasks[task] = self._read(read_tensors(folder / self.FILE, f"The keys of task {task}"), task)
+            self._discriminants.clear()
 
     def _read(self, tensors: dict[str, Tensor], task: str) -> KeyStatistics:
         if tensors["sums"].shape != (3, self.hidden):
@@ -250,8 +279,9 @@ class TaskKeyMemory:
             )
         if self.covariance and "products" not in tensors:
             raise DeloError(f"The keys of task {task} hold no second moments", fix="use the matcher cosine")
-        products = tensors["products"].clone() if self.covariance else None
-        return KeyStatistics(tensors["count"].clone(), tensors["sums"].clone(), products)
+        # Moments stay mapped to their file: at d = 4096 400 MB a task, which a machine's ranks share.
+        products = tensors["products"] if self.covariance else None
+        return KeyStatistics(tensors["count"], tensors["sums"], products)
 
 
 def _seen(queries: Queries, presence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
