@@ -1,7 +1,8 @@
 """Ridge maps between the modalities' queries, solved in closed form from sums over complete samples: sums of
 parts are exact sums of the whole, so nothing is forgotten and any number of ranks gives the same."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -10,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from delo_llava.errors import DeloError
+from delo_llava.features.blocks import RowBlocks
 from delo_llava.features.queries import Queries
 from delo_llava.strict import read_tensors
 
@@ -20,8 +22,7 @@ FEWEST = 2
 @dataclass
 class RidgeStatistics:
     """Sufficient statistics of both ridge maps over complete samples, in float64; sums of parts are exact
-    sums of
-    the whole.
+    sums of the whole. Read them by `tensors`, which holds every row that was observed.
 
     Attributes:
         count: number of samples, a float64 scalar.
@@ -32,8 +33,12 @@ class RidgeStatistics:
     count: Tensor
     sums: Tensor
     products: Tensor
+    _blocks: RowBlocks = field(init=False, repr=False, compare=False)
 
     FILE = "ridge_statistics.safetensors"
+
+    def __post_init__(self) -> None:
+        self._blocks = RowBlocks(2 * self.sums.shape[1], partial(_add_products, self.products))
 
     @classmethod
     def empty(cls, hidden: int) -> "RidgeStatistics":
@@ -44,18 +49,15 @@ class RidgeStatistics:
     def observe(self, queries: Queries, presence: Tensor) -> None:
         """Add the complete rows of a batch (`presence`: bool B×2)."""
         complete = presence.all(1).nonzero().squeeze(1)
-        image, text = (
-            q.detach().index_select(0, complete).double().cpu() for q in (queries.image, queries.text)
-        )
+        pairs = [q.detach().index_select(0, complete) for q in (queries.image, queries.text)]
         self.count += len(complete)
-        self.sums += torch.stack([image.sum(0), text.sum(0)])
-        self.products += torch.stack([image.T @ image, text.T @ text, image.T @ text])
+        self.sums += torch.stack([q.double().cpu().sum(0) for q in pairs])
+        self._blocks.add(torch.cat(pairs, 1))
 
     def merge(self, other: "RidgeStatistics") -> "RidgeStatistics":
         """The statistics of both sets of samples together."""
-        return RidgeStatistics(
-            self.count + other.count, self.sums + other.sums, self.products + other.products
-        )
+        theirs = other.tensors()
+        return RidgeStatistics(**{name: tensor + theirs[name] for name, tensor in self.tensors().items()})
 
     def solve(self, target: Literal["image", "text"] | str, relative_ridge: float) -> tuple[Tensor, Tensor]:
         """Ridge regression of the target modality on the other, with an intercept.
@@ -75,6 +77,7 @@ class RidgeStatistics:
                 given=f"{int(self.count)} samples",
                 fix="leave the map the identity, or add records with both",
             )
+        self._blocks.flush()
         mean = self.sums / self.count
         source, goal = (1, 0) if target == "image" else (0, 1)
         gram = self.products[source] - self.count * torch.outer(mean[source], mean[source])
@@ -86,6 +89,7 @@ class RidgeStatistics:
 
     def tensors(self) -> dict[str, Tensor]:
         """The sums by name (what a reduction over ranks adds up, and what is saved)."""
+        self._blocks.flush()
         return {"count": self.count, "sums": self.sums, "products": self.products}
 
     def save(self, folder: Path) -> None:
@@ -100,3 +104,10 @@ class RidgeStatistics:
                 "Ridge statistics are missing", given=folder / cls.FILE, fix="train the stage again"
             )
         return cls(**read_tensors(folder / cls.FILE, "Ridge statistics"))
+
+
+def _add_products(products: Tensor, rows: Tensor) -> None:
+    """Add the products of n×2d rows, image beside text, to 3×d×d sums, in place."""
+    image, text = rows.tensor_split(2, 1)
+    for total, left, right in zip(products, (image, text, image), (image, text, text), strict=True):
+        total.addmm_(left.T, right)

@@ -7,9 +7,10 @@ itself, and a missing view gives no evidence.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
+from delo_llava.features.blocks import RowBlocks
 from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.strict import read_tensors
 
@@ -34,7 +36,7 @@ class KeyStatistics:
 
     count: Tensor
     sums: Tensor
-    products: Tensor | None
+    products: Tensor | None = None
 
     @classmethod
     def empty(cls, hidden: int, covariance: bool) -> "KeyStatistics":
@@ -66,6 +68,33 @@ class KeyStatistics:
         return self.products[view] - self.count[view] * torch.outer(mean, mean)
 
 
+@dataclass
+class Gathered:
+    """What this rank observed of a task since it was last settled: `sums`, and the rows that `products` still
+    lacks, a block for each view (none where no covariance is kept)."""
+
+    sums: KeyStatistics
+    blocks: tuple[RowBlocks, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        products = self.sums.products
+        kept = () if products is None else products.unbind()
+        self.blocks = tuple(RowBlocks(len(product), partial(_add_products, product)) for product in kept)
+
+
+class Discriminant(NamedTuple):
+    """How queries of one view speak for T tasks: score_t = w_t · (q − c) + o_t, which is the log-likelihood
+    −½ (q − μ_t)ᵀ Σ⁻¹ (q − μ_t) but for what is the same for all tasks. Nothing d×d is left in it.
+
+    Attributes:
+        centre: c, d: the mean of the means μ_t. weight: T×d, Σ⁻¹ (μ_t − c). offset: T, −½ w_t · (μ_t − c).
+    """
+
+    centre: Tensor
+    weight: Tensor
+    offset: Tensor
+
+
 class TaskKeyMemory:
     """Keys of all trained tasks.
 
@@ -80,7 +109,9 @@ class TaskKeyMemory:
     def __init__(self, hidden: int, covariance: bool = True, shrinkage: float = 0.1) -> None:
         self.hidden, self.covariance, self.shrinkage = hidden, covariance, shrinkage
         self.tasks: dict[str, KeyStatistics] = {}
-        self._pending: dict[str, KeyStatistics] = {}
+        self._pending: dict[str, Gathered] = {}
+        #: By tasks and view; a change of `tasks` drops them.
+        self._discriminants: dict[tuple[tuple[str, ...], int], Discriminant] = {}
 
     def observe(self, task: str, queries: Queries, presence: Tensor) -> None:
         """Add a batch of a task (`presence`: bool B×2). Counts once `all_reduce_` or `settle` is called.
@@ -88,27 +119,48 @@ class TaskKeyMemory:
         A view counts where it is present in the data; a sample whose instruction has no words gives no
         instruction.
         """
-        here = self.pending(task)
+        here = self._here(task)
         for view, (query, seen) in enumerate(zip(queries, _seen(queries, presence), strict=True)):
-            q = query.detach()[seen].double().cpu()
-            here.count[view] += len(q)
-            here.sums[view] += q.sum(0)
-            if here.products is not None:
-                here.products[view] += q.T @ q
+            rows = query.detach()[seen].cpu()
+            here.sums.count[view] += len(rows)
+            here.sums.sums[view] += rows.double().sum(0)
+            if here.blocks:
+                here.blocks[view].add(rows)
 
-    def pending(self, task: str) -> KeyStatistics:
-        """What this rank observed of `task` since it was last settled; the sums may be written to."""
-        return self._pending.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance))
+    def running(self, task: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """What this rank observed of `task` since it was last settled, for `resume`: sums by name, and by
+        view the rows that the sum of products does not hold yet.
+        """
+        here = self._here(task)
+        return here.sums.tensors(), dict(zip(VIEWS, (block.rows() for block in here.blocks), strict=False))
+
+    def resume(self, task: str, sums: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> None:
+        """Go on from `running`; rows of several ranks may be joined, their sums added up."""
+        self._pending.pop(task, None)
+        here = self._here(task)
+        for name, tensor in here.sums.tensors().items():
+            tensor.copy_(sums[name])
+        for view, block in zip(VIEWS, here.blocks, strict=False):
+            if view in rows:
+                block.add(rows[view])
 
     def settle(self, task: str, reduce: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> None:
         """Add what was observed of `task` since the last call to its keys, summed over ranks by `reduce`.
 
         Every rank must call it, also one that saw no sample. Calling it twice adds nothing twice.
         """
-        part = self._pending.pop(task, None) or KeyStatistics.empty(self.hidden, self.covariance)
-        products = None if part.products is None else reduce(part.products)
-        summed = KeyStatistics(reduce(part.count), reduce(part.sums), products)
+        here = self._here(task)
+        for block in here.blocks:
+            block.flush()
+        del self._pending[task]
+        summed = KeyStatistics(**{name: reduce(tensor) for name, tensor in here.sums.tensors().items()})
         self.tasks.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance)).add(summed)
+        self._discriminants.clear()
+
+    def _here(self, task: str) -> Gathered:
+        if task not in self._pending:
+            self._pending[task] = Gathered(KeyStatistics.empty(self.hidden, self.covariance))
+        return self._pending[task]
 
     def all_reduce_(self, task: str) -> None:
         """`settle` over the ranks of the default process group, if there is one."""
@@ -131,8 +183,8 @@ class TaskKeyMemory:
         """The likeliest of `tasks` for every sample.
 
         `cosine`: mean cosine to the keys over present views. `lda`: log-likelihood under task means and one
-        shrunk covariance for all tasks, summed over present views. A task that never saw a view gets the mean
-        score of those that did.
+        shrunk covariance for all tasks, summed over present views, up to a number of the sample that is the
+        same for all tasks. A task that never saw a view gets the mean score of those that did.
 
         Returns:
             index int64 B into `tasks`, and scores B×T (float64). Ties go to the earlier task; −1 and scores
@@ -165,21 +217,31 @@ class TaskKeyMemory:
 
     def _evidence(self, query: Tensor, tasks: Sequence[str], view: int, matcher: Matcher) -> Tensor:
         """B×T scores of one view."""
-        means = torch.stack([self.tasks[t].means()[view] for t in tasks])
         if matcher == "cosine":
+            means = torch.stack([self.tasks[t].means()[view] for t in tasks])
             return F.normalize(query, dim=1) @ F.normalize(means, dim=1).T
-        count = torch.stack([self.tasks[t].count[view] for t in tasks])
-        scatter = torch.stack([self.tasks[t].scatter(view) for t in tasks]).sum(0)
-        covariance = scatter / (count.sum() - (count > 0).sum()).clamp(min=1)
+        key = (tuple(tasks), view)
+        if key not in self._discriminants:
+            self._discriminants[key] = self._discriminant(*key)
+        centre, weight, offset = self._discriminants[key]
+        return (query - centre) @ weight.T + offset
+
+    def _discriminant(self, tasks: Sequence[str], view: int) -> Discriminant:
+        """By one Cholesky factor of the shrunk covariance of all tasks together."""
+        parts = [self.tasks[t] for t in tasks]
+        count = torch.stack([part.count[view] for part in parts])
+        means = torch.stack([part.means()[view] for part in parts])
+        covariance = torch.zeros(self.hidden, self.hidden, dtype=torch.float64)
+        for part in parts:
+            covariance += part.scatter(view)
+        covariance /= (count.sum() - (count > 0).sum()).clamp(min=1)
         spread = covariance.diagonal().mean().clamp(min=1e-12)
-        shrunk = (1 - self.shrinkage) * covariance + self.shrinkage * spread * torch.eye(
-            self.hidden, dtype=torch.float64
-        )
-        white = torch.linalg.solve_triangular(
-            torch.linalg.cholesky(shrunk), torch.cat([query, means]).T, upper=False
-        ).T
-        samples, centres = white[: len(query)], white[len(query) :]
-        return -0.5 * torch.cdist(samples, centres, compute_mode="donot_use_mm_for_euclid_dist") ** 2
+        covariance *= 1 - self.shrinkage
+        covariance.diagonal().add_(self.shrinkage * spread)
+        centre = means[count > 0].mean(0)
+        apart = means - centre
+        weight = torch.cholesky_solve(apart.T, torch.linalg.cholesky(covariance)).T
+        return Discriminant(centre, weight, -0.5 * (weight * apart).sum(1))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Task -> sums by name."""
@@ -187,7 +249,9 @@ class TaskKeyMemory:
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Replace all keys by those of `state_dict`."""
-        self.tasks = {task: self._read(dict(tensors), task) for task, tensors in state.items()}
+        copies = {task: {n: tensor.clone() for n, tensor in kept.items()} for task, kept in state.items()}
+        self.tasks = {task: self._read(tensors, task) for task, tensors in copies.items()}
+        self._discriminants.clear()
 
     def save_task(self, folder: Path, task: str) -> None:
         """Write one task's statistics into its folder; files of other tasks are not touched."""
@@ -205,6 +269,7 @@ class TaskKeyMemory:
                     f"The keys of task {task} are missing", given=file, fix="train the stage again"
                 )
             self.tasks[task] = self._read(read_tensors(folder / self.FILE, f"The keys of task {task}"), task)
+            self._discriminants.clear()
 
     def _read(self, tensors: dict[str, Tensor], task: str) -> KeyStatistics:
         if tensors["sums"].shape != (3, self.hidden):
@@ -214,11 +279,17 @@ class TaskKeyMemory:
             )
         if self.covariance and "products" not in tensors:
             raise DeloError(f"The keys of task {task} hold no second moments", fix="use the matcher cosine")
-        products = tensors["products"].clone() if self.covariance else None
-        return KeyStatistics(tensors["count"].clone(), tensors["sums"].clone(), products)
+        # Moments stay mapped to their file: at d = 4096 400 MB a task, which a machine's ranks share.
+        products = tensors["products"] if self.covariance else None
+        return KeyStatistics(tensors["count"], tensors["sums"], products)
 
 
 def _seen(queries: Queries, presence: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Which rows have each view, bool B each: by the data's flags; the instruction's, whether it has
     words."""
     return presence[:, 0], presence[:, 1], (queries.instruction != 0).any(1)
+
+
+def _add_products(product: Tensor, rows: Tensor) -> None:
+    """Add Σ q·qᵀ over rows n×d to a d×d sum, in place."""
+    product.addmm_(rows.T, rows)

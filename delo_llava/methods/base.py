@@ -36,6 +36,8 @@ from delo_llava.tasks import TaskSequence, TaskSpec
 
 #: Names in `Method.state_dict` that begin so are one rank's part of a sum over ranks.
 SUMMED = "sum/"
+#: … and so, a rank's part of the rows of all ranks: n×d, in any order.
+ROWS = "rows/"
 
 
 class MethodConfig(Worded):
@@ -288,8 +290,9 @@ class Method(ABC):
         """What the method holds between two steps of a stage beside the trainable parameters, for a step
         checkpoint.
 
-        Names that begin with `SUMMED` are this rank's part of sums: each rank stores its own, and they are
-        added up when the stage goes on with another number of ranks. The others are equal on every rank.
+        Names that begin with `SUMMED` are this rank's part of sums, those with `ROWS` its rows: each rank
+        stores its own, and they are added up or joined when the stage goes on with another number of ranks.
+        The others are equal on every rank.
         """
         return {}
 

@@ -2,7 +2,7 @@
 
 A checkpoint holds whole tensors, so it serves every engine and any number of ranks: `weights.safetensors` and
 `optimizer.safetensors` (gathered from ZeRO's partitions), `rank-00000.safetensors` for each rank (random
-states and the method's running sums), `state.json`, and `manifest.json`, written last.
+states, the method's running sums and rows), `state.json`, and `manifest.json`, written last.
 """
 
 import random
@@ -23,7 +23,7 @@ from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.shards import OptimizerState
 from delo_llava.errors import DeloError
 from delo_llava.files import fsync, write_json_atomic
-from delo_llava.methods.base import SUMMED, Method
+from delo_llava.methods.base import ROWS, SUMMED, Method
 from delo_llava.runs.steps import StepStore, told_if_refused
 from delo_llava.strict import read_json, read_tensors
 from delo_llava.training.loop import Ledger
@@ -41,7 +41,7 @@ class Resumed:
     Attributes:
         step: the next step to train.
         same_world: as many ranks as wrote it, so every bit can be the same.
-        rank: this rank's tensors; the method's sums of all ranks if their number changed.
+        rank: this rank's tensors; the method's sums and rows of all ranks if their number changed.
     """
 
     folder: Path
@@ -197,19 +197,20 @@ class StepCheckpoints:
         self.steps.publish(draft, step)
 
     def _rank_state(self, folder: Path, state: dict[str, Any]) -> dict[str, Tensor]:
-        """This rank's tensors. With another number of ranks, the first one takes all of the sums."""
+        """This rank's tensors. With another number of ranks, the first takes all of the sums and rows."""
         own, world = self.ranks.rank, state["world"]
         mine = _tensors(folder / rank_file(min(own, world - 1)))
         if world == self.ranks.world:
             return mine
-        sums = [name for name in mine if name.startswith(f"method/{SUMMED}")]
+        sums, rows = ([n for n in mine if n.startswith(f"method/{kind}")] for kind in (SUMMED, ROWS))
         if own == 0:
             for rank in range(1, world):
                 other = _tensors(folder / rank_file(rank))
-                for name in sums:
-                    mine[name] += other[name]
+                mine |= {name: mine[name] + other[name] for name in sums}
+                mine |= {name: torch.cat([mine[name], other[name]]) for name in rows}
         else:
             mine |= {name: torch.zeros_like(mine[name]) for name in sums}
+            mine |= {name: mine[name][:0] for name in rows}
         return {name: t for name, t in mine.items() if own < world or not name.startswith("random/")}
 
 

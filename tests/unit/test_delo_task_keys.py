@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
-from delo_llava.features.queries import Queries
+from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.features.task_keys import TaskKeyMemory
 
 D = 6
@@ -57,9 +57,9 @@ def test_ranks_add_up_exactly_and_only_once() -> None:
     ranks = [TaskKeyMemory(D) for _ in range(2)]
     for rank, part in zip(ranks, torch.arange(12).split(7), strict=True):
         rank.observe("t", queries.rows(part), presence[part])
-    other = {k: v.clone() for k, v in ranks[1]._pending["t"].tensors().items()}
-    names = iter(("products", "count", "sums"))
-    ranks[0].settle("t", lambda tensor: tensor + other[next(names)])
+    told: list[torch.Tensor] = []  # what the other rank gives to the reduction, in its order
+    ranks[1].settle("t", lambda tensor: told.append(tensor.clone()) or tensor)
+    ranks[0].settle("t", lambda tensor: tensor + told.pop(0))
     ranks[0].settle("t", lambda tensor: tensor)  # nothing pending any more
     for name, tensor in whole.tasks["t"].tensors().items():
         torch.testing.assert_close(ranks[0].tasks["t"].tensors()[name], tensor, rtol=0, atol=1e-13)
@@ -88,6 +88,7 @@ def test_cosine_is_the_mean_over_present_views() -> None:
 
 
 def test_lda_is_the_log_likelihood_under_one_covariance() -> None:
+    """Up to a number of each sample, which is the same for all tasks."""
     keys = TaskKeyMemory(D, shrinkage=0.2)
     data = {f"t{t}": sample(30, t, t) for t in range(3)}
     for task, (queries, presence) in data.items():
@@ -106,7 +107,92 @@ def test_lda_is_the_log_likelihood_under_one_covariance() -> None:
                 for t, group in enumerate(groups):
                     offset = queries[v][i].double() - group.mean(0)
                     expected[i, t] += -0.5 * offset @ torch.linalg.inv(covariance) @ offset
+    scores, expected = (table - table.mean(1, keepdim=True) for table in (scores, expected))
     torch.testing.assert_close(scores, expected, rtol=1e-10, atol=1e-9)
+
+
+def naive(keys: TaskKeyMemory, queries: Queries, presence: torch.Tensor, tasks: list[str]) -> torch.Tensor:
+    """Log-likelihoods B×T with nothing kept and nothing left out, by an inverse."""
+    total = torch.zeros(len(presence), len(tasks), dtype=torch.float64)
+    for view, query in enumerate(queries):
+        statistics = [keys.tasks[task] for task in tasks]
+        means = torch.stack([s.sums[view] / s.count[view] for s in statistics])
+        within = [
+            s.products[view] - s.count[view] * torch.outer(m, m)
+            for s, m in zip(statistics, means, strict=True)
+        ]
+        covariance = sum(within) / (sum(s.count[view] for s in statistics) - len(tasks))
+        spread = covariance.diagonal().mean() * torch.eye(keys.hidden, dtype=torch.float64)
+        inverse = torch.linalg.inv((1 - keys.shrinkage) * covariance + keys.shrinkage * spread)
+        for row, seen in enumerate(presence[:, view] if view < 2 else presence.new_ones(len(presence))):
+            offsets = query[row].double() - means
+            total[row] -= seen * 0.5 * ((offsets @ inverse) * offsets).sum(1)
+    return total
+
+
+def test_choices_are_those_of_a_naive_reference() -> None:
+    """Many samples in a space of more directions than most tasks have samples; tasks that lie close."""
+    draw = torch.Generator().manual_seed(4)
+    keys, tasks, width = TaskKeyMemory(40), [f"t{i}" for i in range(5)], 40
+    shared = torch.randn(width, width, generator=draw)
+
+    def of(task: int, rows: int) -> tuple[Queries, torch.Tensor]:
+        centres = 0.03 * torch.randn(3, width, generator=torch.Generator().manual_seed(task))
+        views = [
+            F.normalize(c + torch.randn(rows, width, generator=draw) @ shared / width, dim=1) for c in centres
+        ]
+        return Queries(*views), torch.rand(rows, 2, generator=draw) > 0.3
+
+    for number, task in enumerate(tasks):
+        keys.observe(task, *of(number, 300 if number == 2 else 25))
+        keys.settle(task)
+    wrong = 0
+    for number in range(len(tasks)):
+        queries, presence = of(number, 60)
+        index, scores = keys.choose(queries, presence, tasks, "lda")
+        expected = naive(keys, queries, presence, tasks)
+        assert torch.equal(index, expected.argmax(1))
+        wrong += int((index != number).sum())
+        gap = scores - scores[:, :1] - (expected - expected[:, :1])
+        assert gap.abs().max() <= 1e-9 * max(1.0, float(expected.abs().max()))
+    assert wrong, "only clear cases would agree trivially"
+
+
+def test_a_choice_keeps_its_factor_until_the_statistics_change(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Three factors for any number of batches, and three new ones after each change."""
+    made: list[int] = []
+    cholesky = torch.linalg.cholesky
+    monkeypatch.setattr(torch.linalg, "cholesky", lambda matrix: made.append(1) or cholesky(matrix))
+    keys, tasks = memory(), ["t0", "t1", "t2"]
+    queries, presence = sample(8, 9, 1)
+
+    def chosen() -> torch.Tensor:
+        made.clear()
+        scores = [
+            keys.choose(queries, presence, tasks, "lda", views)[1] for views in (VIEWS, VIEWS, VIEWS[:2])
+        ]
+        assert torch.equal(scores[0], scores[1])
+        return scores[0]
+
+    before = chosen()
+    assert len(made) == 3 and torch.equal(chosen(), before) and not made
+    keys.observe("t1", *sample(30, 77, 2))
+    assert torch.equal(chosen(), before) and not made, "nothing counts before it is settled"
+    keys.settle("t1")
+    assert not torch.equal(chosen(), before) and len(made) == 3
+    others = memory(rows=20)
+    keys.load_state_dict(others.state_dict())
+    assert torch.equal(chosen(), others.choose(queries, presence, tasks, "lda")[1])
+    memory().save_task(tmp_path, "t0")
+    keys.load({"t0": tmp_path})
+    before = chosen()
+    assert len(made) == 3
+    fresh = TaskKeyMemory(D)
+    fresh.load_state_dict(keys.state_dict())
+    assert torch.equal(before, fresh.choose(queries, presence, tasks, "lda")[1])
+    assert not torch.equal(keys.choose(queries, presence, ["t0", "t1"], "lda")[1], before[:, :2])
 
 
 @pytest.mark.parametrize("matcher", ["cosine", "lda"])

@@ -28,6 +28,7 @@ from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.features.ridge import FEWEST, RidgeStatistics
 from delo_llava.features.task_keys import TaskKeyMemory
 from delo_llava.methods.base import (
+    ROWS,
     SUMMED,
     Capabilities,
     Clock,
@@ -193,18 +194,18 @@ class Delo(Method):
 
     def state_dict(self) -> dict[str, Tensor]:
         """The keys' sums of this rank since the stage began, and the ridge statistics, which ranks share."""
-        keys = {} if self._keys is None else self._keys.pending(self._task).tensors()
+        sums, rows = ({}, {}) if self._keys is None else self._keys.running(self._task)
         ridge = {} if self._ridge is None else self._ridge.tensors()
-        named = {f"{SUMMED}keys/{name}": tensor for name, tensor in keys.items()}
+        named = {f"{SUMMED}keys/{name}": tensor for name, tensor in sums.items()}
+        named |= {f"{ROWS}keys/{view}": tensor for view, tensor in rows.items()}
         return named | {f"ridge/{name}": tensor for name, tensor in ridge.items()}
 
     def load_state_dict(self, model: nn.Module, state: dict[str, Tensor]) -> None:
         def under(prefix: str) -> dict[str, Tensor]:
             return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
 
-        for name, tensor in under(f"{SUMMED}keys/").items():
-            assert self._keys is not None
-            self._keys.pending(self._task).tensors()[name].copy_(tensor)
+        if self._keys is not None:
+            self._keys.resume(self._task, under(f"{SUMMED}keys/"), under(f"{ROWS}keys/"))
         if self._ridge is not None:
             self._ridge = RidgeStatistics(**under("ridge/"))
             self._fit(model)
