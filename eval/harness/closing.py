@@ -1,5 +1,6 @@
 """The end of a stage's evaluation: its answers scored, predictions and results.json written."""
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,8 @@ from delo_llava.data.omitted import answered_without
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method
 from delo_llava.runs.identity import encoder_files
+
+logger = logging.getLogger(__name__)
 
 
 def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Questions) -> None:
@@ -86,6 +89,7 @@ def close_stage(
     before = read_results(run.output)
     results = resume_results(run.output, run.config, run.plan)
     results.differs = list(dict.fromkeys([*results.differs, *differs]))
+    _forget_other_rules(results, before, run)
     patterns = list(dict.fromkeys(cell.pattern for cell in cells))
     results.forget(stage, patterns)
     trained = run.plan.seen(stage)
@@ -120,6 +124,21 @@ def close_stage(
         )  # fmt: skip
     try_report(run.store.root, run.output)
     return content
+
+
+def _forget_other_rules(results: Results, before: dict[str, Any] | None, run: StoredRun) -> None:
+    """Drop the scores of tasks that an earlier evaluation judged by another rule, and say so: rows of two
+    rules make no matrix.
+    """
+    known, now = (before or {}).get("scorer_ids") or {}, run_facts(run)["scorer_ids"]
+    changed = [task for task, rule in now.items() if known.get(task, rule) != rule]
+    if changed:
+        results.matrix.clear_tasks(changed)
+        rules = ", ".join(f"{task}: {known[task]} became {now[task]}" for task in changed)
+        logger.warning(
+            "Other rules score now (%s): earlier scores are dropped. To score the stored answers "
+            "again: delo-eval --run %s --stage all (and zero-shot)", rules, run.store.root,
+        )  # fmt: skip
 
 
 def _files(run: StoredRun, cell: Cell) -> list[Path]:

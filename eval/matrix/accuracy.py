@@ -1,6 +1,6 @@
 """`AccuracyMatrix`: score[mode, stage, task, missing pattern] in percent, plus the zero-shot row."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -94,8 +94,16 @@ class AccuracyMatrix:
     def clear(self, stage: int, patterns: Iterable[str]) -> None:
         """Forget the cells of `stage` under `patterns`, before they are evaluated anew."""
         gone = set(patterns)
+        self._drop(lambda key: key[1] == stage and key[3] in gone)
+
+    def clear_tasks(self, tasks: Iterable[str]) -> None:
+        """Forget the columns of some tasks, which another rule scored."""
+        gone = set(tasks)
+        self._drop(lambda key: key[2] in gone)
+
+    def _drop(self, gone: Callable[[CellKey], bool]) -> None:
         for cells in (self.scores, *self.beside.values()):
-            for key in [key for key in cells if key[1] == stage and key[3] in gone]:
+            for key in [key for key in cells if gone(key)]:
                 del cells[key]
         kept = {(task, pattern) for _, _, task, pattern in self.scores}
         self.counts = {key: count for key, count in self.counts.items() if key in kept}
