@@ -5,7 +5,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from delo_support import COMPLETE, NO_IMAGE, NO_TEXT, batch, changed, experts, run, same_routes
+from delo_support import (
+    COMPLETE,
+    NO_IMAGE,
+    NO_TEXT,
+    base,
+    batch,
+    changed,
+    config,
+    experts,
+    run,
+    same_routes,
+)  # fmt: skip
+from peft import get_peft_model
 from torch.nn import functional as F
 
 from delo_llava.adapters.carrier import frozen_queries
@@ -181,6 +193,43 @@ def test_neither_modality_routes_by_the_instruction() -> None:
 def test_top_factors_are_sorted_and_stable() -> None:
     scores = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
     assert top_factors(scores, 3).tolist() == [[1, 2, 4], [0, 1, 2]]
+
+
+def test_a_query_that_moves_changes_only_choices_between_close_scores() -> None:
+    """The bound of docs/delo.md: e gives way to f only if s_e − s_f ≤ ‖(h_e − h_f)·W‖·‖δ‖."""
+    r, draw = router(pool_size=24, slots=(40, 2)), torch.Generator().manual_seed(3)
+    q = routed(rows=16)
+    moved = F.normalize(q.image + 2**-9 * torch.randn(q.image.shape, generator=draw), dim=1)
+    delta = (moved - q.image).double().norm(dim=1)
+    before, after = (Selection(*r(each)).image_a for each in (q, q._replace(image=moved)))
+    head = r.image_head.double().view(40, 2, 24, 8)[:, 0] @ r.image_down.double()
+    scores = torch.einsum("sed,nd->nse", head, q.image.double())
+    flips = 0
+    for n, s in (before.sort(-1).values != after.sort(-1).values).any(-1).nonzero().tolist():
+        old, new = set(before[n, s].tolist()), set(after[n, s].tolist())
+        flips += 1
+        for e in old - new:
+            for f in new - old:
+                assert scores[n, s, e] - scores[n, s, f] <= (head[s, e] - head[s, f]).norm() * delta[n]
+    assert 0 < flips < 40 * 16 / 10
+
+
+def test_in_half_precision_text_routes_alone_as_in_a_batch_and_pictures_nearly_so() -> None:
+    torch.manual_seed(0)
+    half = get_peft_model(base(dtype=torch.bfloat16), config(), adapter_name="one")
+    whole_inputs, whole = batch(half, [COMPLETE] * 8)
+    whole_inputs["pixel_values"] = whole_inputs["pixel_values"].bfloat16()
+    queries_whole = frozen_queries(half, whole, whole_inputs)
+    for i in range(8):
+        one = {name: value[i : i + 1] for name, value in whole_inputs.items()}
+        part = changed(
+            whole, input_ids=whole.input_ids[i : i + 1], segments=whole.segments[i : i + 1],
+            presence=whole.presence[i : i + 1], image_rows=torch.tensor([0]), image_units=torch.tensor([1]),
+        )  # fmt: skip
+        alone = frozen_queries(half, part, one)
+        assert torch.allclose(alone.text, queries_whole.text[i : i + 1], rtol=0, atol=1e-7)
+        assert torch.allclose(alone.instruction, queries_whole.instruction[i : i + 1], rtol=0, atol=1e-7)
+        assert (alone.image - queries_whole.image[i]).norm() < 2**-7
 
 
 @pytest.mark.parametrize("conditional", ["table", "none", "factor"])
