@@ -81,7 +81,8 @@ MAKERS: dict[str, Maker] = {
 def write_files(folder: Path, make: Maker, records: int) -> list[str]:
     """A file of references and two shards of answers; returns the words that name them."""
     draw = random.Random(0)
-    entries, shards = [], ([], [])
+    entries: list[dict[str, Any]] = []
+    shards: tuple[list[str], list[str]] = ([], [])
     for i in range(records):
         truth, said = make(draw)
         entries.append({"question_id": i, "image": f"images/{i}.jpg", "text": ASK, **truth})

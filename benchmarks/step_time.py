@@ -57,7 +57,7 @@ def build_base(args: argparse.Namespace) -> Any:
     )
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_ID)
+        LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)
     )
     if args.quant == "nf4":
         import tempfile
@@ -110,8 +110,11 @@ def batch(args: argparse.Namespace) -> tuple[dict[str, Any], RouteInputs]:
     images = presence[:, 0].nonzero().squeeze(1)
     ids[images, :IMAGE_TOKENS] = IMAGE_ID
     segments[images, :IMAGE_TOKENS] = 1
-    tensors = ids, segments, presence, images, torch.ones(len(images), dtype=torch.int64)
-    route = RouteInputs(*(t.to(args.device) for t in tensors), image_kept=None)
+    units = torch.ones(len(images), dtype=torch.int64)
+    device = args.device
+    route = RouteInputs(
+        ids.to(device), segments.to(device), presence.to(device), images.to(device), units.to(device), None
+    )
     pixels = torch.randn(len(images), 3, 64, 64, device=args.device)
     return {
         "input_ids": route.input_ids,

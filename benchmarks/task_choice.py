@@ -19,6 +19,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -97,11 +98,16 @@ def training(args: argparse.Namespace) -> dict[str, float]:
     there = torch.ones(size, 2, dtype=torch.bool)
     batches = [drawn(size, hidden, 0, seed) for seed in range(args.samples // size)]
     few = batches[: args.rounds]
+
+    def spent(work: Callable[[Queries], object], over: list[Queries]) -> float:
+        total: float = sum(seconds(partial(work, q)) for q in over)
+        return int(micros) * total
+
     found = {
-        "keys, before": micros * sum(seconds(lambda q=q: before.observe(sums, q)) for q in few) / len(few),
-        "ridge, before": micros * sum(seconds(lambda q=q: before.ridge(plain, q)) for q in few) / len(few),
-        "keys": micros * sum(seconds(lambda q=q: memory.observe("t", q, there)) for q in batches),
-        "ridge": micros * sum(seconds(lambda q=q: ridge.observe(q, there)) for q in batches),
+        "keys, before": spent(lambda q: before.observe(sums, q), few) / len(few),
+        "ridge, before": spent(lambda q: before.ridge(plain, q), few) / len(few),
+        "keys": spent(lambda q: memory.observe("t", q, there), batches),
+        "ridge": spent(lambda q: ridge.observe(q, there), batches),
     }
     # What waits for its block belongs to these samples, too.
     found["keys"] += micros * seconds(lambda: memory.settle("t"))
@@ -150,16 +156,16 @@ def main() -> int:
         ("questions", 32), ("rounds", 3), ("threads", 1),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
-    for name, default in (("step_seconds", 1.7), ("decode_seconds", 1.7), ("limit", 0.05)):
-        parser.add_argument(f"--{name}", type=float, default=default)
+    for name, share in (("step_seconds", 1.7), ("decode_seconds", 1.7), ("limit", 0.05)):
+        parser.add_argument(f"--{name}", type=float, default=share)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     found = training(args) | choosing(args)
     whole = {"keys": args.step_seconds, "ridge": args.step_seconds, "choice": args.decode_seconds}
     shares = {name: found[name] / of for name, of in whole.items()}
     for name, value in found.items():
-        share = f"{shares[name]:9.2%}" if name in shares else ""
-        sys.stderr.write(f"{name:24s} {value:12.4g}{share}\n")
+        part = f"{shares[name]:9.2%}" if name in shares else ""
+        sys.stderr.write(f"{name:24s} {value:12.4g}{part}\n")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     result = {"arguments": vars(args), "found": found, "shares": shares, "peak_gib": peak}
     sys.stdout.write(json.dumps(result, indent=2) + "\n")
