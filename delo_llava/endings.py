@@ -137,10 +137,13 @@ def plain_streams() -> None:
 
 
 def quiet_libraries() -> None:
-    """Leave out what libraries say to their own developers: that names which PEFT calls in transformers will
-    go, and that bitsandbytes would fetch a kernel from a hub (we never fetch code at run time).
+    """Leave out what libraries say to their own developers: that names will go which PEFT calls in
+    transformers and DeepSpeed in torch, and that bitsandbytes would fetch a kernel from a hub (we never fetch
+    code at run time).
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"(transformers|peft|torch\.distributed)\."
+    )
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 

@@ -124,5 +124,6 @@ def test_libraries_do_not_speak_to_their_own_developers() -> None:
         endings.quiet_libraries()
         place = {"filename": "x.py", "lineno": 1}
         warnings.warn_explicit("going", FutureWarning, module="transformers.modeling_utils", **place)  # type: ignore[arg-type]
+        warnings.warn_explicit("going", FutureWarning, module="torch.distributed.c10d_logger", **place)  # type: ignore[arg-type]
         warnings.warn_explicit("going", FutureWarning, module="mine", **place)  # type: ignore[arg-type]
     assert [str(w.message) for w in caught] == ["going"]
