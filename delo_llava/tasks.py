@@ -12,6 +12,9 @@ SPLITS: tuple[Split, ...] = ("train", "val", "test")
 MODALITIES: tuple[str, str] = ("image", "text")
 
 
+#: Tokens that an answer may have where a task does not say.
+NEW_TOKENS = 8
+
 #: Key of `Record.extra`: the answer with its surrounding blanks, where it has any.
 AS_WRITTEN = "answer_as_written"
 
@@ -95,6 +98,7 @@ class TaskSpec:
     """A task: its files, where its images are, and how answers are scored. Paths are absolute.
 
     Attributes:
+        max_new_tokens: that an answer may have; prompts leave room for them within `data.max_length`.
         answers: the closed set of answers, where every question has the same one.
         sides: files joined to the records.
         classes: set where the files are in the CMML layout instead of CoIN's.
@@ -106,7 +110,7 @@ class TaskSpec:
     files: dict[Split, Path]
     image_root: Path
     scorer: str = "exact_match"
-    max_new_tokens: int = 8
+    max_new_tokens: int = NEW_TOKENS
     answers: tuple[str, ...] = ()
     sides: tuple[SideFile, ...] = ()
     classes: ClassTask | None = None
@@ -147,3 +151,8 @@ class TaskSequence:
     def names(self) -> list[str]:
         """Task names in training order."""
         return [task.name for task in self.tasks]
+
+    @property
+    def rooms(self) -> dict[str, int]:
+        """Task -> tokens that an answer may have."""
+        return {task.name: task.max_new_tokens for task in self.tasks}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from delo_llava.config import RunConfig
     from delo_llava.data_tools.prompts import Prompts
+    from delo_llava.tasks import TaskSequence
 
 #: Columns of tables that do not go to a terminal.
 WIDTH = 150
@@ -99,7 +100,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(data=_show)
 
 
-def _prompts(options: argparse.Namespace, config: "RunConfig") -> "Prompts":
+def _prompts(options: argparse.Namespace, config: "RunConfig", sequence: "TaskSequence") -> "Prompts":
     """The tokenizer of the model that was named, else of the recipe's, else (said) of the stand-in."""
     from delo_llava.data_tools.prompts import STAND_IN, Prompts, local_model
 
@@ -109,7 +110,7 @@ def _prompts(options: argparse.Namespace, config: "RunConfig") -> "Prompts":
             f"{config.model} is not on this disk: prompts are made with the tokenizer of {STAND_IN}, "
             "so counts of tokens differ; --model names another\n"
         )
-    return Prompts(model or STAND_IN, config.data.max_length, config.data.limits)
+    return Prompts(model or STAND_IN, config.data.max_length, config.data.limits, sequence.rooms)
 
 
 def _console() -> "Console":
@@ -137,7 +138,7 @@ def _check(options: argparse.Namespace) -> int:
     sequence = load_sequence(options.recipe, options.root, config.data.template)
     state = options.state or default_state(sequence)
     report = options.report or state.with_suffix(".jsonl")
-    prompts = None if options.no_tokens else _prompts(options, config)
+    prompts = None if options.no_tokens else _prompts(options, config, sequence)
     with Memory(state) as memory:
         check = DataCheck(sequence, memory, prompts, options.workers or os.cpu_count() or 1)
         parts = check.run()
@@ -161,7 +162,7 @@ def _show(options: argparse.Namespace) -> int:
     sequence = load_sequence(options.recipe, options.root, config.data.template)
     if unknown := set(options.task or ()) - set(sequence.names):
         raise DeloError("There is no such task.", given=min(unknown), allowed=sequence.names)
-    prompts, console, items = _prompts(options, config), _console(), []
+    prompts, console, items = _prompts(options, config, sequence), _console(), []
     for task in sequence.tasks:
         if options.task and task.name not in options.task:
             continue

@@ -21,9 +21,9 @@ from delo_llava.data.images import (
 )
 from delo_llava.data.omitted import Cut
 from delo_llava.data.segments import SEGMENT_CONTEXT, SEGMENT_IMAGE, SEGMENT_INSTRUCTION, SEGMENT_OTHER
-from delo_llava.data.tokens import control_pattern, token_kinds
+from delo_llava.data.tokens import Row, control_pattern, fit, token_kinds
 from delo_llava.errors import DeloError
-from delo_llava.tasks import Record
+from delo_llava.tasks import NEW_TOKENS, Record
 
 #: Label of a position that is not trained.
 IGNORE = -100
@@ -66,7 +66,7 @@ class Batch:
         image_kept: bool, which projector outputs, in order, the language model sees; None: all.
         answers: reference answers.
         views: some rows once more, shown in another way, by the view's name.
-        cut: row -> which parts of its prompt (`context`, `instruction`) were cut.
+        cut: row -> which of `context`, `instruction` and `answer` were cut.
         filler: no record of this batch could be used; it keeps the ranks in step and trains nothing.
         items: what the rows were made of, for features from outside the base.
     """
@@ -127,31 +127,18 @@ class BatchView:
     batch: Batch
 
 
-@dataclass(slots=True)
-class Row:
-    """One sequence before padding: token ids, their kinds, whether each is trained, which parts were cut."""
-
-    ids: list[int]
-    kinds: list[int]
-    trained: list[bool]
-    cut: list[str] = field(default_factory=list)
-
-    def extend(self, copies: int, token: int, kind: int, trained: bool) -> None:
-        """Append `copies` of one token."""
-        self.ids += [token] * copies
-        self.kinds += [kind] * copies
-        self.trained += [trained] * copies
-
-
 class Collator:
     """Builds batches for one backbone; pads right for training, left (and without the answer) for generation.
 
     Args:
         backbone: the family's image format.
         processor: from `backbone.load_processor`.
-        max_length: most tokens of a training sequence, image tokens included; in generation, of the prompt.
-            What is too long loses the end of its context, then the middle of its instruction, whose end is
-            most often the question (both told in `Batch.cut`); never image or answer.
+        max_length: most tokens of a prompt with its answer, image tokens included.
+        rooms: task -> most tokens of an answer (`TaskSequence.rooms`). A prompt leaves as many free, in
+            training as in generation, so that no answer changes what is seen before it. Where it is too long
+            it loses the end of its context, then the middle of its instruction, whose end is most often the
+            question; never its image. An answer that is longer than its room and does not fit loses its end.
+            All of it is told in `Batch.cut`.
         image_mode: what a missing image becomes: `absent` (no tokens) or `dummy` (constant white).
         generation: leave the answers out.
         cache_bytes: bound of the memory of encoded images.
@@ -168,6 +155,7 @@ class Collator:
         generation: bool = False,
         cache_bytes: int = 256 * 2**20,
         skip_bad_images: bool = False,
+        rooms: Mapping[str, int] | None = None,
     ) -> None:
         if image_mode not in ("absent", "dummy"):
             raise DeloError(
@@ -176,7 +164,7 @@ class Collator:
         self.backbone, self.processor, self.tokenizer = backbone, processor, processor.tokenizer
         self.dialogue: Dialogue = processor.dialogue
         self.max_length, self.image_mode, self.generation = max_length, image_mode, generation
-        self.skip_bad_images = skip_bad_images
+        self.skip_bad_images, self.rooms = skip_bad_images, rooms or {}
         #: task/record id -> why its image cannot be used.
         self.bad_images: dict[str, str] = {}
         self._cache = ImageCache(cache_bytes)
@@ -308,7 +296,7 @@ class Collator:
                 ids = encoded["input_ids"][i]
                 kinds = token_kinds(texts[i], encoded["offset_mapping"][i], prompts[i], record)
             row = self._expand(ids, kinds, images[i] or (), record)
-            self._fit(row, record)
+            fit(row, record, kinds.count(None), self.max_length, self.rooms.get(record.task, NEW_TOKENS))
             rows.append(row)
         return rows
 
@@ -356,28 +344,6 @@ class Collator:
                 continue
             for token in self._ids(text) * copies:
                 row.extend(1, token, SEGMENT_OTHER, False)
-
-    def _fit(self, row: Row, record: Record) -> None:
-        """Cut the context's end, then the instruction's middle; one token of each stays, as a query is their
-        mean.
-        """
-        for name, kind in (("context", SEGMENT_CONTEXT), ("instruction", SEGMENT_INSTRUCTION)):
-            excess = len(row.ids) - self.max_length
-            places = [place for place, k in enumerate(row.kinds) if k == kind]
-            count = max(0, min(excess, len(places) - 1))
-            stay = len(places) - count
-            first = stay if kind == SEGMENT_CONTEXT else stay // 2
-            cut = places[first : first + count]
-            row.cut += [name] if cut else []
-            for place in reversed(cut):
-                del row.ids[place], row.kinds[place], row.trained[place]
-        if len(row.ids) > self.max_length:
-            raise DeloError(
-                f"Record {record.id!r} does not fit: image, answer and template are {len(row.ids)} tokens.",
-                given=f"max_length {self.max_length}",
-                fix="shorten the answer, or begin anew with a larger data.max_length or smaller pictures "
-                "(data.max_pixels, data.max_tiles)",
-            )
 
     def _pad(self, rows: list[Row]) -> dict[str, Tensor]:
         """Rectangular tensors B×S of ids, mask, kinds, which are trained, labels."""

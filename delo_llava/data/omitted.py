@@ -5,13 +5,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-#: (task, part, record id) of a prompt whose `context` or `instruction` was cut.
+#: (task, part, record id) of a record whose `context`, `instruction` or `answer` was cut.
 Cut = tuple[str, str, str]
 
 #: What each count is called where people read it.
 LABELS = {
     "contexts_cut": "contexts cut to data.max_length",
     "instructions_cut": "instructions cut to data.max_length",
+    "answers_cut": "trained answers cut to data.max_length",
     "records_skipped": "records without their image, which cannot be used",
     "answers_unended": "answers ended by max_new_tokens",
 }
@@ -22,7 +23,7 @@ class Omitted:
     """How many records of one task and split lost something.
 
     Attributes:
-        contexts_cut, instructions_cut: records of which that was cut to `data.max_length`.
+        contexts_cut, instructions_cut, answers_cut: records of which that was cut to `data.max_length`.
         records_skipped: records whose image cannot be used: left out of training, and counted as wrong
             answers in an evaluation.
         answers_unended: records to which an answer (with the chosen or the true task) was ended by
@@ -31,6 +32,7 @@ class Omitted:
 
     contexts_cut: int = 0
     instructions_cut: int = 0
+    answers_cut: int = 0
     records_skipped: int = 0
     answers_unended: int = 0
 

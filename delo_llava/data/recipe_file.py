@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BeforeValidator, Field
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin, plugin_names
 from delo_llava.schema import Section, checked, merged, read_yaml
-from delo_llava.tasks import SPLITS, Split
+from delo_llava.tasks import NEW_TOKENS, SPLITS, Split
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
@@ -110,7 +110,7 @@ class TaskEntry(Section):
     image_root: Names = ["."]
     images: list[RelativePath] = []
     scorer: str = "exact_match"
-    max_new_tokens: int = Field(default=8, ge=1)
+    max_new_tokens: int = Field(default=NEW_TOKENS, ge=1)
     answers: list[str] = []
     sides: list[SideEntry] = []
     classes: ClassesEntry | None = None

@@ -1,13 +1,31 @@
-"""What a tokenizer made of a record: whose each token is, and which words would be control tokens."""
+"""What a tokenizer made of a record: whose tokens they are, what is cut, which words are control tokens."""
 
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from delo_llava.data.segments import SEGMENT_CONTEXT, SEGMENT_INSTRUCTION
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
+
+
+@dataclass(slots=True)
+class Row:
+    """One sequence before padding: token ids, their kinds, whether each is trained, which parts were cut."""
+
+    ids: list[int]
+    kinds: list[int]
+    trained: list[bool]
+    cut: list[str] = field(default_factory=list)
+
+    def extend(self, copies: int, token: int, kind: int, trained: bool) -> None:
+        """Append `copies` of one token."""
+        self.ids += [token] * copies
+        self.kinds += [kind] * copies
+        self.trained += [trained] * copies
 
 
 def control_pattern(tokenizer: Any, image_token: str) -> re.Pattern[str]:
@@ -49,3 +67,39 @@ def token_kinds(
         visible = next((place for place in range(start, end) if not text[place].isspace()), start)
         kinds.append(prompt[bisect_right(ends, visible)][1])
     return kinds
+
+
+def fit(row: Row, record: Record, answer: int, max_length: int, room: int) -> None:
+    """Cut a row's context at its end, then its instruction in the middle, until any answer has room; one
+    token of each stays, as a query is their mean. An answer that is longer and does not fit loses its end.
+
+    Args:
+        answer: tokens of the answer, at the row's end; 0 in generation.
+        room: most tokens that an answer to the task's questions may have.
+
+    Raises:
+        DeloError: image and template leave no such room.
+    """
+    for name, kind in (("context", SEGMENT_CONTEXT), ("instruction", SEGMENT_INSTRUCTION)):
+        excess = len(row.ids) - answer + room - max_length
+        places = [place for place, k in enumerate(row.kinds) if k == kind]
+        count = max(0, min(excess, len(places) - 1))
+        stay = len(places) - count
+        first = stay if kind == SEGMENT_CONTEXT else stay // 2
+        cut = places[first : first + count]
+        row.cut += [name] if cut else []
+        for place in reversed(cut):
+            del row.ids[place], row.kinds[place], row.trained[place]
+    prompt = len(row.ids) - answer
+    if prompt + room > max_length:
+        raise DeloError(
+            f"Record {record.id!r} does not fit: image and template are {prompt} tokens, "
+            f"and the answer may have {room}.",
+            given=f"max_length {max_length}",
+            fix="lower the task's max_new_tokens, or begin anew with a larger data.max_length or smaller "
+            "pictures (data.max_pixels, data.max_tiles)",
+        )
+    if len(row.ids) > max_length:
+        row.cut.append("answer")
+        for values in (row.ids, row.kinds, row.trained):
+            del values[max_length:]

@@ -37,7 +37,7 @@ class Part:
         without_image, without_context: records that lack the field.
         images: distinct image files.
         trained: tokens that would be trained, over all records.
-        cut: records whose `context` or `instruction` does not fit `data.max_length`.
+        cut: records whose `context`, `instruction` or `answer` does not fit `data.max_length`.
         sha256: of the annotation file.
         extra: names of what is kept for scorers and never shown to a model.
         refused: the file has faults for which the reader refuses it.

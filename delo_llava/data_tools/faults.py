@@ -17,7 +17,7 @@ FAULTS: dict[str, str] = {
     "label_empty": "nothing of a training record's answer would be trained but special tokens",
     "placeholder_in_text": "the text holds the model's image placeholder",
     "prompt_refused": "the collator cannot make a prompt of a record for another reason",
-    "too_long": "image, answer and template alone exceed data.max_length",
+    "too_long": "image, template and room for an answer alone exceed data.max_length",
     "answer_form": "the reference has not the form that the task's scorer needs",
     "extra_missing": "a key that the task's scorer needs is absent",
 }

@@ -1,15 +1,16 @@
 """Prompts as the collator makes them, from a tokenizer alone: no weights, no pictures, only their sizes."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 from PIL import Image
 
 from delo_llava.backbones.base import OWN_LIMITS, SHIPPED, Backbone, find_backbone
-from delo_llava.data.collate import Collator, Layout, Row
+from delo_llava.data.collate import Collator, Layout
 from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.images import ImageLimits
+from delo_llava.data.tokens import Row
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -22,16 +23,24 @@ class Prompts:
 
     Args:
         model: name of a shipped model, folder or hub id.
-        max_length: as `data.max_length`; limits: as those of `data`.
+        max_length: as `data.max_length`; limits: as those of `data`; rooms: as those of the sequence.
     """
 
-    def __init__(self, model: str, max_length: int, limits: ImageLimits = OWN_LIMITS) -> None:
+    def __init__(
+        self,
+        model: str,
+        max_length: int,
+        limits: ImageLimits = OWN_LIMITS,
+        rooms: Mapping[str, int] | None = None,
+    ) -> None:
         self.model, self.max_length = model, max_length
         self.backbone: Backbone
         self.backbone, path = find_backbone(model)
         self.processor: Any = self.backbone.load_processor(path, limits)
         self._collators = {
-            generation: Collator(self.backbone, self.processor, max_length, generation=generation)
+            generation: Collator(
+                self.backbone, self.processor, max_length, generation=generation, rooms=rooms
+            )
             for generation in (False, True)
         }
         self.image_layout = lru_cache(maxsize=4096)(self._image_layout)

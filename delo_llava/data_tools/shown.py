@@ -13,11 +13,11 @@ from delo_llava.data.collate import (
     SEGMENT_IMAGE,
     SEGMENT_INSTRUCTION,
     SEGMENT_OTHER,
-    Row,
 )
 from delo_llava.data.images import DUMMY_SIZE, FORMATS, BadImage, decode
 from delo_llava.data.missing import MissingSpec, record_presence
 from delo_llava.data.readers import Records
+from delo_llava.data.tokens import Row
 from delo_llava.data_tools.prompts import Prompts
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record, TaskSpec
@@ -62,7 +62,7 @@ class Shown:
         presence: whether (image, context) are left after the missing pattern and what the record lacks.
         prompt: the text that is tokenised, the answer included where it is trained.
         segments: its tokens.
-        cut: what `max_length` costs: `context`, `instruction`.
+        cut: what `max_length` costs: `context`, `instruction`, `answer`.
     """
 
     record: Record

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
-from delo_llava.data.collate import Row
 from delo_llava.data.faults import in_a_line
+from delo_llava.data.tokens import Row
 from delo_llava.data_tools.prompts import Prompts
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
@@ -27,13 +27,13 @@ class Trial:
 
     Attributes:
         trained: tokens that would be trained.
-        cut: records whose `context` or `instruction` was cut.
+        cut: records whose `context`, `instruction` or `answer` was cut.
     """
 
     def __init__(self, prompts: Prompts, size: Callable[[str], tuple[int, int] | None], tell: Tell) -> None:
         self.prompts, self._size, self._tell = prompts, size, tell
         self.trained = 0
-        self.cut = dict.fromkeys(("context", "instruction"), 0)
+        self.cut = dict.fromkeys(("context", "instruction", "answer"), 0)
         self._waiting: list[Waiting] = []
 
     def add(self, entry: int, record: Record) -> None:

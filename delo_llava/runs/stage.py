@@ -59,7 +59,8 @@ class StageTrainer:
         self.config = job.config
         #: It holds no state between stages that is not on disk.
         self.method = job.method
-        self.kit = Kit(job.backbone, job.backbone.load_processor(job.base, job.config.data.limits))
+        processor = job.backbone.load_processor(job.base, job.config.data.limits)
+        self.kit = Kit(job.backbone, processor, job.sequence.rooms)
         ranks.run_first(lambda: note_dialogue(store, self.kit.processor.dialogue))
 
     def train(self, stage: Stage, progress: RunProgress) -> None:

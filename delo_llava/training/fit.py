@@ -4,7 +4,7 @@ The run on disk (`runs.stage`) and a federated client call this same function: i
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -121,10 +121,14 @@ class Silent:
 class Kit:
     """What turns examples into batches of one base: its family's backbone and the processor of its
     checkpoint.
+
+    Attributes:
+        rooms: most tokens of an answer by task, see `Collator`.
     """
 
     backbone: Backbone
     processor: Any
+    rooms: Mapping[str, int] = field(default_factory=dict)
 
     def collator(self, config: RunConfig, *, generation: bool = False) -> Collator:
         """A fresh collator, for training or for questions alone."""
@@ -135,6 +139,7 @@ class Kit:
             config.missing.image,
             generation=generation,
             skip_bad_images=config.data.on_bad_image == "skip" and not generation,
+            rooms=self.rooms,
         )
 
     def dummy_layout(self) -> Layout:

@@ -200,10 +200,12 @@ def loaded(
     past: Mapping[str, Past],
     trained: tuple[str, ...],
     device: torch.device,
+    rooms: Mapping[str, int],
 ) -> Iterator[Answerer]:
     """A model loaded for answering, freed at the end.
 
     Args:
+        rooms: most tokens of an answer by task, see `Collator`.
         past: finished stages in the order of training; none is the bare base.
         trained: the tasks that they trained.
     """
@@ -214,7 +216,9 @@ def loaded(
     ready = Answerer(
         model=method.load(base, past).eval(),
         method=method,
-        collate=Collator(backbone, processor, config.data.max_length, config.missing.image, generation=True),
+        collate=Collator(
+            backbone, processor, config.data.max_length, config.missing.image, generation=True, rooms=rooms
+        ),
         tokenizer=processor.tokenizer,
         ends=(processor.tokenizer.convert_tokens_to_ids(processor.dialogue.end),),
         device=device,

@@ -82,13 +82,16 @@ class DeloLlava(lmms):
         self.device = resolve_device(device or opened.config.device)
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(TemporaryDirectory()))
-        self._ready = self._stack.enter_context(answerer(opened, stages[0], self.device))
+        #: Task -> tokens that the answers to the requests at hand may have.
+        self._rooms: dict[str, int] = {}
+        self._ready = self._stack.enter_context(answerer(opened, stages[0], self.device, self._rooms))
         self._ready.oracle = False
         self._trained_form = Collator(
             opened.backbone,
             opened.backbone.load_processor(opened.model_path, opened.config.data.limits),
             opened.config.data.max_length,
             opened.config.missing.image,
+            rooms=self._rooms,
         )
 
     def clean(self) -> None:
@@ -109,6 +112,7 @@ class DeloLlava(lmms):
             self._ready.beams = beams
             for some in self._batches(members):
                 questions = [self._question(requests[i].args) for i in some]
+                self._rooms.update({question.record.task: tokens for question in questions})
                 for i, text in zip(some, self._answers(questions, tokens), strict=True):
                     said[i] = _until(text, requests[i].args[1].get("until"))
         return [said[i] for i in range(len(requests))]

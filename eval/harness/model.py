@@ -1,5 +1,6 @@
 """A stored run with its method and base, and its model after one of its stages."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,15 @@ def open_run(run_dir: Path, request: Request = AS_STORED) -> StoredRun:
     )  # fmt: skip
 
 
-def answerer(run: StoredRun, stage: int, device: torch.device) -> AbstractContextManager[Answerer]:
-    """The run's model after `stage`, loaded for answering and freed at the end."""
-    trained = run.plan.seen(stage)
-    return loaded(run.config, run.backbone, run.model_path, run.method, run.past(stage), trained, device)
+def answerer(
+    run: StoredRun, stage: int, device: torch.device, rooms: Mapping[str, int] | None = None
+) -> AbstractContextManager[Answerer]:
+    """The run's model after `stage`, loaded for answering and freed at the end.
+
+    Args:
+        rooms: most tokens of an answer by task; by default, of the run's own tasks.
+    """
+    return loaded(
+        run.config, run.backbone, run.model_path, run.method, run.past(stage), run.plan.seen(stage), device,
+        run.sequence.rooms if rooms is None else rooms,
+    )  # fmt: skip

@@ -186,16 +186,50 @@ def test_placeholder_in_a_text_is_refused(record: Record) -> None:
 # ---- truncation ----------------------------------------
 
 
+def trained(batch: Batch) -> int:
+    """Tokens of a batch's answers."""
+    assert batch.labels is not None
+    return int((batch.labels != IGNORE).sum())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_answer_changes_what_is_seen_before_it(kind: str, record: Record) -> None:
+    """Neither its length nor that it is there: training and generation show the same prompt, which leaves
+    room for the task's answers.
+    """
+    long = change(record, context="it comes after six " * 40)
+    limit, options = 120, {"rooms": {"science": 12}}
+    (asked,) = collator(kind, limit, generation=True, **options)([(long, BOTH)]).inputs["input_ids"]
+    assert len(asked) == limit - 12
+    for answer in ("", "six", "six " * 9):
+        given = collator(kind, limit, **options)([(change(long, answer=answer), BOTH), (record, BOTH)])
+        assert torch.equal(given.inputs["input_ids"][0][: len(asked)], asked)
+        assert given.cut == {0: ["context"]}
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_an_answer_beyond_its_room_loses_its_end_where_it_does_not_fit(kind: str, record: Record) -> None:
+    long, limit = change(record, answer="six " * 90), 120
+    full = collator(kind, 4096)([(long, BOTH)])
+    prompt = collator(kind, 4096, generation=True)([(long, BOTH)]).inputs["input_ids"].shape[1]
+    batch = collator(kind, limit, rooms={"science": 12})([(long, BOTH)])
+    assert torch.equal(batch.inputs["input_ids"], full.inputs["input_ids"][:, :limit])
+    assert trained(batch) == limit - prompt > 12 and batch.cut == {0: ["answer"]}
+    both = change(long, context="it comes after six " * 40)
+    batch = collator(kind, limit, rooms={"science": 12})([(both, BOTH)])
+    assert trained(batch) == 12 and batch.cut == {0: ["context", "answer"]}, "what can be generated stays"
+    assert batch.cuts == {("science", "context", "r0"), ("science", "answer", "r0")}
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_context_is_cut_first_from_its_end(kind: str, record: Record) -> None:
     long = change(record, context="it comes after six " * 40)
     full = collator(kind, 4096)([(long, BOTH)])
     limit = collator(kind)([(record, BOTH)]).inputs["input_ids"].shape[1] + 5
-    cutter = collator(kind, limit)
-    batch = cutter([(long, BOTH)])
+    assert full.labels is not None
+    batch = collator(kind, limit, rooms={"science": trained(full)})([(long, BOTH)])
     assert batch.inputs["input_ids"].shape[1] == limit
     assert batch.cut == {0: ["context"]}
-    assert full.labels is not None
     assert batch.labels is not None
     for segment in (0, 1, 3):
         kept, all_of_it = batch.segments == segment, full.segments == segment
@@ -211,8 +245,7 @@ def test_of_an_instruction_the_middle_is_cut(record: Record) -> None:
     long = change(record, instruction="a tale of six cats. " * 30 + "what is shown", context="a")
     full = collator()([(long, BOTH)])
     limit = int((full.segments != 3).sum()) + 12
-    cutter = collator(max_length=limit)
-    batch = cutter([(long, BOTH)])
+    batch = collator(max_length=limit, rooms={"science": trained(full)})([(long, BOTH)])
     whole, kept = (b.inputs["input_ids"][b.segments == 3] for b in (full, batch))
     assert len(kept) == 12 and torch.equal(kept, torch.cat([whole[:6], whole[-6:]]))
     assert batch.cut == {0: ["instruction"]}
@@ -238,19 +271,22 @@ def test_words_that_look_like_control_tokens_are_words(kind: str, field: str, re
 
 
 def test_then_the_instruction_and_never_image_or_answer(record: Record) -> None:
-    least = collator()([(change(record, context="a", instruction="a"), BOTH)]).inputs["input_ids"].shape[1]
-    cutter = collator(max_length=least)
-    batch = cutter([(change(record, instruction="a" + " a" * 40, context="a" + " a" * 40), BOTH)])
+    short = collator()([(change(record, context="a", instruction="a"), BOTH)])
+    least, rooms = short.inputs["input_ids"].shape[1], {"science": trained(short)}
+    batch = collator(max_length=least, rooms=rooms)(
+        [(change(record, instruction="a" + " a" * 40, context="a" + " a" * 40), BOTH)]
+    )
     assert batch.cut == {0: ["context", "instruction"]}
     assert [(batch.segments == s).sum().item() for s in (1, 2, 3)] == [16, 1, 1]
     assert spelled("llava", batch)[-1] == (" four</s>", "T")
     with pytest.raises(DeloError, match=r"(?s)Record 'r0' does not fit.*data\.max_length"):
-        collator(max_length=least - 1)([(record, BOTH)])
+        collator(max_length=least - 1, rooms=rooms)([(record, BOTH)])
 
 
 def test_short_records_are_not_cut(record: Record) -> None:
-    exact = collator()([(record, BOTH)]).inputs["input_ids"].shape[1]
-    batch = collator(max_length=exact)([(record, BOTH)])
+    whole = collator()([(record, BOTH)])
+    exact = whole.inputs["input_ids"].shape[1]
+    batch = collator(max_length=exact, rooms={"science": trained(whole)})([(record, BOTH)])
     assert batch.inputs["input_ids"].shape[1] == exact and not batch.cut
 
 

@@ -120,7 +120,6 @@ DEFECTS: dict[str, tuple[Plant, str, str, int, str]] = {
     "test image that is trained on": (test(2, image="5.png"), "overlap_path", "test", 2, "q14"),
     "trained image under another name": (same_bytes, "overlap_content", "test", 2, "q14"),
     "image placeholder in a context": (train(3, context="<image>"), "placeholder_in_text", "train", 3, "a3"),
-    "answer longer than max_length": (said(1, "so " * 3000), "too_long", "train", 8, "m8#0"),
 }
 
 
@@ -205,6 +204,7 @@ def test_all_defects_together_are_all_told(data: Sequence, capsys: pytest.Captur
 def test_every_code_is_planted_or_tested_by_name() -> None:
     elsewhere = {
         "file_unreadable", "answer_form", "extra_missing", "prompt_refused", "label_form", "label_empty",
+        "too_long",
     }  # fmt: skip
     assert {code for _, code, *_ in DEFECTS.values()} | elsewhere == set(FAULTS)
     assert not set(FAULTS) & set(NOTES)
@@ -295,11 +295,20 @@ def test_cut_records_are_counted(data: Sequence) -> None:
     data.train[0]["context"] = "red " * 300
     data.write()
     assert cli.main(data.words("--data.max_length", "64")) == 0
-    assert data.report()[0]["parts"][0]["cut"] == {"context": 1, "instruction": 0}
+    assert data.report()[0]["parts"][0]["cut"] == {"context": 1, "instruction": 0, "answer": 0}
     data.train[9]["conversations"][1]["value"] = "so " * 100
     data.write()
-    assert cli.main(data.words("--data.max_length", "64")) == 1
-    assert data.report()[0]["parts"][0]["cut"]["context"] == 1
+    assert cli.main(data.words("--data.max_length", "64")) == 0
+    assert data.report()[0]["parts"][0]["cut"] == {"context": 1, "instruction": 0, "answer": 1}
+
+
+def test_pictures_that_leave_no_room_for_an_answer_are_told(data: Sequence) -> None:
+    """The task's answers may have eight tokens, its pictures have sixteen."""
+    assert cli.main(data.words("--data.max_length", "32")) == 1
+    faults = [line for line in data.report() if line["kind"] == "fault"]
+    assert {fault["code"] for fault in faults} == {"too_long"}
+    assert len(faults) == 8, "those with a context, of which at least one token would stay"
+    assert "the answer may have 8" in faults[0]["message"]
 
 
 def test_an_image_that_the_model_refuses_is_told(data: Sequence) -> None:

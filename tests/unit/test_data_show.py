@@ -72,7 +72,7 @@ def test_a_missing_pattern_and_a_cut_are_told(data: Sequence, capsys: pytest.Cap
     assert cli.main(command(data, "--id", "text", "--data.max_length", "16")) == 0
     text = capsys.readouterr().out
     assert "image: not in the data, context: not in the data" in text
-    assert cli.main(command(data, "-n", "1", "--data.max_length", "32")) == 0
+    assert cli.main(command(data, "-n", "1", "--data.max_length", "36")) == 0
     assert "context" in next(line for line in capsys.readouterr().out.splitlines() if line.startswith("cut"))
 
 

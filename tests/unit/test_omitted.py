@@ -32,7 +32,7 @@ def test_predictions_say_what_was_left_out() -> None:
         {}, {"cut": ["context", "instruction"]}, {"cut": ["instruction"], "unended": ["oracle_prediction"]},
         {"unended": ["prediction", "oracle_prediction"]}, {"image_fault": "torn"},
     ]  # fmt: skip
-    assert answered_without(rows) == Omitted(1, 2, 1, 2)
+    assert answered_without(rows) == Omitted(1, 2, 0, 1, 2)
     assert answered_without([{}]).counts() == {}
 
 
