@@ -1,7 +1,6 @@
 """A model family as the rest of the project sees it: how it loads, what is adapted, how a prompt reads."""
 
 import importlib.util
-import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +11,16 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from delo_llava.backbones import _quant
+from delo_llava.backbones._checkpoint import (
+    read_config,
+    refuse_pointers,
+    require_tower,
+    require_whole,
+    told_if_absent,
+)
 from delo_llava.backbones._planned import PlannedImage, tile_patches, tower_floats
 from delo_llava.backbones._template import from_template, require_end_token
 from delo_llava.data.dialogue import Dialogue
@@ -115,14 +120,9 @@ class Backbone(ABC):
             raise DeloError("Unknown quantisation.", given=quant, allowed=("nf4", "none"))
         choices = attention_choices(attn, place, number, self.attention)
         build = AutoModelForImageTextToText.from_pretrained
-        try:
+        require_whole(path)
+        with told_if_absent(path, "weights"):
             model = first_that_builds(choices, lambda a: build(path, attn_implementation=a, **options))
-        except (OSError, SafetensorError) as error:
-            raise DeloError(
-                f"The model's weights cannot be loaded: {error}",
-                given=path,
-                fix="weights must be safetensors; others can be converted with transformers' save_pretrained",
-            ) from error
         self.prepare(model)
         adapted_linears(model, self)
         if quant == "nf4":
@@ -140,8 +140,11 @@ class Backbone(ABC):
         """
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
-        tokenizer = AutoTokenizer.from_pretrained(path, **OWN_CODE)
-        config = AutoConfig.from_pretrained(path, **OWN_CODE)
+        refuse_pointers(path)
+        with told_if_absent(path, "configuration", ValueError):
+            config = AutoConfig.from_pretrained(path, **OWN_CODE)
+        with told_if_absent(path, "tokenizer", ValueError):
+            tokenizer = AutoTokenizer.from_pretrained(path, **OWN_CODE)
         known = tokenizer.convert_tokens_to_ids(self.image_token)
         if known != config.image_token_id:
             raise DeloError(
@@ -153,7 +156,9 @@ class Backbone(ABC):
         dialogue = self.dialogue(tokenizer, template)
         require_end_token(dialogue, tokenizer)
         options = OWN_CODE | self.limit_options(limits)
-        return Parts(tokenizer, AutoImageProcessor.from_pretrained(path, **options), config, dialogue)
+        with told_if_absent(path, "image processor", ValueError):
+            images = AutoImageProcessor.from_pretrained(path, **options)
+        return Parts(tokenizer, images, config, dialogue)
 
     def limit_options(self, limits: ImageLimits) -> dict[str, int]:
         """Options of the image processor that set limits.
@@ -228,11 +233,13 @@ def find_backbone(path_or_name: str | Path) -> tuple[Backbone, str]:
         DeloError: no such model, a config without model_type, or a family without a backbone.
     """
     path = _resolve(str(path_or_name))
-    kind = _model_type(path)
+    config = read_config(path)
+    kind = str(config["model_type"])
     names = plugin_names("backbone")
     for name in sorted(names, key=lambda n: n != kind):
         backbone = load_plugin("backbone", name)
         if isinstance(backbone, Backbone) and kind in backbone.model_types:
+            require_tower(config, path)
             return backbone, path
     raise DeloError(
         f"No backbone knows the model type of {path_or_name}.",
@@ -383,18 +390,3 @@ def _resolve(name: str) -> str:
         allowed=SHIPPED,
         fix="give a folder, a hub id (org/name) or a shipped model",
     )
-
-
-def _model_type(path: str) -> str:
-    """`model_type` of a folder's or a hub repository's config.json."""
-    from transformers import PreTrainedConfig
-
-    try:
-        config, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, json.JSONDecodeError) as error:
-        raise DeloError(
-            "The model's config.json cannot be read.", given=path, fix=str(error).splitlines()[0]
-        ) from error
-    if "model_type" not in config:
-        raise DeloError("The model's config.json has no model_type.", given=path)
-    return str(config["model_type"])

@@ -49,9 +49,11 @@ def make_job(config: RunConfig) -> Job:
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     for name in sequence.names:
         check_plan(config.for_task(name))
+    from delo_llava.backbones._checkpoint import require_whole
     from delo_llava.backbones.base import find_backbone
 
     backbone, base = find_backbone(config.model)
+    require_whole(base)
     backbone.limit_options(config.data.limits)
     check_engine(config)
     kind: Any = load_plugin("method", config.method)
