@@ -84,7 +84,9 @@ def try_report(run: Path, output: Path) -> Path | None:
 def report_parts(content: RunContent) -> dict[str, Any]:
     """Everything the template shows."""
     done, total = summary.progress(content)
-    used = routing(content)
+    used, chosen = routing(content), confusions(content)
+    # A method without a choice or a router has no such section.
+    lacking = {name for name, found in (("choice", chosen), ("routing", used)) if not found}
     return {
         "name": content.folder.resolve().name,
         "results": content.results,
@@ -104,7 +106,7 @@ def report_parts(content: RunContent) -> dict[str, Any]:
         "forgetting": forgetting(content),
         "metrics": summary.metric_rows(content),
         "scorers": summary.scorers(content),
-        "confusions": confusions(content),
+        "confusions": chosen,
         "routing": used,
         "pool_rows": _pool_rows(used.pools) if used else [],
         "learning": learning(content),
@@ -113,7 +115,7 @@ def report_parts(content: RunContent) -> dict[str, Any]:
         "facts": summary.facts(content),
         "versions": summary.versions(content),
         "hashes": summary.hashes(content),
-        "sections": SECTIONS,
+        "sections": [section for section in SECTIONS if section[0] not in lacking],
     }
 
 

@@ -333,6 +333,9 @@ def test_training_leaves_a_report_after_each_stage(tmp_path: Path) -> None:
             use = read_use(use_file(tmp_path / "run", 1, pattern, task))
             _check_use(use, last.results["records"][pattern][task])
     assert "Use of the expert pools" in made[-1] and "learning-1" in made[-1]
+    for section in ("choice", "routing"):  # the base has neither
+        assert [f'id="{section}"' in text for text in (made[0], made[-1])] == [False, True]
+        assert [f'href="#{section}"' in text for text in (made[0], made[-1])] == [False, True]
 
 
 def _check_use(use: dict[str, Any], records: int) -> None:
