@@ -180,8 +180,8 @@ def _time(config: RunConfig, job: Job, records: dict[str, int]) -> dict[str, Any
 def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
     """The plan for a person."""
     yield (
-        f"{plan['model']}: {plan['parameters'] / 1e9:.2f} B parameters; {plan['method']} trains "
-        f"{plan['trainable'] / 1e6:.1f} M a task; sequences up to {plan['tokens']} tokens "
+        f"{plan['model']}: {count_text(plan['parameters'])} parameters; {plan['method']} trains "
+        f"{count_text(plan['trainable'])} a task; sequences up to {plan['tokens']} tokens "
         f"({plan['image_tokens']} of an image)"
     )
     yield _memory_table(plan)
@@ -191,13 +191,13 @@ def tables(plan: dict[str, Any]) -> Iterator[RenderableType]:
 
 def _memory_table(plan: dict[str, Any]) -> Table:
     table = _table(
-        f"GiB on each of {plan['ranks']} GPU(s): {plan['settings']}", "part", "training", "evaluation"
+        f"memory of each of {plan['ranks']} GPU(s): {plan['settings']}", "part", "training", "evaluation"
     )
     for part in plan["training"]:
-        train, answer = (plan[kind][part] / GIB for kind in ("training", "evaluation"))
-        if train or answer:
+        both = [plan[kind][part] for kind in ("training", "evaluation")]
+        if any(both):
             end = part in ("total", "needed")
-            table.add_row(_PART.get(part, part), f"{train:.2f}", f"{answer:.2f}", style="bold" if end else "")
+            table.add_row(_PART.get(part, part), *map(size_text, both), style="bold" if end else "")
     return table
 
 
@@ -219,16 +219,16 @@ _PART = {
 
 def _fit_table(plan: dict[str, Any]) -> Table:
     table = _table(
-        "what fits", "GPU", "as asked", "eval.batch_size", "best for training", "GiB", "relative time"
+        "what fits", "GPU", "as asked", "eval.\nbatch_size", "best for training", "needs", "relative\ntime"
     )
     for size, best in plan["best"].items():
-        asked = "fits" if int(size) in plan["fits"] else "too small"
-        answers = f"up to {plan['largest_answer_batch'][size]}"
+        asked = (int(size) in plan["fits"], int(size) in plan["evaluation_fits"])
+        row = (f"{size} GB", _FITS[asked], f"≤ {plan['largest_answer_batch'][size]}")
         if best is None:
-            table.add_row(f"{size} GB", asked, answers, "nothing that is known here", "", "")
+            table.add_row(*row, "nothing that is known here", "", "")
             continue
-        numbers = (f"{best['bytes'] / GIB:.1f}", f"{best['relative_time']:.2f}")
-        table.add_row(f"{size} GB", asked, answers, best["settings"], *numbers)
+        flags = best["settings"].replace(" --", "\n--")  # so that no flag is broken
+        table.add_row(*row, flags, size_text(best["bytes"]), f"{best['relative_time']:.2f}")
     return table
 
 
@@ -242,13 +242,34 @@ def _work_table(plan: dict[str, Any]) -> Table:
     differ = len(set(passes.values())) > 1
     counts = ", ".join(f"{t} {n}" for t, n in passes.items()) if differ else str(next(iter(passes.values())))
     table.add_row("passes for a step and rank", counts)
-    table.add_row("traffic of a GPU for a step, at most", f"{plan['bytes_per_step'] / 2**20:.0f} MiB")
+    table.add_row("traffic of a GPU for a step, at most", size_text(plan["bytes_per_step"]))
     for what, size in plan["disk"].items():
-        table.add_row(f"disk: {what}", f"{size / GIB:.2f} GiB")
+        table.add_row(f"disk: {what}", size_text(size))
     time = plan["time"]
     hours = "" if time.get("hours") is None else f"{time['hours']:.1f} h of training "
     table.add_row("time", f"{hours}({time['source']})")
     return table
+
+
+#: (training fits, evaluation fits) -> as a cell says it.
+_FITS = {
+    (True, True): "fits", (True, False): "training\nonly", (False, True): "evalua-\ntion only",
+    (False, False): "too small",
+}  # fmt: skip
+
+
+def count_text(count: float) -> str:
+    """A number of parameters: 7.06 B, 2.1 M, 850 K."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.0f} K"
+
+
+def size_text(size: float) -> str:
+    """Bytes in the unit that shows them: 13.20 GiB, 4.1 MiB, 12.0 KiB, 0."""
+    if size >= GIB / 10:
+        return f"{size / GIB:.2f} GiB"
+    return f"{size / 2**20:.1f} MiB" if size >= 2**20 / 10 else f"{size / 2**10:.1f} KiB" if size else "0"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -38,14 +38,15 @@ def run(options: argparse.Namespace) -> int:
         options.nodes, options.gpus, options.tokens, options.image_tokens, options.records,
         options.samples_per_second, options.from_run,
     )  # fmt: skip
-    plan = make_plan(_config(options), job)
+    with Console(stderr=True).status("planning: a training step is run in shapes for every choice"):
+        plan = make_plan(_config(options), job)
     for part in tables(plan):
         Console().print(part)
     if options.json is not None:
         from delo_llava.files import write_json_atomic
 
         write_json_atomic(options.json, plan)
-    return 0 if plan["fits"] else 1
+    return 0 if {*plan["fits"]} & {*plan["evaluation_fits"]} else 1
 
 
 def _config(options: argparse.Namespace) -> "RunConfig":

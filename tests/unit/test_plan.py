@@ -21,7 +21,7 @@ from delo_llava.cluster.advice import (
 from delo_llava.cluster.measure import measure_step
 from delo_llava.cluster.memory import MemoryModel, Setup
 from delo_llava.cluster.models import planned_model, shipped_names
-from delo_llava.cluster.plan import Job, make_plan
+from delo_llava.cluster.plan import Job, count_text, make_plan, size_text
 from delo_llava.cluster.simulate import LiveBytes, meta_model
 from delo_llava.config import RunConfig, load_config
 from delo_llava.errors import DeloError
@@ -199,17 +199,36 @@ def test_throughput_is_read_from_a_run(tmp_path: Path) -> None:
         measured_throughput(tmp_path / "none")
 
 
-def test_the_command_prints_tables_and_writes_json(tmp_path: Path, capsys: Any) -> None:
+def test_the_command_prints_tables_and_writes_json(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
     file = tmp_path / "plan.json"
     words = ["plan", "--model", "mini-llava", "--task_seq", "mini6", "--gpus", "2", "--tokens", "128"]
     assert cli.main([*words, "--records", "1600", "--json", str(file)]) == 0
     said = capsys.readouterr().out
     assert "quantisation state" in said and "24 GB" in said and "science 100" in said
+    assert "2.1 M parameters" in said and "--train.micro_batch" in said and "micro_bat\n" not in said
+    assert max(map(len, said.splitlines())) <= 80
     plan = json.loads(file.read_text())
     assert plan["fits"] == [24, 40, 80] and plan["ranks"] == 2
     with pytest.raises(SystemExit, match="2"):
         cli.main([*words, "--train.micro_batsh=3"])
     assert "did you mean" in capsys.readouterr().err
+
+
+def test_sizes_are_told_in_the_unit_that_shows_them() -> None:
+    assert [size_text(size) for size in (0, 2048, 3 << 20, 13.2 * 2**30)] == [
+        "0", "2.0 KiB", "3.0 MiB", "13.20 GiB",
+    ]  # fmt: skip
+    assert [count_text(count) for count in (7.06e9, 2.1e6, 850e3)] == ["7.06 B", "2.1 M", "850 K"]
+
+
+def test_what_trains_but_cannot_be_evaluated_is_no_fit(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    plan = {"fits": [24, 40, 80], "evaluation_fits": []}
+    monkeypatch.setattr("delo_llava.cluster.plan.make_plan", lambda *_: plan)
+    monkeypatch.setattr("delo_llava.cluster.plan.tables", lambda _: [])
+    assert cli.main(["plan", "--model", "mini-llava", "--task_seq", "mini6"]) == 1
 
 
 def test_help_says_what_other_words_are(capsys: Any) -> None:
