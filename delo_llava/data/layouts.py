@@ -35,9 +35,12 @@ FIELDS = {"id", "question_id", "image", "images", "context", "system", *SAYING}
 
 #: Names under which other tools have a picture, or what we cannot show at all.
 LIKE_IMAGE = re.compile(
-    r"(image|img|picture|photo|video|audio)s?([_-]?(path|file|filename|name|url|uri|src|bytes|data)s?)?",
+    r"(image|img|picture|pic|photo|video|audio)s?([_-]?(path|file|filename|name|url|uri|src|bytes|data)s?)?",
     re.IGNORECASE,
 )
+
+#: A text that is the path of a picture, whatever its key is called.
+PICTURE_PATH = re.compile(r"[^\s?]{1,1020}\.(jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 
 #: (question, answer) as given.
 Turn = tuple[object, object]
@@ -88,10 +91,18 @@ def picture_of(entry: Mapping[str, Any]) -> object:
     if given:
         return given[0]
     for key, value in entry.items():
-        if isinstance(value, str | bytes | list | dict) and value and LIKE_IMAGE.fullmatch(key):
+        if key not in FIELDS and _is_picture(key, value):
             told = f"`{key}` is not read, and neither `image` nor `images` names a picture."
             raise BadEntry("image_key", told, given=short(value), fix="name the picture's file under image")
     return None
+
+
+def _is_picture(key: str, value: object) -> bool:
+    """Whether a key that is not read seems to hold a picture: by its name, or by a value that is its path."""
+    if isinstance(value, str | bytes | list | dict) and value and LIKE_IMAGE.fullmatch(key):
+        return True
+    first = value[0] if isinstance(value, list) and value else value
+    return isinstance(first, str) and PICTURE_PATH.fullmatch(first) is not None
 
 
 def _only(given: object, key: str) -> object:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 #: Part of the cache key: a change of the rows must change it, or old caches would be read.
-ROWS_VERSION = 5
+ROWS_VERSION = 6
 
 #: Rows written at once; bounds the memory of the first read.
 CHUNK = 8192

@@ -257,7 +257,8 @@ def completed(found: Tensor, basis: Tensor, rank: int, seed: int, name: str) -> 
         raise DeloError(
             f"The rank is larger than what the protected directions of {name} leave",
             given=f"rank {rank}, {room} directions left",
-            fix="lower --keeplora.rank, --keeplora.energy or --keeplora.explained",
+            fix="begin anew (another --output) with a lower --keeplora.rank, --keeplora.energy or "
+            "--keeplora.explained",
         )
     largest = found.abs().argmax(0, keepdim=True)
     found = found * found.gather(0, largest).sign()

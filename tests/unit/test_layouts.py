@@ -171,6 +171,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "image_key",
         "pictures",
     ),
+    "a picture's path": ({"text": "q", "answer": "a", "file": "scans/1.JPEG"}, "image_key", "`file`"),
+    "paths of pictures": ({"text": "q", "answer": "a", "views": ["1.tif"]}, "image_key", "`views`"),
     "videos": ({"text": "q", "answer": "a", "videos": ["1.mp4"]}, "image_key", "videos"),
     "an image by its address alone": (
         {"text": "q", "answer": "a", "image": {"url": "x"}},
