@@ -41,9 +41,12 @@ def score_text(score: float | None, mark: str = "", error: float | None = None) 
 
 
 def show(*parts: RenderableType) -> None:
-    """Write tables and lines to standard output; numbers are never cut to a narrow terminal or pipe."""
+    """Write tables and lines to standard output; numbers are never cut to a narrow terminal or pipe, while
+    lines keep to its width.
+    """
     console = Console()
-    tables = (part for part in parts if isinstance(part, Table))
-    widths = [Measurement.get(console, console.options.update(max_width=10_000), t).maximum for t in tables]
-    console.width = max(console.width, *widths, 0)
-    console.print(*parts, sep="\n")
+    own = console.width
+    for part in parts:
+        needed = Measurement.get(console, console.options.update(max_width=10_000), part).maximum
+        console.width = max(own, needed) if isinstance(part, Table) else own
+        console.print(part)

@@ -1,7 +1,9 @@
 """What a command is: its arguments and what it does; the first line of its module is its help."""
 
 import argparse
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -45,6 +47,24 @@ def at_least(least: int) -> Callable[[str], int]:
 def say(text: str) -> None:
     """Write to standard output, what a terminal would obey written out."""
     sys.stdout.write(printable(text))
+
+
+def listed(rows: Sequence[tuple[str, str]], indent: int = 0) -> str:
+    """Names, each with what is said of it, in two columns as wide as the terminal; a pipe gets whole lines.
+
+    Args:
+        rows: (name, text); a row without a name continues the one above.
+    """
+    names = indent + max((len(name) for name, _ in rows), default=0) + 2
+    width = max(names + 20, shutil.get_terminal_size((10_000, 24)).columns)
+    lines: list[str] = []
+    for name, text in rows:
+        head = f"{' ' * indent}{name}".ljust(names)
+        wrapped = textwrap.wrap(
+            text, width, initial_indent=head, subsequent_indent=" " * names, break_long_words=False
+        )
+        lines += wrapped or [head.rstrip()]
+    return "".join(f"{line}\n" for line in lines)
 
 
 def run_command(kind: str, words: Sequence[str], prog: str) -> int:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from delo_llava.commands.base import Command, say
+from delo_llava.commands.base import Command, listed, say
 from delo_llava.registry import plugin_limits, plugin_names, plugin_summary
 
 #: Words of the command and the registry's kinds.
@@ -24,12 +24,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     """Names of the plug-ins of one kind, each with its first line of documentation and, below, its limits."""
     kind = LISTS[options.what]
-    names = plugin_names(kind)
-    width = max(map(len, names), default=0)
-    for name in names:
-        say(f"{name:<{width}}  {plugin_summary(kind, name)}".rstrip() + "\n")
+    rows: list[tuple[str, str]] = []
+    for name in plugin_names(kind):
+        rows.append((name, plugin_summary(kind, name)))
         if limits := plugin_limits(kind, name):
-            say(f"{'':<{width}}  limits: {limits}\n")
+            rows.append(("", f"limits: {limits}"))
+    say(listed(rows))
     return 0
 
 

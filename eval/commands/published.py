@@ -2,7 +2,7 @@
 
 import argparse
 
-from delo_llava.commands.base import Command, say
+from delo_llava.commands.base import Command, listed, say
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +24,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     from delo_llava.registry import plugin_names, plugin_summary
 
-    for name in plugin_names("published"):
-        say(f"{name:<22} {plugin_summary('published', name)}\n")
+    say(listed([(name, plugin_summary("published", name)) for name in plugin_names("published")]))
     return 0
 
 

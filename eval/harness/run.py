@@ -2,8 +2,6 @@
 
 import argparse
 import os
-import shutil
-import textwrap
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +16,7 @@ from delo_eval.matrix.accuracy import ZERO_SHOT, stage_name
 from delo_eval.matrix.plots import PLOTS, draw_changed
 from delo_eval.matrix.results import read_results
 from delo_eval.matrix.table import final_table, stage_table
-from delo_llava.commands.base import at_least
+from delo_llava.commands.base import at_least, listed
 from delo_llava.data.missing import PATTERNS
 from delo_llava.data.omitted import evaluated_lines
 from delo_llava.errors import DeloError
@@ -143,14 +141,13 @@ def _patterns(given: str | None) -> tuple[str, ...] | None:
 
 
 def _further_commands() -> str:
-    """What `delo-eval COMMAND` does besides, and an example, as wide as the terminal."""
-    lines = ["further commands (delo-eval COMMAND --help):"]
-    for name in plugin_names("eval_command"):
-        lines += textwrap.wrap(
-            plugin_summary("eval_command", name), width=shutil.get_terminal_size().columns - 2,
-            initial_indent=f"  {name:<10}", subsequent_indent=" " * 12,
-        )  # fmt: skip
-    return "\n".join([*lines, "", "example: delo-eval --run runs/x --stage all --patterns run,complete"])
+    """What `delo-eval COMMAND` does besides, and an example."""
+    names = plugin_names("eval_command")
+    commands = listed([(name, plugin_summary("eval_command", name)) for name in names], indent=2)
+    return (
+        f"further commands (delo-eval COMMAND --help):\n{commands}\n"
+        "example: delo-eval --run runs/x --stage all --patterns run,complete"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:

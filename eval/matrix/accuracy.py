@@ -207,8 +207,16 @@ class AccuracyMatrix:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "AccuracyMatrix":
-        """The matrix in a `results.json` (or in what `to_json` gave)."""
+        """The matrix in a `results.json` (or in what `to_json` gave).
+
+        Raises:
+            KeyError, TypeError, ValueError, AttributeError: it is none.
+        """
         matrix = cls(Plan.read(data))
+        if foreign := [
+            task for stage in matrix.plan.stages for task in stage.tasks if task not in matrix.tasks
+        ]:
+            raise ValueError(f"its plan trains {foreign[0]!r}, which is none of its tasks")
         for pattern, counts in data["records"].items():
             matrix.counts.update({(task, pattern): count for task, count in counts.items()})
         for pattern, modes in {RUN_PATTERN: data["matrix"], **data["patterns"]}.items():

@@ -261,6 +261,19 @@ def test_numbers_that_mean_nothing_are_refused(line: str, capsys: pytest.Capture
     assert line.split()[-1] in told and ("whole number" in told or "time limit" in told)
 
 
+@pytest.mark.parametrize("words", [["list", "backbones"], ["list", "methods"]])
+def test_lists_keep_to_the_terminal_and_lose_nothing(
+    words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 0
+    whole = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main(words) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) <= 80 < max(map(len, whole.splitlines()))
+    assert narrow.split() == whole.split()
+
+
 def test_help_of_the_harness_names_its_other_commands(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -212,6 +212,13 @@ def test_predictions_are_published_once_and_damage_is_named(tmp_path: Path) -> N
         read_predictions(file)
 
 
+def test_a_plan_of_other_tasks_is_named_as_damage(tmp_path: Path) -> None:
+    content = results_json(results(2), RunConfig(method="delo"), FACTS)
+    write_results(tmp_path, content | {"tasks": ["x", "y", "z"]})
+    with pytest.raises(DeloError, match="damaged.*none of its tasks"):
+        read_results(tmp_path)
+
+
 def test_a_record_whose_image_cannot_be_used_counts_as_wrong() -> None:
     said = Answer("", "", image_fault="broken")
     row = prediction_of(question("x"), said, SCORER, 1, "run")
