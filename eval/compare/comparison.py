@@ -29,6 +29,13 @@ class Value:
     error: float | None = None
     values: tuple[float, ...] = ()
 
+    @property
+    def uncertainty(self) -> float:
+        """Standard error of the mean: over seeds if there are several, else over records; 0 if unknown."""
+        if self.std is not None and len(self.values) > 1:
+            return float(self.std / len(self.values) ** 0.5)
+        return self.error or 0.0
+
 
 @dataclass(frozen=True)
 class BoardRow:

@@ -1,5 +1,6 @@
 """A comparison as a leaderboard: in the terminal, in Markdown and in LaTeX, with its differences marked."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -55,6 +56,8 @@ def legend(comparison: Comparison) -> list[str]:
     lines.append(
         "Percent; ± is the standard deviation over seeds, (…) the standard error over records of one run."
     )
+    if not comparison.forced and len(comparison.rows) > 1:
+        lines.append("Marked: the best of a column, and all that lie within the 95 % error of it.")
     lines += comparison.notes
     for row in comparison.rows:
         lines += [f"{row.name}: {row.published}"] if row.published else []
@@ -169,14 +172,21 @@ def _shown_metrics(comparison: Comparison) -> list[str]:
 def _best(
     columns: Mapping[str, Sequence[Value | None]], better: Mapping[str, bool], offset: int
 ) -> set[tuple[int, int]]:
-    """Cells with the best mean of their column, where at least two rows have one."""
+    """Cells with the best mean of their column and those that lie within its 95 % error of it, where at least
+    two rows have one.
+    """
     found = set()
     for j, (name, column) in enumerate(columns.items()):
-        means = {i: value.mean for i, value in enumerate(column) if value is not None}
-        if name in better and len(means) > 1:
-            top = (max if better[name] else min)(means.values())
-            found |= {(i, j + offset) for i, mean in means.items() if mean == top}
+        known = {i: value for i, value in enumerate(column) if value is not None}
+        if name in better and len(known) > 1:
+            top = (max if better[name] else min)(known.values(), key=lambda value: value.mean)
+            found |= {(i, j + offset) for i, value in known.items() if _alike(top, value)}
     return found
+
+
+def _alike(best: Value, other: Value) -> bool:
+    """Whether the errors of both leave open which one is better."""
+    return abs(best.mean - other.mean) <= 1.96 * math.hypot(best.uncertainty, other.uncertainty)
 
 
 def _gaps(tasks: Sequence[str], rows: Sequence[BoardRow]) -> Sheet:

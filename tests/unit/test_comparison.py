@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from comparison_support import FACTS, outcomes, write_run
 
+from delo_eval.compare import leaderboard
 from delo_eval.compare.assemble import compare
+from delo_eval.compare.comparison import Value
 from delo_eval.compare.diff import diff_runs
 from delo_eval.compare.leaderboard import latex, legend, markdown, sheets
 from delo_eval.compare.runs import load_runs
@@ -45,6 +47,21 @@ def test_seeds_of_a_method_are_one_row_and_the_best_stands_first(runs: list[Path
     assert ap.std == pytest.approx(statistics.stdev(ap.values))
     assert found.row("delo").metrics["bwt_T"].mean == pytest.approx((75 - 100) / 2)
     assert found.row("delo").scores["ocr"].error == pytest.approx(100 * (0.25 / 39) ** 0.5)
+
+
+def test_what_errors_do_not_tell_from_the_best_is_marked_with_it() -> None:
+    """Over seeds the error is std/√n, of one run that of its records; without any, only equals are alike."""
+    columns = {
+        "ap": (
+            Value(70.0, 2.0, None, (68.0, 72.0)),
+            Value(66.5, 2.0, None, (64.5, 68.5)),
+            Value(60.0, None, 1.0),
+        ),
+        "forgetting": (Value(3.0), Value(3.0), Value(2.0)),
+    }
+    assert leaderboard._best(columns, {"ap": True, "forgetting": False}, 1) == {(0, 1), (1, 1), (2, 2)}
+    columns["ap"] = (Value(70.0, None, 1.0), Value(66.5, None, 1.0), None)  # 3.5 > 1.96 · √2
+    assert leaderboard._best(columns, {"ap": True}, 1) == {(0, 1)}
 
 
 def test_paired_bootstrap_is_over_tasks_seeds_and_ap(runs: list[Path]) -> None:

@@ -29,7 +29,7 @@ def test_every_part_is_there(page: str) -> None:
     found = Page(page)
     assert [s["id"] for s in found.all("section")] == [id for id, _ in SECTIONS]
     assert "Paired bootstrap" in page and "90.00" in page and "40.00" in page
-    assert '<strong title="best">' in page
+    assert '<strong title="best, or within its error">' in page
     heats = [t for t in found.all("table") if t.get("class") == "heat"]
     assert len(heats) == 2
     assert page.count('class="legend"') == 3  # the mean and both tasks, two lines each
