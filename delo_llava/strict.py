@@ -10,6 +10,23 @@ from delo_llava.errors import DeloError
 if TYPE_CHECKING:
     from torch import Tensor
 
+#: How a file begins that stands for one that Git LFS has not fetched; none of them is larger.
+POINTER, POINTER_BYTES = b"version https://git-lfs", 1024
+#: What is said of one.
+IS_POINTER, FETCH = "it is a pointer of Git LFS, not the file itself", "git lfs pull, or fetch it again"
+
+
+def is_pointer(file: Path) -> bool:
+    """Whether Git LFS has not fetched a file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    if file.stat().st_size > POINTER_BYTES:
+        return False
+    with file.open("rb") as handle:
+        return handle.read(len(POINTER)) == POINTER
+
 
 def parse_json(text: str | bytes, number: Callable[[str], Any] | None = None) -> Any:
     """The value of a JSON text; a key that repeats counts last, a byte order mark in front counts nothing.

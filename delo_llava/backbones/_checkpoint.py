@@ -10,9 +10,8 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from delo_llava.errors import DeloError
+from delo_llava.strict import is_pointer
 
-#: How a file begins that stands for one that Git LFS has not fetched; no such file is larger.
-POINTER, POINTER_BYTES = b"version https://git-lfs", 1024
 #: Classes of the original LLaVA code, whose checkpoints transformers does not read.
 ORIGINAL = re.compile(r"Llava\w*ForCausalLM")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -112,14 +111,6 @@ def refuse_pointers(path: str) -> None:
             given=f"{path}: {', '.join(found)}",
             fix=f"git lfs pull, or {AGAIN}",
         )
-
-
-def is_pointer(file: Path) -> bool:
-    """Whether Git LFS has not fetched a file."""
-    if file.stat().st_size > POINTER_BYTES:
-        return False
-    with file.open("rb") as handle:
-        return handle.read(len(POINTER)) == POINTER
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import ijson
 from delo_llava.data.faults import BadEntry
 from delo_llava.data.guard import MAX_TEXT, GuardedJson
 from delo_llava.errors import DeloError
-from delo_llava.strict import parse_json
+from delo_llava.strict import FETCH, IS_POINTER, is_pointer, parse_json
 
 #: Rows of a parquet file that are decoded at once; pictures may be embedded in them.
 PARQUET_BATCH = 64
@@ -52,6 +52,8 @@ def each_entry(path: Path, at: str = "") -> Iterator[Any]:
     found = _array(path, at) if reader is None else reader(path)
     empty = True
     try:
+        if is_pointer(path):
+            raise DeloError(f"This file of records cannot be read: {IS_POINTER}.", given=path, fix=FETCH)
         for entry in found:
             empty = False
             yield entry

@@ -21,6 +21,7 @@ from delo_llava.data.readers import Records, read_records
 from delo_llava.errors import DeloError
 from delo_llava.runs.job import Job
 from delo_llava.runs.stage import examples_of, training_records
+from delo_llava.strict import IS_POINTER, is_pointer
 from delo_llava.tasks import Split, StagePlan, TaskSpec
 from delo_llava.training.fit import Kit
 
@@ -121,7 +122,8 @@ class Preflight:
         if self.job.config.data.on_bad_image == "skip":
             return sum(pictures[path][1] for path in gone)
         for path in gone:
-            told = f"its picture cannot be used: {absent(Path(path))}"
+            reason = IS_POINTER if os.path.isfile(path) else absent(Path(path))
+            told = f"its picture cannot be used: {reason}"
             self._fault(task, split, pictures[path][0], DeloError(told, given=path, fix=WITHOUT))
         return 0
 
@@ -154,10 +156,11 @@ def _suspects(collator: Collator, items: Sequence[Item], layout: Layout) -> Iter
 
 
 def _not_there(paths: Sequence[str]) -> list[str]:
-    """Those of some paths that name no file."""
+    """Those of some paths that name no file, or one that was not fetched."""
 
     def look(start: int) -> list[str]:
-        return [path for path in paths[start : start + LOOKED] if not os.path.isfile(path)]
+        some = paths[start : start + LOOKED]
+        return [path for path in some if not os.path.isfile(path) or is_pointer(Path(path))]
 
     with ThreadPoolExecutor(THREADS) as pool:
         return [path for found in pool.map(look, range(0, len(paths), LOOKED)) for path in found]

@@ -16,9 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from delo_llava import cli
 from delo_llava.data_tools import decode, forms
 from delo_llava.data_tools.faults import FAULTS, NOTES
-from delo_llava.data_tools.forms import reference_faults
 from delo_llava.data_tools.memory import Memory
-from delo_llava.tasks import Record
 
 
 @pytest.fixture
@@ -79,6 +77,10 @@ def cut_off(data: Sequence) -> None:
     file.write_bytes(file.read_bytes()[:-25])
 
 
+def pointer(data: Sequence) -> None:
+    (data.images / "2.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
 def no_picture(data: Sequence) -> None:
     (data.images / "2.png").write_text("<html>404</html>")
 
@@ -113,6 +115,7 @@ DEFECTS: dict[str, tuple[Plant, str, str, int, str]] = {
     "image that is not there": (gone, "image_missing", "train", 2, "a2"),
     "image that is a folder": (a_folder, "image_missing", "train", 2, "a2"),
     "image cut off at its end": (cut_off, "image_undecodable", "train", 2, "a2"),
+    "pointer of Git LFS": (pointer, "image_undecodable", "train", 2, "a2"),
     "web page instead of an image": (no_picture, "image_undecodable", "train", 2, "a2"),
     "decompression bomb": (lambda d: bomb(d.images / "2.png"), "image_too_large", "train", 2, "a2"),
     "repeated id": (train(5, id="a4"), "id_repeated", "train", 5, "a4"),
@@ -375,41 +378,6 @@ def test_images_shared_across_tasks_are_a_note(data: Sequence) -> None:
     note, _ = found(data, "note")
     assert (note["code"], note["task"]) == ("shared_across_tasks", "one")
     assert note["message"] == "1 images of this test are also trained on in two"
-
-
-def reference(answer: str, instruction: str = "Q?", **extra: Any) -> Record:
-    return Record("r", "t", "test", None, None, instruction, answer, extra)
-
-
-@pytest.mark.parametrize(
-    ("scorer", "record", "told"),
-    [
-        ("grounding", reference("[0.1, 0.2, 0.5, 0.9]"), None),
-        ("grounding", reference("left"), "is no box"),
-        ("grounding", reference("[0.1, 0.2, 0.5]"), "is no box"),
-        ("grounding", reference("[0.5, 0.2, 0.1, 0.9]"), "without area"),
-        ("grounding", reference("x", answer_bbox="[1, 2, 3, 4]"), None),
-        ("scienceqa", reference("B", "What?\nA. red\nB. blue"), None),
-        ("scienceqa", reference("C", "What?\nA. red\nB. blue"), "not among the choices A, B"),
-        ("scienceqa", reference("red"), "is no letter"),
-        ("textvqa", reference("a", answers=["a"] * 10), None),
-        ("textvqa", reference("a", answers=["a"] * 9), "10 answers of people: 9"),
-        ("textvqa", reference("a", answers=["a"] * 9 + [" "]), "1 of the 10 answers are empty"),
-        ("exact_match", reference("a"), None),
-    ],
-)
-def test_references_have_the_form_of_their_scorer(
-    scorer: str, record: Record, told: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(forms, "load_plugin", lambda kind, name: type("S", (), {"needs": ("answers",)}))
-    found = reference_faults(scorer)(record)
-    absent = [("extra_missing", f"{scorer} needs `answers`, which is absent or empty")]
-    assert [fault for fault in found if fault[0] == "extra_missing"] == (
-        [] if "answers" in record.extra else absent
-    )
-    forms_found = [message for code, message in found if code == "answer_form"]
-    assert len(forms_found) == (told is not None)
-    assert told is None or told in forms_found[0]
 
 
 def test_the_docs_list_every_code_and_every_planted_defect() -> None:

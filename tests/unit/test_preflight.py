@@ -83,6 +83,12 @@ def test_such_a_fault_ends_the_run_before_its_first_step_and_leaves_the_folder_f
     assert (place / "run" / "complete.json").is_file()
 
 
+def test_pictures_that_were_not_fetched_are_told(place: Path) -> None:
+    (place / "images" / "blue.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    with pytest.raises(DeloError, match="pointer of Git LFS"):
+        look(place, "--missing.ratio=0")
+
+
 def test_all_faults_are_counted_and_the_first_told(place: Path) -> None:
     file = place / "task0_train.json"
     for row in range(12):
