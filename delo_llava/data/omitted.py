@@ -15,6 +15,7 @@ LABELS = {
     "answers_cut": "trained answers cut to data.max_length",
     "records_skipped": "records without their image, which cannot be used",
     "answers_unended": "answers ended by max_new_tokens",
+    "references_long": "reference answers longer than max_new_tokens",
 }
 
 
@@ -28,6 +29,8 @@ class Omitted:
             answers in an evaluation.
         answers_unended: records to which an answer (with the chosen or the true task) was ended by
             `max_new_tokens` instead of an end token.
+        references_long: records whose reference answer is longer than `max_new_tokens`, so that no answer can
+            equal it.
     """
 
     contexts_cut: int = 0
@@ -35,6 +38,7 @@ class Omitted:
     answers_cut: int = 0
     records_skipped: int = 0
     answers_unended: int = 0
+    references_long: int = 0
 
     def counts(self) -> dict[str, int]:
         """Those that are not zero, as run.json and results.json hold them."""
@@ -56,13 +60,13 @@ def trained_without(cut: Iterable[Cut], bad_images: Iterable[str]) -> dict[str, 
     }
 
 
-def answered_without(rows: Iterable[Mapping[str, Any]]) -> Omitted:
-    """What the predictions of one cell say was left out."""
+def answered_without(rows: Iterable[Mapping[str, Any]], references_long: int = 0) -> Omitted:
+    """What the predictions of one cell say was left out, and how many references are too long to be said."""
     lost: Counter[str] = Counter()
     for row in rows:
         lost.update(f"{part}s_cut" for part in row.get("cut", ()))
         lost.update({"records_skipped": "image_fault" in row, "answers_unended": bool(row.get("unended"))})
-    return Omitted(**lost)
+    return Omitted(**lost, references_long=references_long)
 
 
 def omitted_lines(found: Mapping[str, Mapping[str, int]], where: str) -> list[str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
 
+from delo_llava.data.dialogue import Dialogue
 from delo_llava.data.segments import SEGMENT_CONTEXT, SEGMENT_INSTRUCTION
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
@@ -67,6 +68,15 @@ def token_kinds(
         visible = next((place for place in range(start, end) if not text[place].isspace()), start)
         kinds.append(prompt[bisect_right(ends, visible)][1])
     return kinds
+
+
+def answer_lengths(tokenizer: Any, dialogue: Dialogue, answers: Sequence[str]) -> list[int]:
+    """Tokens of each answer as it would be generated, without its end token."""
+    before = len(tokenizer(dialogue.turn, add_special_tokens=False)["input_ids"])
+    texts = [dialogue.turn + dialogue.answer(answer.strip()) for answer in answers]
+    if not texts:
+        return []
+    return [len(ids) - before - 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
 def fit(row: Row, record: Record, answer: int, max_length: int, room: int) -> None:

@@ -242,7 +242,8 @@ class DataCheck:
         form = reference_faults(part.task.scorer) if part.split != "train" else None
         trial = None
         if self.prompts is not None:
-            trial = Trial(self.prompts, self._size, lambda *told: self._tell(part, *told))
+            room = part.task.max_new_tokens
+            trial = Trial(self.prompts, self._size, room, lambda *told: self._tell(part, *told))
         records = self._as_read(part)
         with progress(f"trying {part.name}", part.records) as advance:
             for number, record in records:
@@ -256,6 +257,17 @@ class DataCheck:
         if trial is not None:
             trial.finish()
             part.trained, part.cut = trial.trained, trial.cut
+            self._omitted(part, trial)
+
+    def _omitted(self, part: Part, trial: Trial) -> None:
+        """Say what of a part's texts is cut, and which answers are too long to be generated."""
+        if trial.first_cut:
+            counts = ", ".join(f"{count} {name}s" for name, count in part.cut.items() if count)
+            told = f"cut to data.max_length={trial.prompts.max_length}: {counts}"
+            self._tell(part, "text_cut", *trial.first_cut, told)
+        if trial.first_long:
+            told = f"{trial.long} of {part.records} answers are longer than max_new_tokens={trial.room}"
+            self._tell(part, "answer_long", *trial.first_long, told)
 
     def _size(self, path: str) -> tuple[int, int] | None:
         """Width and height of an image, None where it cannot be used."""

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from delo_llava.data.faults import in_a_line
-from delo_llava.data.tokens import Row
+from delo_llava.data.tokens import Row, answer_lengths
 from delo_llava.data_tools.prompts import Prompts
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
@@ -23,15 +23,23 @@ class Trial:
 
     Args:
         size: width and height of an image by its path, None where it cannot be used.
+        room: most tokens of an answer of the task's.
         tell: is told every fault.
 
     Attributes:
         trained: tokens that would be trained.
         cut: records whose `context`, `instruction` or `answer` was cut.
+        long: records whose answer is longer than `room`.
+        first_cut, first_long: (entry, record) of the first of them.
     """
 
-    def __init__(self, prompts: Prompts, size: Callable[[str], tuple[int, int] | None], tell: Tell) -> None:
-        self.prompts, self._size, self._tell = prompts, size, tell
+    def __init__(
+        self, prompts: Prompts, size: Callable[[str], tuple[int, int] | None], room: int, tell: Tell
+    ) -> None:
+        self.prompts, self._size, self.room, self._tell = prompts, size, room, tell
+        self.long = 0
+        self.first_cut: tuple[int, str] | None = None
+        self.first_long: tuple[int, str] | None = None
         self.trained = 0
         self.cut = dict.fromkeys(("context", "instruction", "answer"), 0)
         self._waiting: list[Waiting] = []
@@ -47,6 +55,7 @@ class Trial:
     def finish(self) -> None:
         """Try what still waits."""
         waiting, self._waiting = self._waiting, []
+        self._measure(waiting)
         try:
             rows = self._rows(waiting)
         except DeloError:
@@ -55,6 +64,15 @@ class Trial:
             return
         for (entry, record, _), row in zip(waiting, rows, strict=True):
             self._judge(entry, record, row)
+
+    def _measure(self, waiting: Sequence[Waiting]) -> None:
+        """Count answers that are longer than what can be generated."""
+        answers = [record.answer for _, record, _ in waiting]
+        lengths = answer_lengths(self.prompts.tokenizer, self.prompts.processor.dialogue, answers)
+        for (entry, record, _), length in zip(waiting, lengths, strict=True):
+            if length > self.room:
+                self.long += 1
+                self.first_long = self.first_long or (entry, record.id)
 
     def _rows(self, waiting: Sequence[Waiting]) -> list[Row]:
         """Tokenise."""
@@ -75,6 +93,7 @@ class Trial:
         """Count what is cut and trained tokens; the end token and blanks alone teach nothing."""
         for part in row.cut:
             self.cut[part] += 1
+            self.first_cut = self.first_cut or (entry, record.id)
         trained = [token for token, is_trained in zip(row.ids, row.trained, strict=True) if is_trained]
         self.trained += len(trained)
         if record.split != "train":

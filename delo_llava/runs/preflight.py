@@ -17,7 +17,9 @@ from delo_llava.data.collate import Collator, Layout
 from delo_llava.data.examples import Item, shown
 from delo_llava.data.images import UnusableImage, absent
 from delo_llava.data.missing import Presence, limited, pattern_spec, record_presence
+from delo_llava.data.omitted import LABELS
 from delo_llava.data.readers import Records, read_records
+from delo_llava.data.tokens import answer_lengths
 from delo_llava.errors import DeloError
 from delo_llava.runs.job import Job
 from delo_llava.runs.stage import examples_of, training_records
@@ -92,9 +94,20 @@ class Preflight:
         patterns = {*config.eval.patterns, *config.eval.last_patterns}
         masks = [record_presence(pattern_spec(name, config.missing), records) for name in patterns]
         kept = limited(records.ids, task.name, split, config.eval.limit)
+        self._references(task, split, records.select(kept))
         if lost := self._look(task, split, records.select(kept), np.logical_or.reduce(masks)[kept]):
             told = f"{task.name}/{split}: questions whose pictures are not there: {lost}"
             self.notes.append(f"{told}; they are answered by nothing")
+
+    def _references(self, task: TaskSpec, split: Split, records: Records) -> None:
+        """Say how many reference answers no generated one can equal."""
+        processor, room, answers = self.kit.processor, task.max_new_tokens, (r.answer for r in records)
+        long = 0
+        while part := list(islice(answers, BATCH)):
+            long += sum(n > room for n in answer_lengths(processor.tokenizer, processor.dialogue, part))
+        if long:
+            told = f"{task.name}/{split}: {LABELS['references_long']} ({room}): {long} of {len(records)}"
+            self.notes.append(f"{told}; raise it in the recipe")
 
     def _look(self, task: TaskSpec, split: Split, records: Records, mask: Presence) -> int:
         """Try every prompt and look for every picture; returns how many missing ones the run passes over."""

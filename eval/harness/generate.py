@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from delo_eval.answers.question import Answer, Flags, Question
-from delo_llava.backbones.base import Backbone
+from delo_llava.backbones.base import Backbone, Parts
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch, Collator
 from delo_llava.data.images import UnusableImage
@@ -196,6 +196,7 @@ def loaded(
     config: RunConfig,
     backbone: Backbone,
     model_path: str,
+    processor: Parts,
     method: Method,
     past: Mapping[str, Past],
     trained: tuple[str, ...],
@@ -205,14 +206,14 @@ def loaded(
     """A model loaded for answering, freed at the end.
 
     Args:
-        rooms: most tokens of an answer by task, see `Collator`.
+        processor: the base's, from `backbone.load_processor`.
         past: finished stages in the order of training; none is the bare base.
         trained: the tasks that they trained.
+        rooms: most tokens of an answer by task, see `Collator`.
     """
     base = backbone.load(
         model_path, quant=config.quant, dtype=config.dtype, attn=config.attn, device=str(device)
     )
-    processor = backbone.load_processor(model_path, config.data.limits)
     ready = Answerer(
         model=method.load(base, past).eval(),
         method=method,

@@ -88,7 +88,7 @@ class DeloLlava(lmms):
         self._ready.oracle = False
         self._trained_form = Collator(
             opened.backbone,
-            opened.backbone.load_processor(opened.model_path, opened.config.data.limits),
+            opened.processor,
             opened.config.data.max_length,
             opened.config.missing.image,
             rooms=self._rooms,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +12,7 @@ import torch
 from delo_eval.answers.code import plugin_module
 from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.harness.generate import Answerer, loaded
-from delo_llava.backbones.base import Backbone, find_backbone
+from delo_llava.backbones.base import Backbone, Parts, find_backbone
 from delo_llava.config import with_methods
 from delo_llava.methods.base import Method, Past
 from delo_llava.registry import load_plugin
@@ -24,6 +25,11 @@ class StoredRun(RunFolder):
     backbone: Backbone
     model_path: str
     method: Method
+
+    @cached_property
+    def processor(self) -> Parts:
+        """The base's tokenizer, image processor and dialogue."""
+        return self.backbone.load_processor(self.model_path, self.config.data.limits)
 
     @property
     def plugins(self) -> tuple[str, str]:
@@ -73,6 +79,6 @@ def answerer(
         rooms: most tokens of an answer by task; by default, of the run's own tasks.
     """
     return loaded(
-        run.config, run.backbone, run.model_path, run.method, run.past(stage), run.plan.seen(stage), device,
-        run.sequence.rooms if rooms is None else rooms,
+        run.config, run.backbone, run.model_path, run.processor, run.method, run.past(stage),
+        run.plan.seen(stage), device, run.sequence.rooms if rooms is None else rooms,
     )  # fmt: skip

@@ -32,7 +32,7 @@ def test_predictions_say_what_was_left_out() -> None:
         {}, {"cut": ["context", "instruction"]}, {"cut": ["instruction"], "unended": ["oracle_prediction"]},
         {"unended": ["prediction", "oracle_prediction"]}, {"image_fault": "torn"},
     ]  # fmt: skip
-    assert answered_without(rows) == Omitted(1, 2, 0, 1, 2)
+    assert answered_without(rows, 3) == Omitted(1, 2, 0, 1, 2, 3)
     assert answered_without([{}]).counts() == {}
 
 
@@ -52,7 +52,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     root = Path(shutil.copytree(recipe.parent, tmp_path_factory.mktemp("omitted") / "data"))
     file = root / "words_test.json"
     rows = json.loads(file.read_text())
-    rows[1]["context"], rows[2]["text"] = "mango " * 200, "what " * 200
+    rows[1]["context"], rows[2]["text"], rows[3]["answer"] = "mango " * 200, "what " * 200, "red " * 4
     file.write_text(json.dumps(rows))
     whole = ["--data.max_length=120", "--missing.ratio=0", "--eval.last_patterns=text"]
     return make_run(root.parent / "run", root / "little.yaml", "lora", Lora, 2, *whole)
@@ -79,7 +79,8 @@ def test_an_evaluation_counts_what_was_cut_in_every_cell(
     assert [row.get("cut") for row in rows[:4]] == [None, ["context"], ["context", "instruction"], None]
     assert (found["contexts_cut"], found["instructions_cut"]) == (2, 1)
     assert found.get("answers_unended", 0) == sum("unended" in row for row in rows)
-    assert "contexts_cut" not in counts(content, "1", "run", "shapes")
+    assert found["references_long"] == 1, "at most three tokens are generated"
+    assert not {"contexts_cut", "references_long"} & counts(content, "1", "run", "shapes").keys()
 
     receipt = run / "answers" / "1.json"
     receipt.unlink()
@@ -93,7 +94,8 @@ def test_an_evaluation_counts_what_was_cut_in_every_cell(
     monkeypatch.undo()
     few = evaluate_stage(run, 1, request=Request(limit=4))
     rows = predictions(run / "eval-test", 1)["words"]
-    assert counts(few, "1", "run", "words") == answered_without(rows).counts()
+    long = sum(row["answer"] != "red" for row in rows)
+    assert counts(few, "1", "run", "words") == answered_without(rows, long).counts()
 
 
 def test_a_pattern_that_hides_the_long_context_cuts_none(run: Path) -> None:

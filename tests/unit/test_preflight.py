@@ -139,6 +139,17 @@ def test_a_task_without_pictures_and_turns_without_history_are_told(place: Path)
     assert [note for note in notes if "task1: 2 of 14 training records are later turns" in note]
 
 
+def test_references_that_no_answer_can_equal_are_told(place: Path) -> None:
+    rows = json.loads((place / "task1_test.json").read_text())
+    for row, answer in enumerate(("one " * 9, "one " * 30, "one")):
+        change(
+            place / "task1_test.json", row, conversations=asks(rows[row]["conversations"][0]["value"], answer)
+        )
+    (note,) = look(place)
+    assert note.startswith("task1/test: reference answers longer than max_new_tokens (8): 2 of 4;")
+    assert look(place, evaluates=False) == []
+
+
 def without_context(place: Path, task: int) -> None:
     file = place / f"task{task}_train.json"
     rows = json.loads(file.read_text())
