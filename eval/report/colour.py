@@ -24,11 +24,19 @@ def palette() -> list[Rgb]:
 
 
 def palette_css() -> str:
-    """A class per step, its text black or white, whichever contrasts more (at least 4.5 to 1)."""
-    return "\n".join(
-        f".q{step}{{background:{hex_of(colour)};color:{text_on(colour)}}}"
-        for step, colour in enumerate(palette())
-    )
+    """A class per step, its text black or white, whichever contrasts more (at least 4.5 to 1).
+
+    On a dark screen the palette runs the other way, so that nothing (0) is dark there and does not glow.
+    """
+
+    def classes(colours: list[Rgb]) -> str:
+        return "\n".join(
+            f".q{step}{{background:{hex_of(colour)};color:{text_on(colour)}}}"
+            for step, colour in enumerate(colours)
+        )
+
+    dark = classes(palette()[::-1])
+    return f"{classes(palette())}\n@media screen and (prefers-color-scheme:dark){{\n{dark}\n}}"
 
 
 def hex_of(colour: Rgb) -> str:

@@ -20,7 +20,7 @@ from delo_eval.cli import main
 from delo_eval.harness.stage import evaluate_stage
 from delo_eval.report import render as render_module
 from delo_eval.report.charts import Chart, Line, drawn, number_text, ticks
-from delo_eval.report.colour import STEPS, contrast, palette, step_of, text_on
+from delo_eval.report.colour import STEPS, contrast, hex_of, palette, palette_css, step_of, text_on
 from delo_eval.report.content import read_content
 from delo_eval.report.matrices import heat_table
 from delo_eval.report.render import FAILED, SECTIONS, try_report, write_report
@@ -174,6 +174,13 @@ def test_what_was_left_out_is_one_table_where_there_is_anything(hostile: Path, t
     text = write_report(run).read_text(encoding="utf-8")
     assert text.count("Left out, in records") == 2
     assert "answers ended by max_new_tokens" in text.replace("<wbr>", "")
+
+
+def test_nothing_is_dark_on_a_dark_screen_and_light_on_a_light_one() -> None:
+    light, dark = palette_css().split("@media screen and (prefers-color-scheme:dark)")
+    first, last = (f"background:{hex_of(colour)}" for colour in (palette()[0], palette()[-1]))
+    assert f".q0{{{first}" in light and f".q20{{{last}" in light
+    assert f".q0{{{last}" in dark and f".q20{{{first}" in dark
 
 
 # ---- a fault of the page is told, and loses nothing
