@@ -19,6 +19,6 @@ cd "$root"
 deepspeed --num_gpus 2 launch/train.py --task_seq mini6 --missing.ratio 0.7 --missing.kind both --output "$output" "$@"
 # The launcher exits 0 when a rank was killed by a signal, so only the marker says that the run reached its end.
 if [ ! -f "$output/complete.json" ]; then
-  echo "The run in $output did not reach its end; the same command goes on after the last finished task." >&2
+  echo "The run in $output did not reach its end; the same command goes on where it was." >&2
   exit 1
 fi

@@ -182,7 +182,7 @@ def matrix_row(results: Mapping[str, Any], stage: int, name: str) -> str:
     run.
     """
     tasks, lines = results["tasks"], []
-    for mode, rows in results["matrix"].items():
+    for mode, rows in _told(results["matrix"]).items():
         if rows and rows[stage] and any(score is not None for score in rows[stage]):
             scores = [
                 f"{name} {score:.1f}"
@@ -202,19 +202,26 @@ def matrix_summary(results: Mapping[str, Any], stages: Sequence[str]) -> str:
         stages, grids = ["base"], {"matched": [(results["zero_shot"] or {}).get("run")]}
     width = max(8, *map(len, [*tasks, *stages])) + 1
     blocks = []
-    for mode, rows in grids.items():
+    for mode, rows in _told(grids).items():
         if not rows or not any(score is not None for row in rows for score in row or []):
             continue
         lines = [f"{mode}:", " " * width + "".join(f"{name:>{width}}" for name in tasks)]
         for name, row in zip(stages, rows, strict=True):
             cells = ["" if score is None else f"{score:.1f}" for score in row or []]
             lines.append(f"{name:<{width}}" + "".join(f"{cell:>{width}}" for cell in cells))
-        metrics = results["metrics"].get(mode) or {}
+        metrics = results["metrics"].get(mode.partition(" ")[0]) or {}
         shown = [
             f"{key} {metrics[key]:.2f}" for key in ("ap", "forgetting", "maa") if metrics.get(key) is not None
         ]
         blocks.append("\n".join([*lines, " · ".join(shown)]))
     return "\n\n".join(blocks)
+
+
+def _told(grids: Mapping[str, Any]) -> dict[str, Any]:
+    """The grids by mode; once where both modes have the same scores."""
+    if "oracle" in grids and grids["matched"] == grids["oracle"]:
+        return {"matched = oracle": grids["matched"]}
+    return dict(grids)
 
 
 def _place_of(line: str) -> tuple[int, int]:

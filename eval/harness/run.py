@@ -115,7 +115,10 @@ def _tell(run: RunFolder, stages: Sequence[int], content: dict[str, Any], consol
             console.print(line, soft_wrap=True, markup=False, highlight=False)
     console.print(final_table(content))
     counts = content["seconds"]["answers"]
-    told = (f"{n} {counts[n]['stored']} / {counts[n]['new']}" for n in map(stage_name, stages))
+    told = (
+        f"{run.plan.label(stage)}: {counts[stage_name(stage)]['stored']} / {counts[stage_name(stage)]['new']}"
+        for stage in stages
+    )
     console.print(f"answers, known / new: {', '.join(told)}")
     console.print(f"results: {run.output / 'results.json'}", soft_wrap=True)
 

@@ -51,7 +51,10 @@ def stage_table(results: Mapping[str, Any], stage: int) -> Table:
 
 def final_table(results: Mapping[str, Any]) -> RenderableType:
     """Every stage of the run's own pattern, then the metrics of both modes, then the task choice."""
-    return Group(*(_matrix(results, mode) for mode in results["modes"]), _metrics(results))
+    modes, grid = results["modes"], results["matrix"]
+    if len(modes) == 2 and grid["matched"] == grid["oracle"]:
+        return Group(_matrix(results, "matched", "matched = oracle"), _metrics(results))
+    return Group(*(_matrix(results, mode, mode) for mode in modes), _metrics(results))
 
 
 def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, Cells, Cells]]:
@@ -59,11 +62,13 @@ def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, Cells, Cell
     if stage < 0:
         rows = [(pattern, row, pattern, "matched") for pattern, row in (results["zero_shot"] or {}).items()]
     else:
-        rows = [
-            (f"{mode} · {name}", grid[mode][stage], name, mode)
-            for name, grid in grids(results).items()
-            for mode in results["modes"]
-        ]
+        rows = []
+        for name, grid in grids(results).items():
+            modes = {mode: grid[mode][stage] for mode in results["modes"]}
+            if len(modes) == 2 and modes["matched"] == modes["oracle"]:
+                rows.append((f"matched = oracle · {name}", modes["matched"], name, "matched"))
+                continue
+            rows += [(f"{mode} · {name}", row, name, mode) for mode, row in modes.items()]
     return [
         (label, row, standard_errors(results, pattern, mode, stage))
         for label, row, pattern, mode in rows
@@ -71,11 +76,11 @@ def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, Cells, Cell
     ]
 
 
-def _matrix(results: Mapping[str, Any], mode: str) -> Table:
+def _matrix(results: Mapping[str, Any], mode: str, label: str) -> Table:
     """The whole matrix of one mode, over what blind answers score."""
     plan = Plan.read(results)
     tasks, blank = plan.tasks, [""] * len(plan.tasks)
-    title = f"{mode}: score on (column) after training (row), percent (standard error over records)"
+    title = f"{label}: score on (column) after training (row), percent (standard error over records)"
     table = rich_table(title, ["", *tasks])
     zero_shot = (results["zero_shot"] or {}).get("run")
     if zero_shot:

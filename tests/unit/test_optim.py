@@ -173,5 +173,7 @@ def test_rows_show_what_was_run() -> None:
     }
     assert matrix_row(results, 0, "a") == "after 1. a (matched): a 91.0"
     assert matrix_row(results, 1, "b") == "after 2. b (matched): a 88.2 · b 70.0"
+    same = {**results, "matrix": dict.fromkeys(("matched", "oracle"), results["matrix"]["matched"])}
+    assert matrix_row(same, 1, "b") == "after 2. b (matched = oracle): a 88.2 · b 70.0"
     summary = matrix_summary(results, ["a", "b"])
     assert "oracle" not in summary and "ap 79.12 · forgetting 2.75" in summary
