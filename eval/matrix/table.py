@@ -36,8 +36,10 @@ def stage_table(results: Mapping[str, Any], stage: int) -> Table:
     plan = Plan.read(results)
     title = plan.label(stage) if stage < 0 else f"after {plan.label(stage)}"
     table = rich_table(title, ["", *plan.tasks, "mean" if stage < 0 else "mean of trained"])
-    judged = plan.judged(stage)
-    for label, row, errors in _rows(results, stage):
+    judged, known = plan.judged(stage), _rows(results, stage)
+    if any(label.startswith("both") for label, _, _ in known):
+        table.caption = "both: matched and oracle, which are the same"
+    for label, row, errors in known:
         scores = dict(zip(plan.tasks, row, strict=True))
         marks = ["" if task in judged or score is None else "·" for task, score in scores.items()]
         cells = map(score_text, row, marks, errors)
@@ -66,7 +68,7 @@ def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, Cells, Cell
         for name, grid in grids(results).items():
             modes = {mode: grid[mode][stage] for mode in results["modes"]}
             if len(modes) == 2 and modes["matched"] == modes["oracle"]:
-                rows.append((f"matched = oracle · {name}", modes["matched"], name, "matched"))
+                rows.append((f"both · {name}", modes["matched"], name, "matched"))
                 continue
             rows += [(f"{mode} · {name}", row, name, mode) for mode, row in modes.items()]
     return [

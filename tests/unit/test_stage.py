@@ -201,7 +201,8 @@ def test_the_command_prints_the_row_and_writes_the_same_numbers(
         ]
     )
     said = capsys.readouterr().out
-    assert "after 2. words" in said and "results:" in said and "matched = oracle · text" in said
+    assert "after 2. words" in said and "results:" in said
+    assert "both · run" in said and "both · text" in said and "both: matched and oracle" in said
     assert "answers, known / new: 2. words: 0 / " in said
     there, here = (json.loads((folder / "results.json").read_text()) for folder in (lora_run, tmp_path))
     assert here["matrix"]["matched"][1] == there["matrix"]["matched"][1]
