@@ -98,7 +98,8 @@ class MemoryModel:
         base = meta_model(model.backbone, model.config, self.dtype)
         kind = cast(type[Method], load_plugin("method", config.method))
         options = kind.Config(**config.methods.get(config.method, {}))
-        self.footprint: Footprint = kind(options, config, model.backbone).footprint(base)
+        self.method = kind(options, config, model.backbone)
+        self.footprint: Footprint = self.method.footprint(base)
         self.parameters = sum(p.numel() for p in _unique(base))
         self.linear_weights = sum(
             i * o for n, (i, o) in adapted_linears(base, model.backbone).items() if self._is_language(n)

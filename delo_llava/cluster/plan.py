@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from delo_llava.config import RunConfig
 from delo_llava.data.recipe import load_sequence, read_recipe
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.errors import DeloError
+from delo_llava.tasks import StagePlan, TaskSequence, TaskSpec
 
 GIB = 2**30
 
@@ -72,10 +73,13 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
     batch = math.gcd(*(config.for_task(task).train.global_batch for task in tasks))
     shared = config.model_copy(update={"train": config.train.model_copy(update={"global_batch": batch})})
     passes = {task: _passes(config.for_task(task), job.world) for task in tasks}
+    stages = memory.method.stages(_named(config.task_seq, tasks))
     train = memory.training(setup)
-    answer = memory.evaluation(config.quant, config.eval.batch_size, len(tasks), _new_tokens(config))
+    answer = memory.evaluation(config.quant, config.eval.batch_size, len(stages), _new_tokens(config))
     records, counted = _records(config, job, tasks)
-    steps = {task: _steps(config.for_task(task), count) for task, count in records.items()}
+    known = [stage for stage in stages if set(stage.tasks) <= set(records)]
+    sizes = {stage.name: sum(records[task] for task in stage.tasks) for stage in known}
+    steps = {stage.name: _steps(config.for_tasks(stage.tasks), sizes[stage.name]) for stage in known}
     return {
         "model": config.model,
         "parameters": memory.parameters,
@@ -92,7 +96,7 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
         "fits": [size for size in GPU_SIZES if train.needed <= size * GIB],
         "evaluation_fits": [size for size in GPU_SIZES if answer.needed <= size * GIB],
         "largest_answer_batch": {
-            str(size): largest_answer_batch(memory, config.quant, len(tasks), _new_tokens(config), size)
+            str(size): largest_answer_batch(memory, config.quant, len(stages), _new_tokens(config), size)
             for size in GPU_SIZES
         },
         "best": {str(size): _best(memory, shared, job.world, size) for size in GPU_SIZES},
@@ -100,8 +104,8 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
         "records_from": counted,
         "steps": steps,
         "bytes_per_step": communication(memory, setup, max(passes.values())),
-        "disk": disk(memory, len(tasks), checkpoints=3),
-        "time": _time(config, job, records),
+        "disk": disk(memory, len(stages), checkpoints=3),
+        "time": _time(config, job, known, steps),
     }
 
 
@@ -118,6 +122,11 @@ def _bytes(parts: Parts) -> dict[str, float]:
 
 def _new_tokens(config: RunConfig) -> int:
     return max(entry.max_new_tokens for entry in read_recipe(config.task_seq).tasks)
+
+
+def _named(task_seq: str, tasks: Sequence[str]) -> TaskSequence:
+    """The sequence as a method's stages depend on it: by its tasks' names, as the data need not be here."""
+    return TaskSequence(task_seq, tuple(TaskSpec(name, "", {}, Path()) for name in tasks))
 
 
 def _passes(config: RunConfig, world: int) -> int:
@@ -161,7 +170,9 @@ def _steps(config: RunConfig, records: int) -> int:
     return min(steps, config.train.max_steps or steps)
 
 
-def _time(config: RunConfig, job: Job, records: dict[str, int]) -> dict[str, Any]:
+def _time(
+    config: RunConfig, job: Job, stages: Sequence[StagePlan], steps: Mapping[str, int]
+) -> dict[str, Any]:
     """Hours of training, from a given or a measured throughput; unknown without one."""
     if job.samples_per_second is not None:
         rate, source = job.samples_per_second, "given"
@@ -171,9 +182,8 @@ def _time(config: RunConfig, job: Job, records: dict[str, int]) -> dict[str, Any
         source = f"{measured:.2f} samples/s on {ranks} rank(s) in {job.from_run}, scaled to {job.world}"
     else:
         return {"source": "unknown: give --samples_per_second or --from_run"}
-    chosen = {task: config.for_task(task) for task in records}
-    samples = sum(_steps(own, records[task]) * own.train.global_batch for task, own in chosen.items())
-    return {"source": source, "samples_per_second": rate, "hours": samples / rate / 3600 if records else None}
+    samples = sum(steps[s.name] * config.for_tasks(s.tasks).train.global_batch for s in stages)
+    return {"source": source, "samples_per_second": rate, "hours": samples / rate / 3600 if stages else None}
 
 
 # ---- tables ----
@@ -235,7 +245,7 @@ def _fit_table(plan: dict[str, Any]) -> Table:
 def _work_table(plan: dict[str, Any]) -> Table:
     table = _table("work", "", "")
     steps = ", ".join(f"{task} {count}" for task, count in plan["steps"].items())
-    table.add_row("steps of each task", steps or plan["records_from"])
+    table.add_row("steps of each stage", steps or plan["records_from"])
     if steps:
         table.add_row("records", plan["records_from"])
     passes = plan["passes"]

@@ -217,6 +217,16 @@ def test_the_command_prints_tables_and_writes_json(
     assert "did you mean" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("method", "steps"), [("joint", {"joint": 300}), ("zero_shot", {})])
+def test_the_method_says_how_many_stages_there_are(method: str, steps: dict[str, int]) -> None:
+    config = load_config(None, ["--model=mini-llava", "--task_seq=mini6", f"--method={method}"])
+    plan = make_plan(config, Job(1, 1, tokens=64, records="1600", samples_per_second=10.0))
+    assert plan["steps"] == steps
+    one = 4 * plan["trainable"]
+    assert plan["disk"]["adapters"] == one * len(steps)
+    assert plan["time"]["hours"] == (pytest.approx(9600 / 10 / 3600) if steps else None)
+
+
 def test_sizes_are_told_in_the_unit_that_shows_them() -> None:
     assert [size_text(size) for size in (0, 2048, 3 << 20, 13.2 * 2**30)] == [
         "0", "2.0 KiB", "3.0 MiB", "13.20 GiB",
