@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from delo_llava.data.pixels import as_seen
 from delo_llava.errors import DeloError
-from delo_llava.strict import FETCH, IS_POINTER, is_pointer
+from delo_llava.strict import FETCH, IS_POINTER, POINTER
 from delo_llava.tasks import Record
 
 if TYPE_CHECKING:  # the data check decodes in processes that need no torch
@@ -123,12 +123,20 @@ def decode(source: Path | IO[bytes]) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(str(error)) from error
     except UnidentifiedImageError as error:
-        if isinstance(source, Path) and is_pointer(source):
+        if _begins(source, POINTER):
             raise BadImage(f"{IS_POINTER} ({FETCH})") from error
         raise BadImage(f"it is no image in one of the formats {', '.join(FORMATS)}") from error
     # Pillow reports damage by these: truncation, broken PNG chunks, bad values, tags that do not fit.
     except (OSError, SyntaxError, ValueError, struct.error, TypeError) as error:
         raise BadImage(str(error)) from error
+
+
+def _begins(source: Path | IO[bytes], start: bytes) -> bool:
+    if isinstance(source, Path):
+        with source.open("rb") as file:
+            return _begins(file, start)
+    source.seek(0)
+    return source.read(len(start)) == start
 
 
 def absent(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor, distributed, nn
 
 from delo_llava.config import RunConfig
@@ -40,6 +41,9 @@ PINNED = (
     "fp16",
     "bf16",
 )
+
+#: ZeRO stages that a file may name.
+STAGES = (1, 2, 3)
 
 
 class DeepSpeedEngine:
@@ -177,13 +181,15 @@ def read_deepspeed_file(config: RunConfig) -> dict[str, Any]:
     """The DeepSpeed file of the run, checked for what the run's configuration must decide.
 
     Raises:
-        DeloError: no such file, not JSON, an optimizer or scheduler section that was not asked for, or a
-            pinned key.
+        DeloError: no such file, not JSON, an optimizer or scheduler section that was not asked for, a pinned
+            key, or no ZeRO stage.
     """
     path = config.ds_config or Path(str(load_plugin("zero", config.zero)))
     try:
         settings: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        zero = settings.get("zero_optimization", {})
+        zero.get("stage")
+    except (OSError, ValueError, AttributeError) as error:  # the last for what is no object
         raise DeloError(f"The DeepSpeed file cannot be read: {error}", given=path) from error
     for key in OVERRIDING:
         if key in settings and not config.allow_ds_optimizer:
@@ -199,17 +205,40 @@ def read_deepspeed_file(config: RunConfig) -> dict[str, Any]:
                 given=path,
                 fix=f"remove `{key}`",
             )
-    if settings.get("zero_optimization", {}).get("compute_grad_norm") is False:
+    if zero.get("compute_grad_norm") is False:
         raise DeloError(
             "The gradient norm is needed to notice gradients that are not finite",
             given=path,
             fix="remove `compute_grad_norm`",
         )
-    if "stage" not in settings.get("zero_optimization", {}):
-        raise DeloError(
-            "The DeepSpeed file names no ZeRO stage", given=path, fix='add "zero_optimization": {"stage": 2}'
+    stage = zero.get("stage")
+    if type(stage) is not int or stage not in STAGES:
+        told = (
+            "The DeepSpeed file names no ZeRO stage" if stage is None else f"There is no ZeRO stage {stage!r}"
         )
+        raise DeloError(told, given=path, fix='write "zero_optimization": {"stage": 2} (or 1, 3)')
     return settings
+
+
+def check_deepspeed_file(config: RunConfig) -> None:
+    """Let DeepSpeed itself look at the file's ZeRO section.
+
+    Raises:
+        DeloError: as `read_deepspeed_file`; a key that DeepSpeed does not know, or a value that it refuses.
+    """
+    settings = read_deepspeed_file(config)
+    cpu = config.device == "cpu" or not torch.cuda.is_available()
+    deepspeed = import_deepspeed(torch.device("cpu" if cpu else "cuda"))
+    try:
+        deepspeed.runtime.zero.config.get_zero_config(settings)
+    except ValidationError as error:
+        [first, *_] = error.errors(include_url=False)
+        place = ".".join(("zero_optimization", *map(str, first["loc"])))
+        raise DeloError(
+            f"DeepSpeed refuses `{place}`: {first['msg']}",
+            given=f"{config.ds_config or config.zero}: {first['input']!r}",
+            fix="correct the DeepSpeed file",
+        ) from error
 
 
 def zero_stage(config: RunConfig) -> int:

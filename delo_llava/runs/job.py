@@ -101,12 +101,12 @@ def check_engine(config: RunConfig) -> None:
     """Check the DeepSpeed file before the process group is joined.
 
     Raises:
-        DeloError: it cannot be read, or decides what the run's configuration decides.
+        DeloError: it cannot be read, decides what the run's configuration decides, or DeepSpeed refuses it.
     """
     if config.zero != "none":
-        from delo_llava.engines.deepspeed import read_deepspeed_file
+        from delo_llava.engines.deepspeed import check_deepspeed_file
 
-        read_deepspeed_file(config)
+        check_deepspeed_file(config)
 
 
 def check_stages(plans: Sequence[StagePlan], sequence: TaskSequence) -> None:

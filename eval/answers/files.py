@@ -157,6 +157,14 @@ def _in_index_order(shards: Mapping[Path, tuple[int, int]]) -> list[Path]:
 
 def _rows(file: Path) -> Iterator[Any]:
     """The rows of a file, whichever of the layouts it has."""
+    try:
+        yield from _decoded(file)
+    except UnicodeDecodeError as error:
+        told = f"This file is not UTF-8: {error.reason} at byte {error.start} of what was read"
+        raise DeloError(told, given=file, fix="convert it: iconv -t utf-8") from error
+
+
+def _decoded(file: Path) -> Iterator[Any]:
     with file.open(encoding="utf-8-sig") as handle:
         first = next((line for line in handle if line.strip()), "")
         handle.seek(0)

@@ -10,6 +10,7 @@ from data_support import Sequence, picture
 from delo_llava import cli
 from delo_llava.data.entries import each_entry
 from delo_llava.data.faults import BadEntry
+from delo_llava.data.images import BadImage, decode
 from delo_llava.data.readers import open_reading
 from delo_llava.errors import DeloError
 from delo_llava.tasks import ClassTask, TaskSpec
@@ -43,6 +44,17 @@ def test_a_broken_file_is_told(data: Sequence, content: str, told: str) -> None:
     assert cli.main(data.words("--no-tokens")) == 1
     [fault] = [line for line in data.report() if line.get("code") == "file_unreadable"]
     assert any(part in fault["message"] for part in told.split("|"))
+
+
+def test_a_picture_that_was_not_fetched_is_told(data: Sequence) -> None:
+    """By the check, which has its bytes, and by training, which has its path."""
+    file = data.images / "2.png"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+    assert cli.main(data.words("--no-tokens")) == 1
+    [fault] = [line for line in data.report() if line["kind"] == "fault"]
+    assert fault["record"] == "a2" and "pointer of Git LFS" in fault["message"]
+    with pytest.raises(BadImage, match="git lfs pull"):
+        decode(file)
 
 
 def test_entries_before_a_break_are_checked(data: Sequence) -> None:

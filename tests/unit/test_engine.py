@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.engines.build import build_engine
-from delo_llava.engines.deepspeed import deepspeed_settings, engine_name, read_deepspeed_file, zero_stage
+from delo_llava.engines.deepspeed import (
+    check_deepspeed_file,
+    deepspeed_settings,
+    engine_name,
+    read_deepspeed_file,
+    zero_stage,
+)
 from delo_llava.engines.module import MethodModule
 from delo_llava.engines.optim import cosine_with_warmup
 from delo_llava.engines.ranks import Ranks
@@ -33,6 +39,7 @@ class Rows:
     y: Tensor
     record_ids: list[str]
     filler: bool = False
+    cuts: frozenset[object] = frozenset()
 
     def to(self, device: object) -> "Rows":
         return self
@@ -255,6 +262,30 @@ def test_a_file_without_a_stage_or_not_there_is_refused(tmp_path: Path) -> None:
         read_deepspeed_file(given(tmp_path, {}))
     with pytest.raises(DeloError, match="cannot be read"):
         read_deepspeed_file(RunConfig(ds_config=tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ([1], "cannot be read"),
+        ({"zero_optimization": 3}, "cannot be read"),
+        ({"zero_optimization": {"stage": "two"}}, "no ZeRO stage 'two'"),
+        ({"zero_optimization": {"stage": True}}, "no ZeRO stage True"),
+        ({"zero_optimization": {"stage": 0}}, "no ZeRO stage 0"),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "much"}},
+            "optimization.reduce_bucket_size`",
+        ),
+        ({"zero_optimization": {"stage": 2, "offload_optimiser": {}}}, "optimization.offload_optimiser`"),
+    ],
+)
+def test_what_deepspeed_would_refuse_later_is_told_before_the_run(
+    tmp_path: Path, content: Any, told: str
+) -> None:
+    with pytest.raises(DeloError, match=told) as error:
+        check_deepspeed_file(given(tmp_path, content, device="cpu"))
+    assert str(tmp_path / "ds.json") in str(error.value.given)
+    check_deepspeed_file(given(tmp_path, {"zero_optimization": {"stage": 2}}, device="cpu"))
 
 
 def test_an_engine_goes_by_the_stage_of_the_file_that_was_given(tmp_path: Path) -> None:

@@ -99,6 +99,12 @@ def test_faulty_answer_files(bench: Bench, text: str, told: str) -> None:
     assert told in bench.refused("exact_match")
 
 
+def test_an_answer_file_that_is_not_utf8_is_named(bench: Bench) -> None:
+    (bench.root / "answers.jsonl").write_bytes('{"question_id": 1, "text": "café"}\n'.encode("latin-1"))
+    told = bench.refused("exact_match")
+    assert "is not UTF-8" in told and "answers.jsonl" in told
+
+
 def test_shards_are_joined_in_the_order_of_their_index(tmp_path: Path) -> None:
     for index in range(11):
         (tmp_path / f"11_{index}.jsonl").write_text(lines(said({index: str(index)})) if index != 10 else "")
