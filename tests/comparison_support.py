@@ -23,6 +23,7 @@ RECORDS = 40
 FACTS: dict[str, Any] = {
     "world": 1,
     "zero": "2",
+    "passport": {"id": "0" * 12, "files": "f" * 12},
     "start_weights": {"name": "mini-llava", "sha256": "a" * 64},
     "data_hashes": {task: {"train": "b" * 64, "test": "c" * 64} for task in TASKS},
     "versions": {"torch": "2.6"},

@@ -68,6 +68,7 @@ FACTS: dict[str, Any] = {
     "scorer_ids": dict.fromkeys(TASKS, SCRIPT),
     "world": 1,
     "zero": "2",
+    "passport": {"id": "0" * 12, "files": "f" * 12},
     "start_weights": {"name": SCRIPT, "sha256": "a" * 64},
     "data_hashes": {SCRIPT: {"test": "b" * 64}},
     "versions": {SCRIPT: SCRIPT},

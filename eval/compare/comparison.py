@@ -58,6 +58,7 @@ class BoardRow:
         published: source of a published row, else None.
         marks: numbers (from 1) of `Comparison.differences` on which this row stands apart from the first.
         notes: what a reader must know of this row.
+        passports: of the runs, in the same order (`matrix.passport`); None for runs from before there were.
     """
 
     name: str
@@ -74,6 +75,7 @@ class BoardRow:
     published: str | None = None
     marks: tuple[int, ...] = ()
     notes: tuple[str, ...] = ()
+    passports: tuple[Mapping[str, str] | None, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -62,6 +62,8 @@ def legend(comparison: Comparison) -> list[str]:
     for row in comparison.rows:
         lines += [f"{row.name}: {row.published}"] if row.published else []
         lines += [f"{row.name}: {note}" for note in row.notes]
+        if known := [passport["id"] for passport in row.passports if passport]:
+            lines.append(f"{row.name}: passport {', '.join(known)}")
     lines += [
         f"{p.second} against {p.first}: not computed for {p.reason}" for p in comparison.paired if p.reason
     ]

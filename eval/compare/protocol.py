@@ -4,12 +4,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from delo_eval.matrix.passport import COMPARED
 from delo_eval.matrix.results import ResultsJson
 
 #: Dotted name of a condition of a run -> its value, as JSON.
 Protocol = dict[str, Any]
 
 MISSING_SEED = "missing.seed"
+#: Conditions that older results do not tell.
+NEWER = ("metric_ids.", "passport.")
 
 #: Ids that older results have for a formula that has not changed since.
 RENAMED = {
@@ -45,7 +48,7 @@ def protocol(results: ResultsJson) -> Protocol:
     missing = dict(results["missing"]["spec"])
     if missing.get("ratio") == 0:
         missing = {key: missing[key] for key in ("ratio", "image") if key in missing}
-    weights = results["start_weights"]
+    weights, passport = results["start_weights"], results.get("passport") or {}
     return {
         "tasks": results["tasks"],
         "split": results["split"],
@@ -56,6 +59,7 @@ def protocol(results: ResultsJson) -> Protocol:
         **flat("metric_ids", {name: RENAMED.get(i, i) for name, i in results["metric_ids"].items()}),
         **flat("scorer_ids", results["scorer_ids"]),
         **flat("data_hashes", results["data_hashes"] or {}),
+        **{f"passport.{part}": found for part, found in passport.items() if part in COMPARED},
         **({"differs": results["differs"]} if results.get("differs") else {}),
     }
 
@@ -63,13 +67,13 @@ def protocol(results: ResultsJson) -> Protocol:
 def differences(protocols: Mapping[str, Protocol]) -> list[Difference]:
     """Every condition on which the named protocols do not agree.
 
-    A metric that only newer results have is no contradiction: its column stays empty for the others.
+    A metric or a part of the passport that only newer results have is no contradiction.
     """
     fields = dict.fromkeys(field for found in protocols.values() for field in found)
     told = []
     for field in fields:
         values = {name: found.get(field) for name, found in protocols.items()}
-        judged = [v for v in values.values() if v is not None or not field.startswith("metric_ids.")]
+        judged = [v for v in values.values() if v is not None or not field.startswith(NEWER)]
         if any(value != judged[0] for value in judged):
             told.append(Difference(field, values))
     return told

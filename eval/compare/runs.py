@@ -182,6 +182,7 @@ def row_of(group: Sequence[RunResults], name: str) -> BoardRow:
         oracle_gap=_by_key(group, lambda run: run.results.get("oracle_gap") or {}),
         extras=_by_key(group, _extras),
         notes=tuple(dict.fromkeys(note for run in group for note in _notes(run))),
+        passports=tuple(run.results.get("passport") for run in group),
     )
 
 

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from delo_eval.harness.folder import RunFolder
+from delo_eval.matrix.passport import passport
 from delo_eval.matrix.plan import Plan
 from delo_eval.scorers.base import Scorer
 from delo_llava.config import RunConfig
@@ -21,8 +22,10 @@ def run_facts(run: RunFolder) -> dict[str, Any]:
     stages = {name: run.store.stage(name) for name in run.plan.names}
     worlds = [stage["world"] for stage in stages.values() if "world" in stage]
     engines = [stage["zero"] for stage in stages.values() if "zero" in stage]
+    scorer_ids = {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks}
     return {
-        "scorer_ids": {task.name: scorer_of(task, run.config).id for task in run.sequence.tasks},
+        "passport": passport(run.config, recorded, run.sequence.tasks, scorer_ids),
+        "scorer_ids": scorer_ids,
         "world": worlds[-1] if worlds else None,
         "zero": engines[-1] if engines else run.config.zero,
         "changes": recorded.get("changes", []),

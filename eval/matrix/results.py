@@ -148,6 +148,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
         },
         "bad_images": {stage: found for stage, found in results.bad_images.items() if found},
         "omitted": {stage: found for stage, found in results.omitted.items() if found},
+        "passport": facts["passport"],
         "differs": results.differs,
         "changes": facts["changes"],
         "start_weights": facts["start_weights"],

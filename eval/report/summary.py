@@ -51,6 +51,10 @@ def facts(content: RunContent) -> list[tuple[str, str]]:
         ("scoring", str(value_at(config, "eval", "scoring") or "native")),
         ("global batch", batch if train else ""),
         ("learning rate", f"{train.get('lr')}" if train else ""),
+        (
+            "passport",
+            " · ".join(f"{part} {value}" for part, value in (results.get("passport") or {}).items()),
+        ),
         ("differs from the run", "; ".join(results.get("differs") or [])),
         ("changed within the run", "; ".join(change["key"] for change in results.get("changes") or [])),
         ("commit", str(value_at(record, "versions", "git") or "")),

@@ -37,6 +37,7 @@ FACTS: dict[str, Any] = {
     "scorer_ids": dict.fromkeys(TASKS, "exact_match.v1"),
     "world": 2,
     "zero": "2",
+    "passport": {"id": "0" * 12, "files": "f" * 12},
     "start_weights": {"name": "mini-llava", "sha256": "0" * 64},
     "data_hashes": {},
     "versions": {"torch": "2"},
