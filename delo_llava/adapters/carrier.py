@@ -75,15 +75,26 @@ class Carrier:
     mix: Any = None
     model: Any = None
     projector: str = ""
+    hooks: list[Any] = field(default_factory=list)
 
     def attach(self, model: nn.Module, projector: str) -> None:
         """Watch the forwards of a transformers model, and what reaches its projector (a module's name)."""
         self.model, self.projector = model, projector
         model.__dict__["carrier"] = self
-        model.register_forward_pre_hook(self._enter, with_kwargs=True)
-        model.register_forward_hook(self._leave, always_call=True)
+        self.hooks = [
+            model.register_forward_pre_hook(self._enter, with_kwargs=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
         if projector:
-            model.get_submodule(projector).register_forward_pre_hook(self._at_projector, with_kwargs=True)
+            inner = model.get_submodule(projector)
+            self.hooks.append(inner.register_forward_pre_hook(self._at_projector, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Leave the model as it was before `attach`."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks = []
+        self.model.__dict__.pop("carrier", None)
 
     # ---- what layers ask
     @property
@@ -103,6 +114,12 @@ class Carrier:
 
     def missing_plan(self) -> DeloError:
         """The error for a forward that no decision covers."""
+        if not self.stack and torch._C._current_graph_task_id() >= 0:  # inside a backward pass
+            return DeloError(
+                "Gradient checkpointing computes a block again, and how its rows were routed is gone",
+                fix="give checkpointing its context: model.gradient_checkpointing_enable({'use_reentrant': "
+                "False, 'context_fn': delo_llava.adapters.carrier.checkpoint_contexts(model)})",
+            )
         if not self.stack:
             return DeloError(
                 "Experts are active, but nothing says how to route",

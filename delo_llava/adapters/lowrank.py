@@ -8,6 +8,7 @@ what ZeRO-3 gathers and releases.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -21,7 +22,11 @@ from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 
-PEFT_TYPE = "DELO_LOWRANK"
+
+class LowRankType(str, Enum):  # noqa: UP042 (PEFT shows what follows the point of `str(key)`)
+    """PEFT's key of this tuner."""
+
+    DELO_LOWRANK = "DELO_LOWRANK"
 
 
 @dataclass
@@ -46,7 +51,7 @@ class LowRankConfig(LinearsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = LowRankType.DELO_LOWRANK
         if self.r < 1:
             raise DeloError("A rank must be at least 1", given=self.r, fix="set rank to a positive number")
 
@@ -101,10 +106,20 @@ class LowRankLayer(CarriedLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The base's output plus what the method's mixer adds."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.carrier.suspended:
+        if not self.acts or self.carrier.suspended:
             return y
         mix: Mixer = self.carrier.mix or summed
         return y + mix(self, x).to(y.dtype)
+
+    @property
+    def beside(self) -> tuple[str, str]:
+        """A plain sum can be folded, but by our own command: in float64, over 4 bit too, rounded once."""
+        if self.carrier.mix not in (None, summed):
+            return super().beside
+        return (
+            "they are folded in float64 and rounded once, which PEFT's merging does not do",
+            "delo-llava export --run RUN --stage last --out FOLDER",
+        )
 
     def pair(self, name: str) -> tuple[Tensor, Tensor]:
         """The weights of A, r×d_in, and of B, d_out×r; whole outside of engines only."""
@@ -224,7 +239,7 @@ class LowRankModel(CarriedTuner):
                 module.name = name
 
 
-register_tuner(PEFT_TYPE, LowRankConfig, LowRankModel)
+register_tuner(LowRankType.DELO_LOWRANK, LowRankConfig, LowRankModel)
 
 
 def lowrank(model: nn.Module) -> LowRankModel:

@@ -1,9 +1,11 @@
 """Make PEFT know a tuner of ours, so that `PeftModel.from_pretrained` opens its folders.
 
-PEFT's own registration accepts only names in its enumeration; plain string keys in its three tables serve as
-well.
+PEFT's own registration accepts only names in its enumeration; the three tables behind it take any key that
+equals the name in a file. A key is a member of an enumeration of its own, since PEFT writes its `value` into
+model cards, statuses and messages.
 """
 
+from enum import Enum
 from typing import Any
 
 from peft import PeftConfig, mapping
@@ -11,10 +13,11 @@ from peft import PeftConfig, mapping
 TABLES: Any = mapping
 
 
-def register_tuner(name: str, config: type[PeftConfig], tuner: Any) -> None:
+def register_tuner(name: Enum, config: type[PeftConfig], tuner: Any) -> None:
     """Enter a tuner under its `peft_type`.
 
     Args:
+        name: a member, which is a string too, of the same name and value.
         tuner: a `BaseTuner` class with its `prefix`.
     """
     TABLES.PEFT_TYPE_TO_CONFIG_MAPPING[name] = config

@@ -15,6 +15,17 @@ from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 
+#: Why what is decided for every sample cannot be folded into weights, and what helps.
+PER_SAMPLE = (
+    "what it adds to a weight is another matrix for every sample or token, chosen from it",
+    "keep the adapters beside their base (`delo_llava.register()`, then PEFT opens them), or train a method "
+    "that can be merged, such as lora or dac",
+)
+
+
+class CannotMerge(DeloError, NotImplementedError):
+    """Adapters that only work beside their weights were asked to be folded into them."""
+
 
 @dataclass
 class LinearsConfig(PeftConfig):
@@ -61,6 +72,28 @@ class CarriedLayer(nn.Module, BaseTunerLayer):
     def update_layer(self, name: str, config: Any) -> None:
         """Add what adapter `name` needs here."""
 
+    @property
+    def acts(self) -> bool:
+        """Whether there are adapters that are switched on."""
+        return bool(self.active_adapters) and not self.disable_adapters
+
+    @property
+    def beside(self) -> tuple[str, str]:
+        """Why PEFT does not fold its adapters into the weight, and what to do instead."""
+        return PER_SAMPLE
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Not there.
+
+        Raises:
+            CannotMerge: always, with the reason and a remedy.
+        """
+        why, fix = self.beside
+        raise CannotMerge(f"These adapters cannot be merged: {why}.", given=type(self).__name__, fix=fix)
+
+    def unmerge(self) -> None:
+        """Nothing to undo, as nothing is ever merged."""
+
     def _move_adapter_to_device_of_base_layer(
         self, adapter_name: str, device: torch.device | None = None
     ) -> None:
@@ -68,9 +101,14 @@ class CarriedLayer(nn.Module, BaseTunerLayer):
         target = device or self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
         for name in self.adapter_layer_names:
             parts: Any = getattr(self, name)
-            own = list(parts[adapter_name].parameters()) if adapter_name in parts else []
-            if own and target is not None and all(p.device.type != "meta" for p in own):
-                parts[adapter_name].to(target)
+            if adapter_name in parts and target is not None:
+                place(parts[adapter_name], target)
+
+
+def place(module: nn.Module, device: torch.device) -> None:
+    """Move a module, unless it is only announced: what lies on the meta device comes with a file."""
+    if all(tensor.device.type != "meta" for tensor in (*module.parameters(), *module.buffers())):
+        module.to(device)
 
 
 class CarriedTuner(BaseTuner):
@@ -93,6 +131,16 @@ class CarriedTuner(BaseTuner):
         if first:
             config: Any = self.peft_config[adapter_name]
             self.carrier.attach(model, config.projector)  # image queries are made there, adapted or not
+
+    def _check_merge_allowed(self) -> None:
+        for layer in sum(self.layers(), start=list[Any]()):
+            layer.merge()
+
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """The bare base, which knows nothing of adapters any more and can be wrapped again."""
+        base = super()._unload_and_optionally_merge(merge, *args, **kwargs)
+        self.carrier.detach()
+        return base
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> bool:
@@ -133,4 +181,5 @@ class CarriedTuner(BaseTuner):
 
     def _enabled(self) -> bool:
         wrapped = (m for m in self.model.modules() if isinstance(m, self.tuner_layer_cls))
-        return not next(wrapped).disable_adapters
+        layer: Any = next(wrapped, None)
+        return layer is not None and bool(layer.acts)

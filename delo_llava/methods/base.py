@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from delo_llava.adapters.carrier import checkpoint_contexts
 from delo_llava.adapters.merging import adapter_updates
+from delo_llava.adapters.tuner import PER_SAMPLE
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.data.collate import Batch
@@ -379,11 +380,7 @@ def unmergeable(method: Method) -> DeloError:
         why = "every task has an adapter of its own, and the true task says which one answers"
         fix = "merge one task's adapter (adapters/<task>) with PEFT, or evaluate the run as it is"
     else:
-        why = "what it adds to a weight is another matrix for every sample or token, chosen from it"
-        fix = (
-            "keep the adapters beside their base (`delo_llava.register()`, then PEFT opens them), or train a "
-            "method that can be merged, such as lora or dac"
-        )
+        why, fix = PER_SAMPLE
     return DeloError(f"`{method.run.method}` cannot be merged: {why}.", given=method.run.method, fix=fix)
 
 

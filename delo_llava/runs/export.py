@@ -21,6 +21,7 @@ from delo_llava.errors import DeloError
 from delo_llava.files import sha256_file, write_json_atomic
 from delo_llava.methods.base import Method, Past, unmergeable
 from delo_llava.registry import load_plugin
+from delo_llava.runs.identity import base_differences, base_facts
 from delo_llava.runs.manifest import MANIFEST
 from delo_llava.runs.publish import published
 from delo_llava.runs.record import versions
@@ -90,8 +91,8 @@ def export_stage(
         What `provenance.json` says: where the weights come from, and how much rounding took.
 
     Raises:
-        DeloError: no such run, stage or base, a published adapter that changed, a method that cannot be
-            merged, or a target that exists or cannot be written.
+        DeloError: no such run, stage or base, a base or a published adapter that changed, a method that
+            cannot be merged, or a target that exists or cannot be written.
     """
     if target.exists():
         raise DeloError("The folder to write is there already.", given=target, fix="name a new one")
@@ -104,6 +105,12 @@ def export_stage(
     method = kind(kind.Config(**config.methods[config.method]), config, backbone)
     names = _stages(store, stage)
     store.verify_published(names)
+    if lines := base_differences(store.read_run().get("base", {}), base_facts(store, path, keep=False)):
+        raise DeloError(
+            "The base is not the one that the adapters were trained over.",
+            given="; ".join(lines),
+            fix="put the run's own base back",
+        )
     number = stored_dtype(path) if dtype == "auto" else DTYPES[dtype]
     merged = merge(method, path, {n: Past(store.adapter(n)) for n in names}, number, onto, device)
     facts = {

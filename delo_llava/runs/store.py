@@ -14,6 +14,8 @@ from delo_llava.strict import read_json, read_tensors
 
 #: Parts of names of tensors that start at zero: if all of them are still zero, nothing was trained.
 ZERO_AT_START = ("lora_B", "delo_B", "lowrank_B")
+#: Which base an adapter belongs to; it lies beside its tensors, as adapters are copied about.
+BASE = "base.json"
 
 
 class RunStore:
@@ -116,6 +118,8 @@ class RunStore:
         fix = "make room or rights there; the same command goes on where it was"
         with published(target, f"The adapter of {task}", check_tensors, fix) as draft:
             yield draft
+            if carried := self._base():
+                write_json_atomic(draft / BASE, carried)
         self.update_stage(task, manifest=sha256_file(target / MANIFEST))
 
     def finished(self, task: str) -> bool:
@@ -130,14 +134,34 @@ class RunStore:
         """Check that the adapters of `tasks` are byte for byte what was published.
 
         Raises:
-            DeloError: naming each file that changed, or a folder that was rewritten together with its
-                manifest.
+            DeloError: naming each file that changed, a folder that was rewritten together with its
+                manifest, or one that was trained over another base.
         """
         for task in tasks:
             folder = verify(self.adapter(task))
+            self._require_base(folder)
             recorded = self.stage(task).get("manifest")
             if recorded is not None and recorded != sha256_file(folder / MANIFEST):
                 raise DeloError("An adapter was rewritten after it was published", given=folder, fix=RESTORE)
+
+    def _base(self) -> dict[str, Any]:
+        """What tells the run's base from another one: sha256 of its weights, or the revision of a hub id."""
+        base = self.read_run().get("base", {})
+        known = {key: base[key] for key in ("sha256", "revision") if base.get(key)}
+        return {"name": Path(base.get("path", "")).name, **known} if known else {}
+
+    def _require_base(self, folder: Path) -> None:
+        if not (folder / BASE).is_file():
+            return  # of a version that did not write it
+        carried, base = read_json(folder / BASE, "What an adapter says of its base", RESTORE), self._base()
+        for key in ("sha256", "revision"):
+            if key in carried and key in base and carried[key] != base[key]:
+                raise DeloError(
+                    "An adapter was trained over another base than the run's",
+                    given=f"{folder}: {carried.get('name')}, {key} {carried[key]}",
+                    allowed=[f"{base['name']}, {key} {base[key]}"],
+                    fix=RESTORE,
+                )
 
 
 def check_tensors(folder: Path) -> None:

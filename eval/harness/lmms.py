@@ -16,17 +16,12 @@ from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
 from delo_eval.answers.question import Question
-from delo_eval.harness.model import answerer, open_run
-from delo_eval.harness.run import stages_named
-from delo_llava.backbones.base import resolve_device
+from delo_eval.harness.saved import MAX_NEW_TOKENS, SavedStage
 from delo_llava.data.collate import IGNORE, Collator
 from delo_llava.data.layouts import IMAGE_PLACEHOLDER
 from delo_llava.data.pixels import as_seen
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
-
-#: Tokens of an answer where the task does not say how many.
-MAX_NEW_TOKENS = 128
 
 
 def manifest() -> ModelManifest:
@@ -63,35 +58,17 @@ class DeloLlava(lmms):
             raise DeloError(
                 "This model of lmms-eval runs in one process.", given=os.environ["WORLD_SIZE"], allowed=[1]
             )
-        opened = open_run(Path(run))
-        stages = stages_named(str(stage), opened)
-        if len(stages) != 1:
-            raise DeloError(
-                "One stage is evaluated at a time.", given=stage, fix="name it, such as stage=last"
-            )
-        known = opened.plan.seen(stages[0])
-        if task is not None and task not in known:
-            raise DeloError("This stage was not trained on that task.", given=task, allowed=known)
-        if task is None and known and opened.method.capabilities.needs_task:
-            raise DeloError(
-                f"{opened.config.method} cannot choose a task.",
-                allowed=known,
-                fix="add task=… to --model_args",
-            )
-        self.task, self.batch_size = task, int(batch_size)
-        self.device = resolve_device(device or opened.config.device)
         self._stack = ExitStack()
+        self._stage = self._stack.enter_context(SavedStage(run, stage, task, device))
         self._folder = Path(self._stack.enter_context(TemporaryDirectory()))
-        #: Task -> tokens that the answers to the requests at hand may have.
-        self._rooms: dict[str, int] = {}
-        self._ready = self._stack.enter_context(answerer(opened, stages[0], self.device, self._rooms))
-        self._ready.oracle = False
+        self._ready, self.device, opened = self._stage.ready, self._stage.device, self._stage.run
+        self.task, self.batch_size = task, int(batch_size)
         self._trained_form = Collator(
             opened.backbone,
             opened.processor,
             opened.config.data.max_length,
             opened.config.missing.image,
-            rooms=self._rooms,
+            rooms=self._stage.rooms,
         )
 
     def clean(self) -> None:
@@ -112,8 +89,7 @@ class DeloLlava(lmms):
             self._ready.beams = beams
             for some in self._batches(members):
                 questions = [self._question(requests[i].args) for i in some]
-                self._rooms.update({question.record.task: tokens for question in questions})
-                for i, text in zip(some, self._answers(questions, tokens), strict=True):
+                for i, text in zip(some, self._stage.answers(questions, tokens), strict=True):
                     said[i] = _until(text, requests[i].args[1].get("until"))
         return [said[i] for i in range(len(requests))]
 
@@ -147,12 +123,6 @@ class DeloLlava(lmms):
             DeloError: always.
         """
         raise DeloError("A saved stage answers single turns only.", given="generate_until_multi_round")
-
-    def _answers(self, questions: Sequence[Question], tokens: int) -> list[str]:
-        if self.task is not None:
-            said = self._ready.decode(questions, [self.task] * len(questions), tokens)
-            return [one.text for one in said]
-        return [answer.prediction for answer in self._ready.answer(questions, tokens)]
 
     def _chosen(self, batch: Any) -> list[str] | None:
         """The method's choice for each row; None for methods, and for the bare base, that have none."""

@@ -16,8 +16,10 @@ from delo_llava.config import dump_config
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method
 from delo_llava.runs.export import export_stage, merge
+from delo_llava.runs.identity import base_facts
+from delo_llava.runs.manifest import write_manifest
 from delo_llava.runs.publish import verify
-from delo_llava.runs.store import RunStore
+from delo_llava.runs.store import BASE, RunStore
 
 ROWS = items("task0")
 
@@ -25,7 +27,7 @@ ROWS = items("task0")
 def run_of(told: Story, folder: Path) -> Path:
     """What a run of a method that was trained in memory has on disk."""
     store = RunStore(folder / "run")
-    store.begin(dump_config(told.bench.config), {"base": {"sha256": "abc"}})
+    store.begin(dump_config(told.bench.config), {"base": base_facts(store, told.bench.path)})
     for stage, done in zip(told.stages, told.trained, strict=True):
         with store.publish(stage.name) as draft:
             for file in done.folder.iterdir():
@@ -41,7 +43,8 @@ def test_stock_transformers_opens_what_was_written(kind: str, count: int, tmp_pa
     verify(out)
     assert json.loads((out / "provenance.json").read_text()) == facts
     assert facts["stage"] == f"task{count - 1}" and len(facts["adapters"]) == count
-    assert facts["base"]["sha256"] == "abc" and facts["dtype"] == "float32" and facts["onto"] == "original"
+    known = json.loads((tmp_path / "run" / "run.json").read_text())["base"]["sha256"]
+    assert facts["base"]["sha256"] == known and facts["dtype"] == "float32" and facts["onto"] == "original"
     assert facts["rounding"]["largest"] < 1e-5 and facts["rounding"]["linears"] == 16
     model = AutoModelForImageTextToText.from_pretrained(out)
     with torch.no_grad():
@@ -109,6 +112,23 @@ def test_what_cannot_be_merged_says_why_before_a_model_is_loaded(
         with pytest.raises(DeloError, match=f"`{name}` cannot be merged: .*{why}") as refusal:
             export_stage(runs[name], "last", tmp_path / "out")
         assert "adapters" in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_base_than_the_run_s_is_refused(tmp_path: Path) -> None:
+    run = run_of(story("dac"), tmp_path)
+    record = json.loads((run / "run.json").read_text())
+    record["base"]["sha256"] = "0" * 64
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(DeloError, match=r"trained over another base than the run.s(.|\n)*sha256 (?!0000)"):
+        export_stage(run, "last", tmp_path / "out")
+    for folder in (run / "adapters").iterdir():  # as if an older version had published them
+        (folder / BASE).unlink()
+        write_manifest(folder)
+    record["stages"] = {name: {"index": stage["index"]} for name, stage in record["stages"].items()}
+    (run / "run.json").write_text(json.dumps(record))
+    with pytest.raises(DeloError, match=r"not the one that the adapters were trained over(.|\n)*0000"):
+        export_stage(run, "last", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

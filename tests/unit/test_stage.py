@@ -21,9 +21,12 @@ from delo_eval.harness.ranks import current_ranks
 from delo_eval.harness.run import evaluate_stage
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.errors import DeloError
+from delo_llava.files import sha256_file
 from delo_llava.methods.individual import Individual
 from delo_llava.methods.lora import Lora
 from delo_llava.registry import load_plugin
+from delo_llava.runs.manifest import MANIFEST, write_manifest
+from delo_llava.runs.store import BASE
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +248,10 @@ def test_another_base_or_other_data_is_refused_or_written_elsewhere_and_marked(
     shutil.copytree(lora_run, run)
     recorded = json.loads((run / "run.json").read_text())
     changed = recorded[what] | ({"sha256": "ab"} if what == "base" else {TASKS[0]: {"test": "ab"}})
+    for folder in (run / "adapters").iterdir() if what == "base" else ():  # all of it made over another one
+        (folder / BASE).write_text(json.dumps({"name": "other", "sha256": "ab"}))
+        write_manifest(folder)
+        recorded["stages"][folder.name]["manifest"] = sha256_file(folder / MANIFEST)
     (run / "run.json").write_text(json.dumps(recorded | {what: changed}))
     before = (run / "results.json").read_bytes()
     with pytest.raises(

@@ -2,12 +2,17 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Literal
 
 from delo_llava.adapters.tuner import LinearsConfig
 from delo_llava.errors import DeloError
 
-PEFT_TYPE = "DELO"
+
+class DeloType(str, Enum):  # noqa: UP042 (PEFT shows what follows the point of `str(key)`)
+    """PEFT's key of this tuner."""
+
+    DELO = "DELO"
 
 
 @dataclass
@@ -41,7 +46,7 @@ class DeloConfig(LinearsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PEFT_TYPE
+        self.peft_type = DeloType.DELO
         if not 1 <= self.r <= self.pool_size:
             raise DeloError(
                 "The rank must lie between 1 and the pool size",

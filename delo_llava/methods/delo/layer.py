@@ -51,7 +51,7 @@ class DeloLayer(CarriedLayer):
         features are
         computed."""
         y: Tensor = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.carrier.suspended:
+        if not self.acts or self.carrier.suspended:
             return y
         plan: RoutePlan = self.carrier.current()
         if not self.projector:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from delo_llava.adapters.tuner import CarriedTuner
+from delo_llava.adapters.tuner import CarriedTuner, place
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
@@ -48,10 +48,10 @@ class DeloModel(CarriedTuner):
             for group in (language, projector):
                 for slot, layer in enumerate(group):
                     layer.slot = slot
-        self.delo_router[adapter_name] = _router(config, language, projector).to(self._device())
-        self.delo_cross[adapter_name] = CrossModal(config.cross_modal, config.hidden_size, config.latent).to(
-            self._device()
-        )
+        self.delo_router[adapter_name] = _router(config, language, projector)
+        self.delo_cross[adapter_name] = CrossModal(config.cross_modal, config.hidden_size, config.latent)
+        for parts in (self.delo_router, self.delo_cross):
+            place(parts[adapter_name], self._device())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _check_adapter(self, model: nn.Module, name: str, config: DeloConfig) -> None:
@@ -86,9 +86,19 @@ class DeloModel(CarriedTuner):
     # --------------------------------------------------------------------------------------------
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make one adapter the active one; its pools, router and learned map require gradients unless
-        `inference_mode`."""
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        `inference_mode`.
+
+        Raises:
+            DeloError: several are named.
+        """
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if len(names) > 1:
+            raise DeloError(
+                "One task's experts are active at a time, as a sample is routed by one router",
+                given=", ".join(names),
+                fix="name the active one; rows of several tasks are answered by RouteInputs(tasks=[…])",
+            )
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
         for group in (self.delo_router, self.delo_cross):
             for name, module in group.items():
                 trained = (
@@ -198,10 +208,8 @@ def _router(config: DeloConfig, language: list[DeloLayer], projector: list[DeloL
 
 
 def tuner(model: nn.Module) -> DeloModel:
-    """The DeLo tuner inside a PEFT model, however an engine wraps it."""
-    inner: Any = model
-    while inner is not None and not isinstance(inner, DeloModel):
-        inner = inner._modules.get("base_model", inner._modules.get("module"))
+    """The DeLo tuner inside a PEFT model, however an engine or a compiler wraps it."""
+    inner = next((module for module in model.modules() if isinstance(module, DeloModel)), None)
     if inner is None:
         raise DeloError(
             "This model has no DeLo experts",
