@@ -50,7 +50,8 @@ class DataConfig(Section):
         root: data folder of the sequence; None means the recipe's own default.
         template: variant of the instructions, where the recipe has several; None means its first.
         sub: share of every training set that is used, drawn by the run's seed.
-        max_length: longest prompt with answer, in tokens; context is cut first.
+        max_length: longest prompt with answer, in tokens; context is cut first. At most the positions of the
+            base: more is refused, and a default gives way.
         group_by_length: build batches of similar length.
         min_pixels, max_pixels: between which a picture is resized, for families that take any size
             (Qwen-VL); None keeps the checkpoint's own bounds.
@@ -76,6 +77,11 @@ class DataConfig(Section):
         if self.min_pixels and self.max_pixels and self.min_pixels > self.max_pixels:
             raise ValueError(f"min_pixels {self.min_pixels} is above max_pixels {self.max_pixels}")
         return self
+
+    @property
+    def asks_length(self) -> bool:
+        """Whether `max_length` is what the user set; else it is a default, of the code or of the recipe."""
+        return "max_length" in self.model_fields_set
 
     @property
     def limits(self) -> ImageLimits:
@@ -261,6 +267,8 @@ def core_config(given: Mapping[str, Any], defaults: Mapping[str, Any] | None = N
     """
     tree = merged(_without_overruled(_methods_collected(defaults or {}), given), given)
     config = checked(RunConfig, tree, where="the configuration", also=plugin_names("method"))
+    if "max_length" not in (given.get("data") or {}):
+        config.data.model_fields_set.discard("max_length")
     per_task = {name: _task_section(name, section) for name, section in config.per_task.items()}
     _known("method", config.method)
     if config.zero != "none" and config.ds_config is None:

@@ -26,6 +26,7 @@ from delo_llava.config import RunConfig
 from delo_llava.data.recipe import load_sequence, read_recipe
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.errors import DeloError
+from delo_llava.runs.positions import within_positions
 from delo_llava.tasks import StagePlan, TaskSequence, TaskSpec
 
 GIB = 2**30
@@ -66,6 +67,7 @@ def make_plan(config: RunConfig, job: Job) -> dict[str, Any]:
 
 def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
     model = planned_model(config.model, job.image_tokens)
+    config, _ = within_positions(config, model.config)
     tokens = job.tokens or config.data.max_length
     memory, setup = MemoryModel(model, config, tokens), setup_of(config, job.world)
     tasks = [entry.name for entry in read_recipe(config.task_seq).tasks]

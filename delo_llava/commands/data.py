@@ -102,7 +102,10 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _prompts(options: argparse.Namespace, config: "RunConfig", sequence: "TaskSequence") -> "Prompts":
     """The tokenizer of the model that was named, else of the recipe's, else (said) of the stand-in."""
+    from delo_llava.backbones.base import find_backbone
     from delo_llava.data_tools.prompts import STAND_IN, Prompts, local_model
+    from delo_llava.runs.job import base_config
+    from delo_llava.runs.positions import within_positions
 
     model = options.model or local_model(config.model)
     if model is None:
@@ -110,6 +113,11 @@ def _prompts(options: argparse.Namespace, config: "RunConfig", sequence: "TaskSe
             f"{config.model} is not on this disk: prompts are made with the tokenizer of {STAND_IN}, "
             "so counts of tokens differ; --model names another\n"
         )
+    else:
+        named = config.model_copy(update={"model": model})
+        config, notes = within_positions(named, base_config(find_backbone(model)[1]))
+        for note in notes:
+            say(f"{note}\n")
     return Prompts(model or STAND_IN, config.data.max_length, config.data.limits, sequence.rooms)
 
 

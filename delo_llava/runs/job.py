@@ -25,6 +25,7 @@ class Job:
     Attributes:
         base: where the base's weights are, as `find_backbone` resolved it.
         plans: the stages to train, as the method has them.
+        notes: which settings gave way, to be told.
     """
 
     config: RunConfig
@@ -33,6 +34,7 @@ class Job:
     base: str
     method: "Method"
     plans: tuple[StagePlan, ...]
+    notes: tuple[str, ...] = ()
 
 
 def make_job(config: RunConfig) -> Job:
@@ -55,13 +57,36 @@ def make_job(config: RunConfig) -> Job:
     backbone, base = find_backbone(config.model)
     require_whole(base)
     backbone.limit_options(config.data.limits)
+    from delo_llava.runs.positions import within_positions
+
+    config, notes = within_positions(config, base_config(base))
     check_engine(config)
     kind: Any = load_plugin("method", config.method)
     method = kind(kind.Config(**config.methods.get(config.method, {})), config, backbone)
     check_refused(method, config)
     plans = method.stages(sequence)
     check_stages(plans, sequence)
-    return Job(config, sequence, backbone, base, method, plans)
+    return Job(config, sequence, backbone, base, method, plans, tuple(notes))
+
+
+def base_config(base: str) -> Any:
+    """The configuration of a base that `find_backbone` resolved.
+
+    Raises:
+        DeloError: transformers refuses it.
+    """
+    from transformers import AutoConfig
+
+    from delo_llava.backbones.base import OWN_CODE
+
+    try:
+        return AutoConfig.from_pretrained(base, **OWN_CODE)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DeloError(
+            f"The model's config.json is refused by transformers: {error}",
+            given=base,
+            fix="take it from the checkpoint's own release",
+        ) from error
 
 
 def check_refused(method: "Method", config: RunConfig) -> None:

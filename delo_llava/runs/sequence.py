@@ -234,6 +234,8 @@ class _Sequence:
             f"{self.ranks.world} rank(s), {engine}, {self.ranks.device}, {config.quant}, "
             f"missing {config.missing.ratio:.0%} {config.missing.kind} -> {self.store.root}"
         )
+        for note in self.job.notes:
+            progress.say(note)
         for task in self.sequence.tasks:
             for absent in task.absent:
                 progress.say(f"{task.name}: no {absent}")
