@@ -9,6 +9,13 @@ from delo_llava.errors import DeloError
 
 #: Differences that are shown.
 SHOWN = 20
+#: Key of a rank's facts that two ranks of one job never differ in: the run's folder.
+FOLDER = "config output"
+#: What helps, by whether that differs.
+FIX = {
+    False: "install one version on all nodes, and give them the same settings, data and base",
+    True: "two jobs have met on one port: give each its own, as in `deepspeed --master_port 29501 …`",
+}
 
 
 def require_agreement(ranks: Ranks, facts: Callable[[], dict[str, Any]]) -> None:
@@ -29,7 +36,7 @@ def require_agreement(ranks: Ranks, facts: Callable[[], dict[str, Any]]) -> None
     more = [f"  … and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     raise DeloError(
         "\n".join(["The ranks do not run the same thing:", *lines[:SHOWN], *more]),
-        fix="install one version on all nodes, and give them the same settings, data and base",
+        fix=FIX[len({str(found.get(FOLDER)) for found in everyone}) > 1],
         everywhere=True,
     )
 

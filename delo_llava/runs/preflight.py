@@ -77,20 +77,14 @@ class Preflight:
         """Look at a task's training records; returns how many are left out for want of their picture."""
         config = self.job.config
         records = training_records(config, task)
-        if not records.natural[:, 0].any():
-            self.notes.append(f"{task.name}: none of its {len(records)} training records has a picture")
-        whole = read_records(task, "train")
-        if later := len(whole) - whole.conversations:
-            self.notes.append(
-                f"{task.name}: {later} of {len(whole)} training records are later turns of a conversation, "
-                "each shown without the turns before it, unlike in LLaVA's own training"
-            )
+        self._describe(task, "train")
         return self._look(task, "train", records, record_presence(config.missing, records))
 
     def _asked(self, task: TaskSpec) -> None:
         """Look at the questions of a task, with all that any pattern shows."""
         config, split = self.job.config, self.job.config.eval.split
         records = read_records(task, split)
+        self._describe(task, split)
         patterns = {*config.eval.patterns, *config.eval.last_patterns}
         masks = [record_presence(pattern_spec(name, config.missing), records) for name in patterns]
         kept = limited(records.ids, task.name, split, config.eval.limit)
@@ -108,6 +102,18 @@ class Preflight:
         if long:
             told = f"{task.name}/{split}: {LABELS['references_long']} ({room}): {long} of {len(records)}"
             self.notes.append(f"{told}; raise it in the recipe")
+
+    def _describe(self, task: TaskSpec, split: Split) -> None:
+        """Note what of a split no picture or no earlier turn is shown with."""
+        records = read_records(task, split)
+        what = f"of the {len(records)} {'training records' if split == 'train' else f'{split} questions'}"
+        if not records.natural[:, 0].any():
+            self.notes.append(f"{task.name}: none {what} has a picture")
+        if later := len(records) - records.conversations:
+            self.notes.append(
+                f"{task.name}: {later} {what} are later turns of a conversation, each shown without those "
+                "before it, unlike in LLaVA's own training"
+            )
 
     def _look(self, task: TaskSpec, split: Split, records: Records, mask: Presence) -> int:
         """Try every prompt and look for every picture; returns how many missing ones the run passes over."""

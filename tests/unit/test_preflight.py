@@ -133,10 +133,12 @@ def test_a_task_without_pictures_and_turns_without_history_are_told(place: Path)
         row["conversations"] = asks("what?", "red") * 1
     rows[3]["conversations"] += asks("and its shape?", "round") + asks("say both again", "red, round")
     (place / "task1_train.json").write_text(json.dumps(rows))
-    notes = look(place, "--missing.ratio=0")
-    assert len(notes) == 2
-    assert "task1: none of its 14 training records has a picture" in notes
-    assert [note for note in notes if "task1: 2 of 14 training records are later turns" in note]
+    asked = [{"question_id": i, "text": "is red a colour?", "answer": "yes"} for i in range(3)]
+    (place / "task0_test.json").write_text(json.dumps(asked))
+    pictures, turns, questions = look(place, "--missing.ratio=0")
+    assert pictures == "task1: none of the 14 training records has a picture"
+    assert turns.startswith("task1: 2 of the 14 training records are later turns of a conversation")
+    assert questions == "task0: none of the 3 test questions has a picture"
 
 
 def test_references_that_no_answer_can_equal_are_told(place: Path) -> None:
