@@ -50,7 +50,7 @@ def hostile_run(folder: Path) -> Path:
         results.note_choice(stage, "run", choice_statistics(rows, tasks))
         _log(folder / "logs" / "metrics.jsonl", stage, task)
     write_results(folder, results_json(results, config, FACTS))
-    write_text_atomic(folder / "run.json", json.dumps({"warnings": [SCRIPT], "stages": {}}))
+    write_text_atomic(folder / "run.json", json.dumps({"notes": [SCRIPT], "stages": {}}))
     return folder
 
 

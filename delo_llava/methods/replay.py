@@ -25,10 +25,10 @@ from delo_llava.data.missing import hash_rank
 from delo_llava.errors import DeloError
 from delo_llava.files import sha256_file, write_json_atomic
 from delo_llava.methods._lowrank import LowRankOptions
-from delo_llava.methods.base import Mixture, Part, Stage
+from delo_llava.methods.base import Mixture, Part, Stage, StagePlan
 from delo_llava.methods.lora import Lora
 from delo_llava.strict import read_json
-from delo_llava.tasks import Record
+from delo_llava.tasks import Record, TaskSequence
 
 MEMORY = "memory.json"
 #: task -> id of a kept record -> hash of what it says and shows.
@@ -52,6 +52,23 @@ class Replay(Lora):
     """`lora` whose stages also train on what earlier ones remembered."""
 
     Config = ReplayOptions
+
+    def stages(self, sequence: TaskSequence) -> tuple[StagePlan, ...]:
+        """One per task.
+
+        Raises:
+            DeloError: of a later task's global batch, memory or the task itself would have no record.
+        """
+        share = self.options.share
+        for name in sequence.names[1:] if share is not None else ():
+            batch = self.run.for_task(name).train.global_batch
+            if not 0.5 < share * batch < batch - 0.5:
+                raise DeloError(
+                    f"A share of the global batch of {name} is not even one record",
+                    given=f"replay.share={share} of train.global_batch={batch}",
+                    fix="a larger train.global_batch, or a share nearer to one half",
+                )
+        return super().stages(sequence)
 
     def mixture(self, stage: Stage, own: Examples, past: Mapping[str, Examples]) -> Mixture:
         self._memory = remember(own, self.options.kept, self.run.seed)

@@ -182,11 +182,9 @@ def progress(content: RunContent) -> tuple[int, int]:
 
 
 def warnings(content: RunContent) -> list[str]:
-    """What the run recorded as a warning, and what makes its numbers provisional."""
+    """What the run noted of its data before it began, and what makes its numbers provisional."""
     results = content.results
-    told = [str(w) for source in (content.record, results) for w in (source.get("warnings") or [])]
-    for task, stage in (content.record.get("stages") or {}).items():
-        told += [f"{task}: {warning}" for warning in stage.get("warnings") or []]
+    told = [str(note) for note in content.record.get("notes") or []]
     for stage, by_pattern in (results.get("bad_images") or {}).items():
         count = sum(len(records) for tasks in by_pattern.values() for records in tasks.values())
         told.append(f"Stage {stage}: {count} answers were counted wrong as their image cannot be used.")

@@ -113,6 +113,19 @@ def test_remembered_records_join_the_stage_s_own_or_have_a_share() -> None:
     assert set(seen) == set(range(11))
 
 
+@pytest.mark.parametrize("share", [0.05, 0.12, 0.13, 0.5, 0.87, 0.88, 0.99])
+def test_a_share_without_a_record_is_refused_before_the_first_stage(share: float) -> None:
+    """Just where the second stage could not make its batches of four."""
+    bench, shared = mixture(share=share)
+    try:
+        StageBatches(bench.config, shared, seed=0)
+    except DeloError:
+        with pytest.raises(DeloError, match="not even one record"):
+            bench.method.stages(bench.sequence)
+    else:
+        assert [plan.name for plan in bench.method.stages(bench.sequence)] == bench.sequence.names
+
+
 def test_the_memory_of_a_stage_is_of_training_records_and_only_ids_and_hashes() -> None:
     told = story("replay")
     assert told.bench.method.mixture(told.stages[0], examples("task0"), {})[0].share is None
