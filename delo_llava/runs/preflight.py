@@ -5,6 +5,7 @@ data (no picture anywhere, turns without what was said before them) would be tol
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import numpy as np
 
 from delo_llava.data.collate import Collator, Layout
 from delo_llava.data.examples import Item, shown
-from delo_llava.data.images import UnusableImage, absent
+from delo_llava.data.images import DUMMY_SIZE, UnusableImage, absent
 from delo_llava.data.missing import Presence, limited, pattern_spec, record_presence
 from delo_llava.data.omitted import LABELS
 from delo_llava.data.readers import Records, read_records
@@ -120,9 +121,10 @@ class Preflight:
         collator = self.kit.collator(self.job.config, generation=split != "train")
         layout = self.kit.dummy_layout()
         pictures: dict[str, tuple[str, int]] = {}
+        cut: Counter[str] = Counter()
         items = zip(records, mask.tolist(), strict=True)
         while part := [(record, (flags[0], flags[1])) for record, flags in islice(items, BATCH)]:
-            for item in _suspects(collator, part, layout):
+            for item in _suspects(collator, part, layout, cut):
                 try:  # what the run itself would do decides
                     collator([item])
                 except UnusableImage:
@@ -133,6 +135,10 @@ class Preflight:
                 if image and record.image is not None:
                     first, count = pictures.get(str(record.image), (record.id, 0))
                     pictures[str(record.image)] = first, count + 1
+        if cut:
+            size = "x".join(map(str, DUMMY_SIZE))
+            told = "; ".join(f"{LABELS[f'{name}s_cut']}: {count}" for name, count in sorted(cut.items()))
+            self.notes.append(f"{task.name}/{split}: {told} of {len(records)}, by pictures of {size}")
         return self._pictures(task, split, pictures)
 
     def _pictures(self, task: TaskSpec, split: Split, pictures: Mapping[str, tuple[str, int]]) -> int:
@@ -161,17 +167,23 @@ class Preflight:
         self.faults.append(DeloError(told, given=error.given, fix=error.fix))
 
 
-def _suspects(collator: Collator, items: Sequence[Item], layout: Layout) -> Iterator[Item]:
-    """The items that are refused with the dummy in place of each picture; one by one only where any is."""
+def _suspects(collator: Collator, items: Sequence[Item], layout: Layout, cut: Counter[str]) -> Iterator[Item]:
+    """The items that are refused with the dummy in place of each picture; one by one only where any is.
+
+    Args:
+        cut: counts the parts that are cut of the others.
+    """
     flags = [shown(item) for item in items]
     try:
-        collator.layout([record for record, _ in items], flags, [layout if has else None for has, _ in flags])
+        images = [layout if has else None for has, _ in flags]
+        rows = collator.layout([record for record, _ in items], flags, images)
+        cut.update(part for row in rows for part in row.cut)
     except DeloError:
         if len(items) == 1:
             yield items[0]
             return
         for item in items:
-            yield from _suspects(collator, [item], layout)
+            yield from _suspects(collator, [item], layout, cut)
 
 
 def _not_there(paths: Sequence[str]) -> list[str]:

@@ -152,6 +152,25 @@ def test_references_that_no_answer_can_equal_are_told(place: Path) -> None:
     assert look(place, evaluates=False) == []
 
 
+def test_what_is_cut_is_told_before_the_first_step(place: Path) -> None:
+    """Also where another record of the batch is refused."""
+    for row in (2, 5):
+        change(place / "task1_train.json", row, context="and so on " * 300)
+    change(place / "task0_test.json", 1, conversations=asks("why " * 300, "red"), context=None)
+    notes = look(place, "--missing.ratio=0", "--data.max_length=128")
+    assert notes == [
+        "task1/train: contexts cut to data.max_length: 2 of 12, by pictures of 336x336",
+        "task0/test: instructions cut to data.max_length: 1 of 4, by pictures of 336x336",
+    ]
+    change(place / "task1_train.json", 3, conversations=asks("what?", "a <image> of a sign"))
+    made = job(place, "--missing.ratio=0", "--data.max_length=128")
+    backbone, path = find_backbone(made.config.model)
+    looked = Preflight(made, Kit(backbone, backbone.load_processor(path)))
+    with pytest.raises(DeloError, match="holds the image placeholder"):
+        looked.run(made.plans, False)
+    assert looked.notes == notes[:1]
+
+
 def without_context(place: Path, task: int) -> None:
     file = place / f"task{task}_train.json"
     rows = json.loads(file.read_text())
