@@ -94,6 +94,7 @@ def rendered(cells: dict[str, dict[str, str]]) -> str:
 
     lines = [HEAD, f"| method | {' | '.join(COLUMNS.values())} |", f"|---|{'---|' * len(COLUMNS)}"]
     for method, row in sorted(cells.items()):
-        lines.append(f"| {method} | {' | '.join(shown(row.get(column)) for column in COLUMNS)} |")
+        told = {column: value.replace(f"`{method}` cannot", "it cannot") for column, value in row.items()}
+        lines.append(f"| {method} | {' | '.join(shown(told.get(column)) for column in COLUMNS)} |")
     lines += ["", *(f"{number}. {reason}" for number, reason in enumerate(reasons, 1)), ""]
     return "\n".join(lines)
