@@ -16,6 +16,9 @@ from delo_llava.strict import is_pointer
 ORIGINAL = re.compile(r"Llava\w*ForCausalLM")
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 AGAIN = "fetch the checkpoint again, whole"
+NOT_WHOLE = f"the checkpoint is not whole, or damaged: {AGAIN} (`hf download` fetches one from a hub)"
+#: Files of which a tokenizer has at least one; without any, some families get an empty one, silently.
+WORDS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 def read_config(path: str) -> dict[str, Any]:
@@ -129,8 +132,25 @@ def told_if_absent(path: str, what: str, *more: type[Exception]) -> Iterator[Non
         yield
     except kinds as error:
         told = str(error).strip().partition("\n")[0]
-        fix = f"the checkpoint is not whole, or damaged: {AGAIN} (`hf download` fetches one from a hub)"
-        raise DeloError(f"The model's {what} cannot be loaded: {told}", given=path, fix=fix) from error
+        raise DeloError(f"The model's {what} cannot be loaded: {told}", given=path, fix=NOT_WHOLE) from error
+
+
+def require_words(path: str) -> None:
+    """Refuse a checkpoint whose tokenizer was made without a vocabulary; of a hub id, once it was loaded.
+
+    Raises:
+        DeloError: none of `WORDS` is there.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = Path(path)
+    found = [
+        (folder / name).is_file() if folder.is_dir() else isinstance(try_to_load_from_cache(path, name), str)
+        for name in WORDS
+    ]
+    if not any(found):
+        told = f"The model's tokenizer cannot be loaded: there is none of {', '.join(WORDS)}"
+        raise DeloError(told, given=path, fix=NOT_WHOLE)
 
 
 def _unloadable(reason: str, given: str, fix: str) -> DeloError:

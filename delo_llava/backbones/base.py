@@ -19,6 +19,7 @@ from delo_llava.backbones._checkpoint import (
     refuse_pointers,
     require_tower,
     require_whole,
+    require_words,
     told_if_absent,
 )
 from delo_llava.backbones._planned import PlannedImage, tile_patches, tower_floats
@@ -145,6 +146,7 @@ class Backbone(ABC):
             config = AutoConfig.from_pretrained(path, **OWN_CODE)
         with told_if_absent(path, "tokenizer", ValueError):
             tokenizer = AutoTokenizer.from_pretrained(path, **OWN_CODE)
+        require_words(path)
         known = tokenizer.convert_tokens_to_ids(self.image_token)
         if known != config.image_token_id:
             raise DeloError(

@@ -131,6 +131,16 @@ def test_a_part_that_is_absent_is_named(model: Path, names: tuple[str, ...], wha
     assert error.value.given == path and error.value.fix is not None and "not whole" in error.value.fix
 
 
+def test_a_tokenizer_without_words_is_refused(tmp_path: Path) -> None:
+    """Transformers builds an empty one for this family, and says nothing."""
+    folder = Path(shutil.copytree(tiny_models.session("qwen2_5_vl"), tmp_path / "qwen"))
+    for file in (*folder.glob("tokenizer*"), *folder.glob("vocab*"), *folder.glob("merges*")):
+        file.unlink()
+    backbone, path = find_backbone(folder)
+    with pytest.raises(DeloError, match=r"tokenizer cannot be loaded: there is none of tokenizer\.json"):
+        backbone.load_processor(path)
+
+
 def test_a_pointer_in_place_of_the_configuration_is_named(model: Path) -> None:
     (model / "config.json").write_text(POINTER)
     with pytest.raises(DeloError, match=r"pointers of Git LFS") as error:
