@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import training_support as support
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 DELO = ["--method=delo", "--delo.pool_size=4", "--delo.rank=2", "--delo.latent=8", "--delo.align=0.1"]
 #: Two records have long questions, before which contexts go; one has a torn image.

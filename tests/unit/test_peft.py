@@ -253,7 +253,8 @@ def test_two_active_pairs_add_up() -> None:
 
 
 # ---- wrapped further ----
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]], ids=lambda kind: kind.name)  # compiling is slow
+@pytest.mark.long  # compiling is slow
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[5]], ids=lambda kind: kind.name)
 def test_compiled_it_is_found_and_routed(kind: Kind) -> None:
     model = kind.wrapped()
     compiled: Any = torch.compile(model, backend="eager")

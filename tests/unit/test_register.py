@@ -12,7 +12,9 @@ KNOWN = "import peft.mapping; assert 'DELO' in peft.mapping.PEFT_TYPE_TO_TUNER_M
     "order",
     [
         "import delo_llava, peft; delo_llava.register()",
-        "import peft, delo_llava; delo_llava.register(); delo_llava.register()",
+        pytest.param(
+            "import peft, delo_llava; delo_llava.register(); delo_llava.register()", marks=pytest.mark.long
+        ),
         "import delo_llava.methods.delo",
     ],
 )
