@@ -105,11 +105,15 @@ class Preflight:
             self.notes.append(f"{told}; raise it in the recipe")
 
     def _describe(self, task: TaskSpec, split: Split) -> None:
-        """Note what of a split no picture or no earlier turn is shown with."""
+        """Note that a split lacks pictures or contexts altogether, or is shown without its earlier turns."""
         records = read_records(task, split)
         what = f"of the {len(records)} {'training records' if split == 'train' else f'{split} questions'}"
         if not records.natural[:, 0].any():
             self.notes.append(f"{task.name}: none {what} has a picture")
+        missing = self.job.config.missing
+        if missing.ratio and missing.kind != "image" and not records.natural[:, 1].any():
+            told = f"{task.name}: none {what} has a context"
+            self.notes.append(f"{told}, so --missing.kind {missing.kind} takes none away")
         if later := len(records) - records.conversations:
             self.notes.append(
                 f"{task.name}: {later} {what} are later turns of a conversation, each shown without those "

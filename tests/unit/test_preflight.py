@@ -192,6 +192,17 @@ def test_delo_trains_without_complete_records_and_says_what_its_map_is(place: Pa
     assert look(place, *small, "--delo.cross_modal=identity") == []
 
 
+def test_a_missing_pattern_that_takes_nothing_away_is_told(place: Path) -> None:
+    without_context(place, 1)
+    kinds = {kind: look(place, f"--missing.kind={kind}") for kind in ("image", "text", "both")}
+    assert kinds["image"] == []
+    for kind in ("text", "both"):
+        [note] = kinds[kind]
+        assert note == (
+            f"task1: none of the 12 training records has a context, so --missing.kind {kind} takes none away"
+        )
+
+
 class TwoOfThree(nn.Module):
     """Twelve parameters, eight of them trained."""
 
