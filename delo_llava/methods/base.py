@@ -280,6 +280,10 @@ class Method(ABC):
         """After an update that was made: it may be projected (`before` holds the values it began with)."""
         return None
 
+    def left_out(self, clock: Clock) -> None:
+        """On every rank, after a step that made no update (not finite): what it counted is taken back."""
+        return None
+
     def finish(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
         """Close the stage. The engine is gone, parameters are whole, autograd is plain: Fisher, anchors,
         SVD.

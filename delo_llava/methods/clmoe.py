@@ -78,6 +78,9 @@ class ClMoe(RoutedMethod):
     _names: list[str]
     #: Sums of this task's weights, and how many rows they are of: L×(n + 1), float64.
     _sums: Tensor
+    #: As they were before the step `_step`.
+    _kept: Tensor
+    _step: int
 
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
         super().__init__(options, run, backbone)
@@ -100,6 +103,7 @@ class ClMoe(RoutedMethod):
         self._task, self._anchors = stage.name, TaskKeyMemory(self.width(base), covariance=False)
         self._names = _names(model)
         self._sums = torch.zeros(len(self._names), self.options.experts + 1, dtype=torch.float64)
+        self._step = -1
         self._earlier = [_read(past.folder) for past in stage.past.values()]
         pairs = {n: p for n, p in model.named_parameters() if "lowrank_A" in n or "lowrank_B" in n}
         self._before = {n: p.detach().clone() for n, p in pairs.items()} if stage.past else {}
@@ -107,10 +111,16 @@ class ClMoe(RoutedMethod):
 
     def after_backward(self, model: nn.Module, batch: Batch, clock: Clock) -> None:
         """Add the micro-batch's weights to the task's sums; a forward may run twice and adds nothing."""
+        if clock.step != self._step:
+            self._step, self._kept = clock.step, self._sums.clone()
         for name, gate in self._seen.items():
             counted = torch.cat([gate.double().sum(0), gate.new_tensor([len(gate)]).double()])
             self._sums[self._names.index(name)] += counted.cpu()
         self._seen = {}
+
+    def left_out(self, clock: Clock) -> None:
+        if clock.step == self._step:
+            self._sums = self._kept
 
     def state_dict(self) -> dict[str, Tensor]:
         return {f"{SUMMED}weights": self._sums}

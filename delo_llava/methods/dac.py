@@ -161,7 +161,7 @@ class Dac(AccumulatedMethod):
         self.options: DacOptions = options
         self._stage = ""
         self._names: list[str] = []
-        self._counts = self._pending = torch.zeros(0)
+        self._counts = self._pending = self._before = torch.zeros(0)
         self._settled, self._kept = False, dict[str, Tensor]()
         self._seen: Tensor | None = None
 
@@ -229,9 +229,13 @@ class Dac(AccumulatedMethod):
 
     def before_step(self, trained: Trained, clock: Clock) -> None:
         """All ranks' choices since the last update are counted, and the next step may be a settled one."""
+        self._before = self._counts
         self._counts = self._counts + trained.sum(self._pending)
         self._pending = torch.zeros_like(self._counts)
         self._settled = clock.step + 1 >= self._phases(clock.steps)[1]
+
+    def left_out(self, clock: Clock) -> None:
+        self._counts = self._before
 
     def _keep(self) -> Tensor:
         """Positions of the most used experts, L×k'; of equals the first ones."""

@@ -199,6 +199,8 @@ def _step(
         if number < len(micros):
             engine.step()
     penalties, norm = _update(engine, method, weights, clock)
+    if not isfinite(norm):
+        method.left_out(clock)
     whole = ranks.sum(summed).tolist()
     means = {name: value / max(totals[name], 1.0) for name, value in zip(names, whole, strict=True)}
     return means | penalties, norm, faulty

@@ -72,6 +72,16 @@ def test_a_step_is_left_out_and_named(place: Path) -> None:
 
 
 @pytest.mark.usefixtures("poisoned")
+def test_a_step_that_was_left_out_counts_in_no_statistic(place: Path) -> None:
+    run = train(place, "uncounted", *DELO, "--train.on_nonfinite=skip", "--missing.ratio=0")
+    logged = support.metrics(run)
+    made = [entry for entry in logged if "skipped" not in entry]
+    assert len(logged) == 4 and len(made) == 2
+    count = load_file(run / "adapters/task0/task_keys.safetensors")["count"]
+    assert count.tolist() == 3 * [8.0 * len(made)], "whole batches, the sound micro-batches of others not"
+
+
+@pytest.mark.usefixtures("poisoned")
 def test_too_many_of_them_stop_the_run(place: Path) -> None:
     with pytest.raises(DeloError, match="2 steps of this stage, too many"):
         train(place, "limit", "--train.on_nonfinite=skip", "--train.max_nonfinite=1")

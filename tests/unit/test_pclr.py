@@ -14,6 +14,7 @@ from torch import Tensor
 
 from delo_llava.adapters.carrier import frozen_queries
 from delo_llava.adapters.lowrank import LowRankLayer
+from delo_llava.engines.single import SingleTrained
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.methods._lowrank import ADAPTER
 from delo_llava.methods.base import Clock, Stage
@@ -342,3 +343,14 @@ def test_files_of_a_stage_come_back(tmp_path: Path) -> None:
     assert torch.equal(found.keys, pool.keys) and torch.equal(found.queries, pool.queries)
     nothing = torch.zeros(0)
     assert replace(found, keys=nothing, queries=nothing) == replace(pool, keys=nothing, queries=nothing)
+
+
+def test_a_step_that_was_left_out_leaves_the_losses() -> None:
+    bench, _, _ = compressing()
+    method: Any = bench.method
+    before, clock = method._losses.clone(), Clock(0, 8, 8)
+    method._seen = torch.tensor([6.0, 4.0], dtype=torch.float64)
+    method.before_step(SingleTrained({}, None), clock)  # type: ignore[arg-type]
+    assert not torch.equal(method._losses, before)
+    method.left_out(clock)
+    assert torch.equal(method._losses, before)

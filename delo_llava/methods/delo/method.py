@@ -78,6 +78,9 @@ class Delo(Method):
         self._ridge: RidgeStatistics | None = None
         self._task, self._seed = "", 0
         self._seen: tuple[Queries, Tensor] | None = None
+        #: Of the step `_step`'s micro-batches: they count once it is known that the step was not left out.
+        self._held: list[tuple[Queries, Tensor]] = []
+        self._step = -1
         self._use = RoutingUse()
 
     def refuses(self) -> Mapping[str, str]:
@@ -104,7 +107,7 @@ class Delo(Method):
         hidden = self.backbone.hidden_size(base)
         shared = self.options.task == "shared"
         self._task, self._seed = ADAPTER if shared else stage.name, stage.seed
-        self._keys = self._memory(hidden)
+        self._keys, self._held, self._step = self._memory(hidden), [], -1
         if shared and stage.past:
             model = open_adapters(base, _last(stage.past), DeloConfig, trainable=True)
         else:
@@ -188,12 +191,27 @@ class Delo(Method):
 
     def after_backward(self, model: nn.Module, batch: Batch, clock: Clock) -> None:
         """Add the micro-batch to the task's keys: its own samples only, never the dropped views (trap T6)."""
+        if clock.step != self._step:
+            self._count()
+            self._step = clock.step
         if self._keys is not None and self._seen is not None:
-            self._keys.observe(self._task, *self._seen)
+            self._held.append(self._seen)
         self._seen = None
+
+    def left_out(self, clock: Clock) -> None:
+        if clock.step == self._step:
+            self._held = []
+
+    def _count(self) -> None:
+        """Give the keys what is held of a step that was made."""
+        for seen in self._held:
+            assert self._keys is not None
+            self._keys.observe(self._task, *seen)
+        self._held = []
 
     def state_dict(self) -> dict[str, Tensor]:
         """The keys' sums of this rank since the stage began, and the ridge statistics, which ranks share."""
+        self._count()
         sums, rows = ({}, {}) if self._keys is None else self._keys.running(self._task)
         ridge = {} if self._ridge is None else self._ridge.tensors()
         named = {f"{SUMMED}keys/{name}": tensor for name, tensor in sums.items()}
@@ -211,6 +229,7 @@ class Delo(Method):
             self._fit(model)
 
     def finish(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
+        self._count()
         if self._keys is not None:
             self._keys.settle(self._task, reduce)
 

@@ -76,6 +76,7 @@ class Pclr(LowRankMethod):
         self._rank = self._new = self._shared = self._seed = 0
         self._name, self._key = "", torch.zeros(2, 1)
         self._losses, self._seen = torch.zeros(0), torch.zeros(2, dtype=torch.float64)
+        self._before = self._losses
         self._started, self._clock, self._closed = False, Clock(0, 1, 1), False
         self._last: Tensor | None = None
         self._how: Callable[[Tensor, RouteInputs], tuple[str, Tensor]] = self._learning
@@ -256,6 +257,7 @@ class Pclr(LowRankMethod):
 
     def before_step(self, trained: Trained, clock: Clock) -> None:
         """Frozen ranks must not count for the gradient's norm; the drawn task's loss is kept."""
+        self._before = self._losses.clone()
         if self._distils(clock):
             total, count = trained.sum(self._seen).tolist()
             self._seen = torch.zeros(2, dtype=torch.float64)
@@ -265,6 +267,9 @@ class Pclr(LowRankMethod):
         if not bool(free.all()):
             found = trained.gradients()
             trained.add_gradients({n: -g * ~_across(free, n, g) for n, g in found.items()})
+
+    def left_out(self, clock: Clock) -> None:
+        self._losses = self._before
 
     def after_step(self, trained: Trained, before: Mapping[str, Tensor], clock: Clock) -> None:
         free, distils = self._free(clock), self._distils(clock)
