@@ -114,9 +114,9 @@ def communication(memory: MemoryModel, setup: Setup, accumulation: int) -> float
 
 def disk(memory: MemoryModel, tasks: int, checkpoints: int) -> dict[str, float]:
     """Bytes that a whole run leaves on disk, and the most that step checkpoints take meanwhile."""
-    p = memory.footprint.parameters
+    p, untrained = memory.footprint.parameters, memory.footprint.untrained
     return {
-        "adapters": tasks * (4.0 * p + memory.footprint.stored_bytes),
+        "adapters": tasks * (4.0 * (p + untrained) + memory.footprint.stored_bytes),
         "step checkpoints": checkpoints * (12.0 * p + memory.footprint.stored_bytes),
     }
 

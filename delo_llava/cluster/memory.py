@@ -118,7 +118,7 @@ class MemoryModel:
         return Parts(
             base=base / shared,
             quant_state=state,
-            adapters=4 * p / shared,
+            adapters=4 * (p / shared + self.footprint.untrained),
             gradients=4 * p / (w if stage in "23" else 1),
             optimizer=0.0 if offload else moments,
             buffers=0.0 if stage == "n" else 4 * min(p, BUCKET),
@@ -141,7 +141,8 @@ class MemoryModel:
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         length = self.tokens + new_tokens
         cache_bytes = 2 * text.num_hidden_layers * heads * width * length * batch * self.dtype.itemsize
-        adapters = 4 * self.footprint.parameters * (stored if self.footprint.every_task else 1)
+        numbers = self.footprint.parameters + self.footprint.untrained
+        adapters = 4 * numbers * (stored if self.footprint.every_task else 1)
         peak = _affine(self._prompt, batch) + cache_bytes
         return Parts(
             base=base, quant_state=state, adapters=adapters, gradients=0.0, optimizer=0.0, buffers=0.0,

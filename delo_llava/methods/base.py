@@ -35,10 +35,8 @@ from delo_llava.schema import Worded
 from delo_llava.tasks import StagePlan as StagePlan
 from delo_llava.tasks import TaskSequence, TaskSpec
 
-#: Names in `Method.state_dict` that begin so are one rank's part of a sum over ranks.
-SUMMED = "sum/"
-#: … and so, a rank's part of the rows of all ranks: n×d, in any order.
-ROWS = "rows/"
+#: Names in `Method.state_dict` that begin so are one rank's part: of a sum over ranks, of all ranks' rows.
+SUMMED, ROWS = "sum/", "rows/"
 
 
 class MethodConfig(Worded):
@@ -177,6 +175,7 @@ class Footprint:
         rank: of the update of a linear in a forward pass.
         stored_bytes: what a finished stage keeps on disk besides the trained parameters (statistics).
         every_task: evaluation holds the adapters of all finished stages, not just the last one.
+        untrained: numbers of its adapter that no step trains (a ridge map), fp32.
     """
 
     parameters: int
@@ -184,6 +183,7 @@ class Footprint:
     rank: int
     stored_bytes: int
     every_task: bool
+    untrained: int = 0
 
 
 class Method(ABC):

@@ -84,8 +84,11 @@ def test_a_method_s_footprint_is_what_it_trains(method: str) -> None:
     here = kind(kind.Config(**run.methods[method]), run, model.backbone)
     said = here.footprint(meta_model(model.backbone, model.config, torch.float32))
     base = model.backbone.load(str(Path(cli.__file__).parent / "mini/assets/mini_llava"), quant="none")
-    trained = sum(p.numel() for p in here.begin(base, Stage(0, "a")).parameters() if p.requires_grad)
+    injected: Any = here.begin(base, Stage(0, "a"))
+    trained = sum(p.numel() for p in injected.parameters() if p.requires_grad)
     assert said.parameters == trained
+    maps = [b for name, b in injected.named_buffers() if ".delo_cross." in name]
+    assert said.untrained == sum(b.numel() for b in maps) and bool(maps) == (method == "delo")
 
 
 @pytest.mark.parametrize(
@@ -153,7 +156,10 @@ def test_evaluation_counts_weights_once() -> None:
     cache_bytes = 2 * text.num_hidden_layers * text.hidden_size * (64 + 8) * 2
     assert one.activations < 0.5 * one.base
     assert two.activations - one.activations > cache_bytes
-    assert one.adapters == 6 * 4 * memory.footprint.parameters
+    said = memory.footprint
+    assert one.adapters == 6 * 4 * (said.parameters + said.untrained) and said.untrained == 2 * 128 * 129
+    training = memory.training(Setup("none", "3", False, 1, 2))
+    assert training.adapters == 4 * (said.parameters / 2 + said.untrained), "ZeRO-3 shares out no buffers"
 
 
 def test_sharding_and_traffic_follow_the_stage() -> None:

@@ -174,8 +174,9 @@ class Delo(Method):
         # Key sums of three views, and second moments where they are kept; the ridge map's own moments.
         sums = (3 * width + 3 * width**2 * (options.matcher == "lda")) * (options.task == "chosen")
         sums += 3 * width**2 * (options.cross_modal == "ridge")
+        ridge = 2 * width * (width + 1) * (options.cross_modal == "ridge")
         parameters = trainable_parameters(options, base, self.backbone)
-        return Footprint(parameters, "gathered", 2 * options.rank, 8 * sums, options.task != "shared")
+        return Footprint(parameters, "gathered", 2 * options.rank, 8 * sums, options.task != "shared", ridge)
 
     def _consistency(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
         """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no
