@@ -47,7 +47,8 @@ def measure_step(config: RunConfig, picture: Path, words: int) -> Measured:
     model.train()
     collator = Collator(backbone, backbone.load_processor(path, config.data.limits), config.data.max_length)
     batch = collator(_items(config.train.micro_batch, picture, words)).to(device)
-    weights = sum(t.numel() * t.element_size() for t in {id(p): p for p in model.parameters()}.values())
+    held = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    weights = sum(t.numel() * t.element_size() for t in held)
     _step(method, model, batch)  # gradients and caches exist from here on
     peak = _cuda_peak(method, model, batch) if device.type == "cuda" else _cpu_peak(method, model, batch)
     rows, tokens = batch.inputs["input_ids"].shape
