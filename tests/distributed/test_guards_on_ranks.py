@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from delo_llava.engines.signals import EXIT_CODE
 
-pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.long]
 
 SKIP = "--train.on_nonfinite=skip"
 POISON = {"poison": "task0/train-3"}

@@ -9,7 +9,9 @@ from golden import golden
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("name", ["delo-none-missing70", "lora-none-complete"])
+@pytest.mark.parametrize(
+    "name", ["delo-none-missing70", pytest.param("lora-none-complete", marks=pytest.mark.long)]
+)
 def test_one_process_gives_the_golden_numbers(name: str, tmp_path: Path) -> None:
     assert not golden.check(golden.run_all(golden.ROOT, tmp_path, [name]))
 

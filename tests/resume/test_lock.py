@@ -138,7 +138,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("differs", ["settings", "data"])
+@pytest.mark.parametrize("differs", [pytest.param("settings", marks=pytest.mark.long), "data"])
 def test_ranks_that_disagree_stop_with_the_difference(
     tmp_path: Path, differs: str, capfd: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,9 +131,14 @@ def test_a_module_without_a_file_is_told(write: Write, name: str) -> None:
         sources([name])
 
 
+CORE = [("delo", "llava"), ("lora", "llava"), ("rebq", "llava"), ("delo", "qwen2_5_vl"), ("delo", "internvl")]
+#: Following every import costs a second or two for each pair, so most come in turn.
 PAIRS = [
-    *((name, "llava") for name in plugin_names("method")),
-    *(("delo", name) for name in plugin_names("backbone")),
+    pytest.param(method, backbone, marks=() if (method, backbone) in CORE else pytest.mark.long)
+    for method, backbone in [
+        *((name, "llava") for name in plugin_names("method")),
+        *(("delo", name) for name in plugin_names("backbone")),
+    ]
 ]
 
 

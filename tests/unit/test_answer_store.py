@@ -89,7 +89,7 @@ def test_an_unchanged_stage_needs_no_torch(run: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "nothing has changed" in done.stdout and "1 27 / 0" in done.stdout
+    assert "nothing has changed" in done.stdout and "2. words: 27 / 0" in done.stdout
 
 
 def test_without_the_receipt_the_stored_answers_serve(run: Path, no_model: None) -> None:

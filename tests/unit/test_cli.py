@@ -86,7 +86,10 @@ def test_a_method_s_own_keys_are_checked_too() -> None:
 
 
 @pytest.mark.parametrize(("what", "name"), [("methods", "delo"), ("recipes", "coin6"), ("zero", "2_offload")])
-def test_list(what: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list(
+    what: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
     assert cli.main(["list", what]) == 0
     names = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
     assert name in names
@@ -265,6 +268,7 @@ def test_numbers_that_mean_nothing_are_refused(line: str, capsys: pytest.Capture
 def test_lists_keep_to_the_terminal_and_lose_nothing(
     words: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
     assert cli.main(words) == 0
     whole = capsys.readouterr().out
     monkeypatch.setenv("COLUMNS", "80")

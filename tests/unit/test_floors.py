@@ -96,7 +96,9 @@ def run(tmp_path: Path) -> Path:
 def test_floors_stand_under_scores_in_the_terminal(run: Path) -> None:
     content = read_results(run)
     assert content is not None
-    for table, rows in ((stage_table(content, 1), 1), (final_table(content), 2)):
+    told_best = {**content["matrix"], "oracle": [[80.0, None], [80.0, 90.0]]}
+    both = final_table({**content, "matrix": told_best})
+    for table, rows in ((stage_table(content, 1), 1), (final_table(content), 1), (both, 2)):
         console = Console(width=200, record=True)
         console.print(table)
         told = [line.split("│")[1:-1] for line in console.export_text().splitlines()]
