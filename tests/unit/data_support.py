@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 
@@ -76,3 +77,10 @@ class Sequence:
         """The lines of the last report."""
         lines = (self.folder / "state.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(name="data")
+def checked_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence:
+    """A sequence whose check remembers nothing of other tests."""
+    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
+    return Sequence(tmp_path)

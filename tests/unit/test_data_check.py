@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import tiny_models
-from data_support import Sequence, bomb, picture, talk
+from data_support import Sequence, bomb, checked_data, picture, talk  # noqa: F401
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -17,13 +17,6 @@ from delo_llava import cli
 from delo_llava.data_tools import decode, forms
 from delo_llava.data_tools.faults import FAULTS, NOTES
 from delo_llava.data_tools.memory import Memory
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence:
-    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
-    return Sequence(tmp_path)
-
 
 #: What is found in the training file as it is.
 APART = {"turns_apart": 1}
@@ -292,43 +285,6 @@ def test_files_too_large_are_refused_unread(data: Sequence, monkeypatch: pytest.
     monkeypatch.setattr(decode, "MAX_BYTES", 10)
     verdict = decode.judge(str(data.images / "1.png"))
     assert (verdict.code, verdict.sha256) == ("image_too_large", "")
-
-
-def test_cut_records_are_counted_and_noted(data: Sequence) -> None:
-    data.train[0]["context"] = "red " * 300
-    data.write()
-    assert cli.main(data.words("--data.max_length", "64")) == 0
-    summary, *notes = data.report()
-    assert summary["parts"][0]["cut"] == {"context": 1, "instruction": 0, "answer": 0}
-    assert [note["record"] for note in notes if note["code"] == "text_cut"] == ["a0"]
-    data.train[9]["conversations"][1]["value"] = "so " * 100
-    data.write()
-    assert cli.main(data.words("--data.max_length", "64")) == 0
-    summary, *notes = data.report()
-    assert summary["parts"][0]["cut"] == {"context": 1, "instruction": 0, "answer": 1}
-    told = {note["code"]: (note["kind"], note["record"], note["message"]) for note in notes}
-    assert told["text_cut"] == ("note", "a0", "cut to data.max_length=64: 1 contexts, 1 answers")
-    long = "1 of 15 answers are longer than max_new_tokens=8"
-    assert told["answer_long"] == ("note", "m9#0", long)
-
-
-def test_a_cut_question_and_a_reference_that_no_answer_can_equal_are_noted(data: Sequence) -> None:
-    """A reference of as many words as may be generated is none of them."""
-    data.test[2]["text"] = "what " * 90
-    data.test[3]["answer"], data.test[4]["answer"] = "one two " * 4, "one two " * 4 + "three"
-    data.write()
-    assert cli.main(data.words("--data.max_length", "64")) == 0
-    notes = [line for line in data.report() if line["kind"] == "note" and line["split"] == "test"]
-    assert [(note["code"], note["record"]) for note in notes] == [("text_cut", "q14"), ("answer_long", "q16")]
-
-
-def test_pictures_that_leave_no_room_for_an_answer_are_told(data: Sequence) -> None:
-    """The task's answers may have eight tokens, its pictures have sixteen."""
-    assert cli.main(data.words("--data.max_length", "32")) == 1
-    faults = [line for line in data.report() if line["kind"] == "fault"]
-    assert {fault["code"] for fault in faults} == {"too_long"}
-    assert len(faults) == 8, "those with a context, of which at least one token would stay"
-    assert "the answer may have 8" in faults[0]["message"]
 
 
 def test_an_image_that_the_model_refuses_is_told(data: Sequence) -> None:

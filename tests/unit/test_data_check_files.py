@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_support import Sequence, picture
+from data_support import Sequence, checked_data, picture  # noqa: F401
 
 from delo_llava import cli
 from delo_llava.data.entries import each_entry
@@ -14,12 +14,6 @@ from delo_llava.data.images import BadImage, decode
 from delo_llava.data.readers import open_reading
 from delo_llava.errors import DeloError
 from delo_llava.tasks import ClassTask, TaskSpec
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence:
-    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
-    return Sequence(tmp_path)
 
 
 def notes(data: Sequence) -> list[dict[str, Any]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-from data_support import Sequence
+from data_support import Sequence, checked_data  # noqa: F401
 from PIL import Image
 from rich.console import Console
 
@@ -17,12 +17,6 @@ from delo_llava.data.recipe import load_sequence
 from delo_llava.data_tools.prompts import Prompts, local_model
 from delo_llava.data_tools.show_text import half_blocks, show
 from delo_llava.data_tools.shown import MissingSpec, shown
-
-
-@pytest.fixture
-def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Sequence:
-    monkeypatch.setenv("DELO_LLAVA_CACHE", str(tmp_path / "cache"))
-    return Sequence(tmp_path)
 
 
 @pytest.mark.parametrize("kind", tiny_models.BUILDERS)
