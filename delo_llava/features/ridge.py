@@ -47,11 +47,11 @@ class RidgeStatistics:
         return cls(torch.zeros((), dtype=torch.float64), torch.zeros(2, hidden, dtype=torch.float64), zeros)
 
     def observe(self, queries: Queries, presence: Tensor) -> None:
-        """Add the complete rows of a batch (`presence`: bool B×2)."""
-        complete = presence.all(1).nonzero().squeeze(1)
-        pairs = [q.detach().index_select(0, complete) for q in (queries.image, queries.text)]
-        self.count += len(complete)
-        self.sums += torch.stack([q.double().cpu().sum(0) for q in pairs])
+        """Add the complete rows of a batch (`presence`: bool B×2); both may lie on any device."""
+        complete = presence.all(1).cpu()
+        pairs = [q.detach().cpu()[complete] for q in (queries.image, queries.text)]
+        self.count += complete.sum()
+        self.sums += torch.stack([q.double().sum(0) for q in pairs])
         self._blocks.add(torch.cat(pairs, 1))
 
     def merge(self, other: "RidgeStatistics") -> "RidgeStatistics":

@@ -127,9 +127,7 @@ class Delo(Method):
             return
         here = RidgeStatistics.empty(self._ridge.sums.shape[1])
         for batch in passes.complete(self.options.ridge_samples):
-            here.observe(
-                frozen_queries(model, RouteInputs.from_batch(batch), batch.inputs), batch.presence.cpu()
-            )
+            here.observe(frozen_queries(model, RouteInputs.from_batch(batch), batch.inputs), batch.presence)
         summed = RidgeStatistics(**{name: reduce(tensor) for name, tensor in here.tensors().items()})
         self._ridge = self._ridge.merge(summed)
         self._fit(model)
