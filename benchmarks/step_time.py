@@ -2,10 +2,13 @@
 one process.
 
     python benchmarks/step_time.py --width 384 --layers 4 --batch 8 --text 48 --rounds 15 --quant none
+    python benchmarks/step_time.py --width 4096 --layers 2 --text 624 --rank 16 --quant nf4 --dtype bfloat16 \
+        --device cuda
 
-Prints a table to stderr and JSON to stdout. Times are process CPU time on the CPU, wall time on CUDA. LoRA
-has rank 2r: a DeLo linear computes r image and r text factors for each token, so that is the equal active
-rank.
+Prints a table to stderr and JSON to stdout. Times are process CPU time on the CPU, wall time on CUDA, where
+the peak memory of each step above what lay there before it is given too. LoRA has rank 2r: a DeLo linear
+computes r image and r text factors for each token, so that is the equal active rank. `frozen` is the base
+without adapters and with gradient to its word embeddings: no method can be faster.
 """
 
 import argparse
@@ -33,7 +36,7 @@ from delo_llava.methods.delo.tuner import set_trainable
 
 LANGUAGE = r".*language_model\.layers\.\d+\.(self_attn\.[qkvo]_proj|mlp\.(gate|up|down)_proj)"
 PROJECTOR = r".*multi_modal_projector\.linear_[12]"
-IMAGE_ID, IMAGE_TOKENS, RANK = 5, 16, 4
+IMAGE_ID, IMAGE_TOKENS = 5, 16
 
 
 def build_base(args: argparse.Namespace) -> Any:
@@ -59,6 +62,8 @@ def build_base(args: argparse.Namespace) -> Any:
     model = LlavaForConditionalGeneration(
         LlavaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE_ID)
     )
+    dtype = getattr(torch, args.dtype)
+    model = model.to(dtype)
     if args.quant == "nf4":
         import tempfile
 
@@ -69,19 +74,21 @@ def build_base(args: argparse.Namespace) -> Any:
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.float32,
+                bnb_4bit_compute_dtype=dtype,
                 llm_int8_skip_modules=skip,
             )
-            model = LlavaForConditionalGeneration.from_pretrained(folder, quantization_config=quant)
+            model = LlavaForConditionalGeneration.from_pretrained(
+                folder, quantization_config=quant, dtype=dtype, device_map={"": args.device}
+            )
     return model.requires_grad_(False).to(args.device)
 
 
 def build_delo(args: argparse.Namespace, pool: int, tasks: int) -> Any:
     """The base with `tasks` adapters, the first one trainable, with factors that are not zero."""
     config = DeloConfig(
-        r=RANK,
+        r=args.rank,
         pool_size=pool,
-        alpha=2.0 * RANK,
+        alpha=2.0 * args.rank,
         target_modules=LANGUAGE,
         projector_modules=PROJECTOR,
         projector="model.multi_modal_projector",
@@ -115,7 +122,7 @@ def batch(args: argparse.Namespace) -> tuple[dict[str, Any], RouteInputs]:
     route = RouteInputs(
         ids.to(device), segments.to(device), presence.to(device), images.to(device), units.to(device), None
     )
-    pixels = torch.randn(len(images), 3, 64, 64, device=args.device)
+    pixels = torch.randn(len(images), 3, 64, 64, device=args.device, dtype=getattr(torch, args.dtype))
     return {
         "input_ids": route.input_ids,
         "pixel_values": pixels,
@@ -139,6 +146,26 @@ def forward(model: Any, inputs: dict[str, Any], route: RouteInputs) -> None:
         model(**inputs)
 
 
+def build_frozen(args: argparse.Namespace) -> Any:
+    """The base alone, with gradient down to its word embeddings."""
+    model = build_base(args)
+    model.get_input_embeddings().register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
+    return model.train()
+
+
+def peaks(cases: dict[str, Callable[[], None]]) -> dict[str, int]:
+    """Bytes that each case needs on the GPU above what lay there before it."""
+    found = {}
+    for name, case in cases.items():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        case()
+        torch.cuda.synchronize()
+        found[name] = torch.cuda.max_memory_allocated() - before
+    return found
+
+
 def medians(cases: dict[str, Callable[[], None]], rounds: int, device: str) -> dict[str, float]:
     """Median seconds of each case over interleaved rounds, after two warm-up rounds."""
     clock = time.process_time if device == "cpu" else time.perf_counter
@@ -159,29 +186,33 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(1)
     inputs, route = batch(args)
     lora = LoraConfig(
-        r=2 * RANK, lora_alpha=4 * RANK, lora_dropout=0.0, target_modules=f"(?:{LANGUAGE})|(?:{PROJECTOR})"
+        r=2 * args.rank,
+        lora_alpha=4 * args.rank,
+        lora_dropout=0.0,
+        target_modules=f"(?:{LANGUAGE})|(?:{PROJECTOR})",
     )
     lora_model = get_peft_model(build_base(args), lora).train()
-    one, eight, large = build_delo(args, 16, 1), build_delo(args, 16, 8), build_delo(args, 64, 1)
+    frozen = build_frozen(args)
+    one, eight, large = (build_delo(args, *pool_and_tasks) for pool_and_tasks in ((16, 1), (16, 8), (64, 1)))
     names = [f"task{i % 4}" for i in range(args.batch)]
     with_tasks = {
         key: RouteInputs(**{**route.__dict__, "tasks": tasks})
         for key, tasks in (("single", "task0"), ("mixed", names))
     }
-    seconds = medians(
-        {
-            "lora_step": lambda: train_step(lora_model, inputs, None),
-            "delo_step": lambda: train_step(one, inputs, route),
-            "delo_step_8_tasks": lambda: train_step(eight, inputs, route),
-            "delo_step_pool_64": lambda: train_step(large, inputs, route),
-            "single_task_forward": lambda: forward(eight, inputs, with_tasks["single"]),
-            "mixed_task_forward": lambda: forward(eight, inputs, with_tasks["mixed"]),
-        },
-        args.rounds,
-        args.device,
-    )
+    cases = {
+        "frozen_step": lambda: train_step(frozen, inputs, None),
+        "lora_step": lambda: train_step(lora_model, inputs, None),
+        "delo_step": lambda: train_step(one, inputs, route),
+        "delo_step_8_tasks": lambda: train_step(eight, inputs, route),
+        "delo_step_pool_64": lambda: train_step(large, inputs, route),
+        "single_task_forward": lambda: forward(eight, inputs, with_tasks["single"]),
+        "mixed_task_forward": lambda: forward(eight, inputs, with_tasks["mixed"]),
+    }
+    seconds = medians(cases, args.rounds, args.device)
     pairs = {
         "delo / lora step": ("delo_step", "lora_step"),
+        "lora / frozen step": ("lora_step", "frozen_step"),
+        "delo / frozen step": ("delo_step", "frozen_step"),
         "8 tasks stored / 1": ("delo_step_8_tasks", "delo_step"),
         "pool 64 / pool 16": ("delo_step_pool_64", "delo_step"),
         "mixed / single-task forward": ("mixed_task_forward", "single_task_forward"),
@@ -191,6 +222,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "arguments": vars(args),
         "seconds": {k: round(v, 5) for k, v in seconds.items()},
         "ratios": ratios,
+        "peak_bytes": peaks(cases) if args.device.startswith("cuda") else None,
     }
 
 
@@ -199,9 +231,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for name, default in (("width", 384), ("layers", 4), ("batch", 8), ("text", 48), ("rounds", 15)):
+    for name, default in (
+        ("width", 384),
+        ("layers", 4),
+        ("batch", 8),
+        ("text", 48),
+        ("rank", 4),
+        ("rounds", 15),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--quant", choices=("none", "nf4"), default="none")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", default="cpu")
     result = measure(parser.parse_args())
     for name, value in result["ratios"].items():
