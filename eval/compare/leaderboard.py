@@ -84,9 +84,14 @@ def terminal(comparison: Comparison) -> list[RenderableType]:
 
 def markdown(comparison: Comparison) -> str:
     """The sheets as Markdown tables, best numbers bold."""
-    parts = [f"## {sheet.title}\n\n" + "\n".join(_markdown_rows(sheet)) for sheet in sheets(comparison)]
+    parts = [f"## {sheet.title}\n\n" + markdown_table(sheet) for sheet in sheets(comparison)]
     notes = "\n".join(f"- {_plain(line)}" for line in legend(comparison))
     return "\n\n".join([*parts, notes]) + "\n"
+
+
+def markdown_table(sheet: Sheet) -> str:
+    """One sheet as a Markdown table, best numbers bold."""
+    return "\n".join(_markdown_rows(sheet))
 
 
 def latex(comparison: Comparison) -> str:

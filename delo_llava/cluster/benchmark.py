@@ -1,0 +1,195 @@
+"""A benchmark's runs: every method under every missing setting with every seed, and trials of rates."""
+
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from delo_llava.config import config_layers, core_config, with_methods
+from delo_llava.data.recipe import read_recipe, recipe_defaults
+from delo_llava.engines import signals
+from delo_llava.engines.signals import Preempted
+from delo_llava.errors import DeloError
+from delo_llava.files import write_text_atomic
+from delo_llava.registry import plugin_names
+
+#: Setting -> its words.
+SETTINGS: Mapping[str, tuple[str, ...]] = {
+    "complete": ("--missing.ratio=0",),
+    "missing70": ("--missing.ratio=0.7", "--missing.kind=both"),
+    "image70": ("--missing.ratio=0.7", "--missing.kind=image"),
+    "text70": ("--missing.ratio=0.7", "--missing.kind=text"),
+}
+#: Folder of the trials within the benchmark's.
+TRIALS = "rates"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method in one form: `delo`, or `hide --hide.cross_terms=true`.
+
+    Attributes:
+        method: its name.
+        words: options that differ from the method's defaults.
+    """
+
+    method: str
+    words: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """The method and its options, as a folder can be called."""
+        own = (word.lstrip("-").removeprefix(f"{self.method}.") for word in self.words)
+        return "+".join([self.method, *(re.sub(r"[^\w.=-]", "_", word) for word in own)])
+
+    @classmethod
+    def parse(cls, text: str) -> "Entry":
+        """Read a word of `--methods`.
+
+        Raises:
+            DeloError: no such method.
+        """
+        method, *words = shlex.split(text) or [""]
+        if method not in plugin_names("method"):
+            raise DeloError(
+                "There is no such method.", given=method, allowed=("all", *plugin_names("method"))
+            )
+        return cls(method, tuple(words))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run: where it writes, and the words of `train` that make it."""
+
+    folder: Path
+    words: tuple[str, ...]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all of it was trained and evaluated."""
+        return (self.folder / "complete.json").is_file()
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What is run.
+
+    Attributes:
+        settings: keys of `SETTINGS`; rates are chosen under the first.
+        factors: of a method's own learning rate, tried on the first task; one alone needs no trial.
+        words: further words of `train`, for every run.
+    """
+
+    task_seq: str
+    entries: Sequence[Entry]
+    seeds: Sequence[int]
+    settings: Sequence[str]
+    output: Path
+    factors: Sequence[float] = (1.0,)
+    words: Sequence[str] = ()
+
+    def rate(self, entry: Entry, factor: float) -> float:
+        """The method's own learning rate, by file or code, times `factor`; checks every word on the way.
+
+        Raises:
+            DeloError: an unknown key or value.
+        """
+        layers = config_layers(None, [f"--task_seq={self.task_seq}", *self._of(entry)])
+        config = with_methods(core_config(layers, recipe_defaults(self.task_seq)))
+        return factor * config.train.lr
+
+    def run(self, entry: Entry, setting: str, seed: int, factor: float) -> Planned:
+        """The run of one method, setting and seed, with its rate as chosen."""
+        folder = self.output / setting / f"{entry.label}-s{seed}"
+        words = (f"--task_seq={self.task_seq}", *self._words(entry, setting, seed, factor))
+        return Planned(folder, (*words, f"--output={folder}"))
+
+    def runs(self, entry: Entry, factor: float) -> list[Planned]:
+        """All runs of one method."""
+        return [self.run(entry, setting, seed, factor) for setting in self.settings for seed in self.seeds]
+
+    def trial(self, entry: Entry, factor: float) -> Planned:
+        """A run on the first task alone, judged on its validation records."""
+        folder = self.output / TRIALS / f"{entry.label}-x{factor:g}"
+        words = (
+            f"--task_seq={self.output / TRIALS / 'first.yaml'}", "--eval.split=val",
+            "--eval.last_patterns=[]", *self._words(entry, self.settings[0], self.seeds[0], factor),
+        )  # fmt: skip
+        return Planned(folder, (*words, f"--output={folder}"))
+
+    def write_first(self) -> None:
+        """The recipe of the trials: the sequence's first task.
+
+        Raises:
+            DeloError: it has no validation records.
+        """
+        recipe = read_recipe(self.task_seq)
+        first = recipe.tasks[0]
+        if "val" not in first.files:
+            raise DeloError(
+                "Learning rates are chosen on validation records, and the first task has none.",
+                given=f"{recipe.name}/{first.name}",
+                fix="give the task a `val` file, or --rates 1 to keep every method's own rate",
+            )
+        base = str(Path(self.task_seq).absolute()) if Path(self.task_seq).is_file() else self.task_seq
+        content = {"name": f"{recipe.name}-{first.name}", "like": base, "tasks": [first.name]}
+        path = self.output / TRIALS / "first.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(path, yaml.safe_dump(content, sort_keys=False))
+
+    def _of(self, entry: Entry) -> tuple[str, ...]:
+        return (f"--method={entry.method}", *entry.words, *self.words)
+
+    def _words(self, entry: Entry, setting: str, seed: int, factor: float) -> tuple[str, ...]:
+        rate = () if factor == 1 else (f"--train.lr={self.rate(entry, factor):g}",)
+        missing = (*SETTINGS[setting], f"--missing.seed={seed}")
+        return (*self._of(entry), f"--seed={seed}", *missing, *rate)
+
+
+def entries(given: Sequence[str]) -> list[Entry]:
+    """The methods asked for; `all` is every registered one, as it is.
+
+    Raises:
+        DeloError: an unknown method, or one form twice.
+    """
+    found: list[Entry] = []
+    for word in given:
+        found += map(Entry, plugin_names("method")) if word == "all" else [Entry.parse(word)]
+    labels = [entry.label for entry in found]
+    if again := [label for label in dict.fromkeys(labels) if labels.count(label) > 1]:
+        raise DeloError("A method is named twice.", given=again)
+    return found
+
+
+def launch(planned: Planned, ranks: int) -> int:
+    """Train and evaluate one run to its end, or on from where it was.
+
+    Returns:
+        the exit code.
+
+    Raises:
+        Preempted: this process was asked to leave; the run was asked too and saved what it could.
+    """
+    with socket.socket() as probe:  # parts of one benchmark may run side by side
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = Path(sys.executable).with_name("deepspeed")
+    command = [
+        str(launcher), "--num_gpus", str(ranks), "--master_port", str(port), "--no_local_rank", "--module",
+        "delo_llava.cli", "train", *planned.words,
+    ]  # fmt: skip
+    with subprocess.Popen(command) as child:
+        while child.poll() is None:
+            if reason := signals.requested():
+                child.terminate()
+                child.wait()
+                raise Preempted(reason, f"training {planned.folder}")
+            time.sleep(0.2)
+        return child.returncode

@@ -1,0 +1,200 @@
+"""The page of a benchmark: one table of all rows, then per setting costs, intervals and a picture."""
+
+import math
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from delo_eval.compare.assemble import compare
+from delo_eval.compare.comparison import BoardRow, Comparison
+from delo_eval.compare.leaderboard import markdown, markdown_table, value_text
+from delo_eval.compare.seeds import summarise_seeds
+from delo_eval.matrix.results import json_text, judged_mode, read_results
+from delo_eval.tables import Sheet
+from delo_llava.cluster.benchmark import SETTINGS, TRIALS, Benchmark, Entry, Planned
+from delo_llava.data.recipe import read_recipe
+from delo_llava.files import read_json, write_text_atomic
+
+#: Training is compared with this method's, where it was run.
+YARDSTICK = "lora"
+
+
+def chosen_factor(plan: Benchmark, entry: Entry) -> float:
+    """The factor of the learning rate with the best validation score on the first task, noted in
+    `rates/<label>.json`; of equal ones the nearest to the method's own rate. A trial without a score loses.
+    """
+    scores = {factor: _validated(plan.trial(entry, factor)) for factor in plan.factors}
+    known = {factor: score for factor, score in scores.items() if score is not None}
+    best = min(known, key=lambda f: (-known[f], abs(math.log(f)), f), default=1.0)
+    noted = {
+        "method": entry.label,
+        "setting": plan.settings[0],
+        "seed": plan.seeds[0],
+        "tried": [{"factor": f, "rate": plan.rate(entry, f), "validation": s} for f, s in scores.items()],
+        "factor": best,
+        "rate": plan.rate(entry, best),
+    }
+    write_text_atomic(_note(plan, entry), json_text(noted))
+    return best
+
+
+def write_page(plan: Benchmark, page: Path) -> str:
+    """Write the page and its pictures, of what is finished; returns what to say of it.
+
+    Raises:
+        DeloError: seeds of one row were not made alike.
+    """
+    table = summarise_seeds(plan.output, plan.settings, [entry.label for entry in plan.entries])
+    found = {setting: _comparison(plan, setting) for setting in plan.settings}
+    parts = [_head(plan), _rates(plan), f"## All rows\n\n{table}\n"]
+    for setting, comparison in found.items():
+        if comparison is not None:
+            parts.append(_section(setting, comparison, page))
+    if absent := list(_absent(plan)):
+        parts.append("## Not finished\n\n" + "\n".join(f"- {name}" for name in absent) + "\n")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_text_atomic(page, "\n".join(part for part in parts if part))
+    return f"{table}\npage: {page}\n"
+
+
+def _note(plan: Benchmark, entry: Entry) -> Path:
+    return plan.output / TRIALS / f"{entry.label}.json"
+
+
+def _validated(trial: Planned) -> float | None:
+    results = read_results(trial.folder)
+    if results is None or not trial.finished:
+        return None
+    score: float | None = results["metrics"][judged_mode(results)]["ap"]
+    return score
+
+
+def _finished(plan: Benchmark, setting: str) -> list[Path]:
+    """Folders of finished runs, in the order of the methods asked for."""
+    runs = (plan.run(entry, setting, seed, 1.0) for entry in plan.entries for seed in plan.seeds)
+    return [run.folder for run in runs if run.finished]
+
+
+def _absent(plan: Benchmark) -> Iterator[str]:
+    for setting in plan.settings:
+        for entry in plan.entries:
+            lacking = [s for s in plan.seeds if not plan.run(entry, setting, s, 1.0).finished]
+            if lacking:
+                yield f"{setting}, {entry.label}: seeds {', '.join(map(str, lacking))}"
+
+
+def _comparison(plan: Benchmark, setting: str) -> Comparison | None:
+    """The setting's runs side by side, differences marked; None before anything is finished."""
+    folders = _finished(plan, setting)
+    return compare(folders, force=True) if folders else None
+
+
+def _head(plan: Benchmark) -> str:
+    words = f"; every run with `{' '.join(plan.words)}`" if plan.words else ""
+    return (
+        f"# {read_recipe(plan.task_seq).name}: methods compared\n\n"
+        "Written by `delo-llava benchmark`; not edited by hand. All rows have the same base, data, missing "
+        f"records, batches and steps{words}. Seeds: {', '.join(map(str, plan.seeds))}. Settings: "
+        + "; ".join(f"`{name}`: `{' '.join(SETTINGS[name])}`" for name in plan.settings)
+        + ".\n"
+    )
+
+
+def _rates(plan: Benchmark) -> str:
+    """How each method came to its learning rate."""
+    notes = {entry.label: _note(plan, entry) for entry in plan.entries}
+    known = {label: read_json(file, "Rates", "run the benchmark again") for label, file in notes.items()
+             if file.is_file()}  # fmt: skip
+    if not known:
+        return ""
+    factors = list(dict.fromkeys(tried["factor"] for note in known.values() for tried in note["tried"]))
+    rows = []
+    for label, note in known.items():
+        scores = {tried["factor"]: tried["validation"] for tried in note["tried"]}
+        cells = ("–" if scores.get(f) is None else f"{scores[f]:.1f}" for f in factors)
+        rows.append((label, f"{note['rate']:g}", f"×{note['factor']:g}", *cells))
+    heads = ("method", "rate", "factor", *(f"val ×{f:g}" for f in factors))
+    about = (
+        "Chosen for each method by the first task's validation records, from factors of its own rate; "
+        "of equal scores the nearest to it.\n"
+    )
+    return f"## Learning rates\n\n{about}\n{markdown_table(Sheet('', heads, rows))}\n"
+
+
+def _section(setting: str, comparison: Comparison, page: Path) -> str:
+    picture = page.with_name(f"{page.stem}-{setting}.png")
+    _draw(comparison, picture)
+    parts = [f"## {setting}\n", f"![AP and forgetting of every method]({picture.name})\n"]
+    if unbeaten := list(_unbeaten(comparison)):
+        parts.append(f"No method beats the most frequent answer on: {', '.join(unbeaten)}.\n")
+    parts.append("### Costs\n\n" + markdown_table(_costs(comparison)))
+    parts.append(
+        "\nTraining times are of separate runs, one after the other; `benchmarks/step_time.py` measures side "
+        "by side. Files: adapters of all stages, statistics included.\n"
+    )
+    parts.append(markdown(comparison).replace("\n## ", "\n### ").replace("## ", "### ", 1))
+    return "\n".join(parts)
+
+
+def _unbeaten(comparison: Comparison) -> Iterator[str]:
+    """Tasks on which no row is above the most frequent answer."""
+    label = next(label for label, key in FLOORS.items() if key == "majority")
+    majority = comparison.floors.get(label, {})
+    for task in comparison.tasks:
+        scores = [row.scores[task].mean for row in comparison.rows if task in row.scores]
+        if task in majority and scores and max(scores) <= majority[task]:
+            yield task
+
+
+def _costs(comparison: Comparison) -> Sheet:
+    """Trained parameters, files and training time of each row, the time also as a share of LoRA's."""
+    times = {row.name: _train_seconds(row) for row in comparison.rows}
+    base = next((times[row.name] for row in comparison.rows if row.method == YARDSTICK), None)
+    rows = []
+    for row in comparison.rows:
+        seconds = times[row.name]
+        ratio = f"{seconds / base:.2f}" if base and seconds else "–"
+        size = statistics.fmean(_bytes(folder) for folder in row.folders) / max(1, len(comparison.tasks))
+        rows.append(
+            (
+                row.name,
+                value_text(row.extras.get("parameters_per_task")),
+                f"{size / 1e6:.2f}",
+                f"{seconds:.0f}" if seconds else "–",
+                ratio,
+            )
+        )
+    heads = ("method", "trained parameters a task", "files a task, MB", "training, s", f"÷ {YARDSTICK}")
+    return Sheet("Costs", heads, rows)
+
+
+def _train_seconds(row: BoardRow) -> float:
+    """Median over seeds of the seconds that all stages trained."""
+    found = (read_results(folder) for folder in row.folders)
+    return float(statistics.median(sum(r["seconds"]["train"]) for r in found if r is not None))
+
+
+def _bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in (folder / "adapters").rglob("*") if file.is_file())
+
+
+def _draw(comparison: Comparison, picture: Path) -> None:
+    """AP over forgetting, a labelled point with its deviation over seeds for every row."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
+    for row in comparison.rows:
+        ap, forgetting = row.metrics.get("ap"), row.metrics.get("forgetting")
+        if ap is None:
+            continue
+        x = forgetting.mean if forgetting else 0.0
+        axes.errorbar(
+            x, ap.mean, yerr=ap.std, xerr=forgetting.std if forgetting else None, fmt="o", capsize=2
+        )
+        axes.annotate(row.name, (x, ap.mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axes.set_xlabel("forgetting (points)")
+    axes.set_ylabel("AP (%)")
+    axes.grid(alpha=0.3)
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(picture, dpi=120)
+    plt.close(figure)
