@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from delo_llava.commands.base import Command, at_least, say
 from delo_llava.engines import signals
@@ -88,10 +88,15 @@ def run(options: argparse.Namespace) -> int:
     part, parts = options.part
     failed = [] if options.page_only else _run_all(plan, listed[part - 1 :: parts], options.ranks)
     page = options.page or options.output / "comparison.md"
-    say(importlib.import_module("delo_eval.compare.benchmark").write_page(plan, page))
+    say(_pages().write_page(plan, page))
     for folder in failed:
         sys.stderr.write(f"error: {folder} did not come to its end; what it said stands above\n")
     return 1 if failed else 0
+
+
+def _pages() -> Any:
+    """What reads runs and writes of them; the library knows the harness by name only."""
+    return importlib.import_module("delo_eval.compare.benchmark")
 
 
 def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[Path]:
@@ -101,8 +106,7 @@ def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[P
     failed: list[Path] = []
     for entry in listed:
         failed += clock.failures(plan.trial(entry, factor) for factor in tried)
-        choose = importlib.import_module("delo_eval.compare.benchmark").chosen_factor
-        factor = choose(plan, entry) if tried else plan.factors[0]
+        factor = _pages().chosen_factor(plan, entry) if tried else plan.factors[0]
         failed += clock.failures(plan.runs(entry, factor))
     return failed
 

@@ -9,7 +9,8 @@ from delo_eval.compare.assemble import compare
 from delo_eval.compare.comparison import BoardRow, Comparison
 from delo_eval.compare.leaderboard import markdown, markdown_table, value_text
 from delo_eval.compare.seeds import summarise_seeds
-from delo_eval.matrix.results import json_text, judged_mode, read_results
+from delo_eval.matrix.plots import DPI, Point, points
+from delo_eval.matrix.results import FLOORS, json_text, judged_mode, read_results
 from delo_eval.tables import Sheet
 from delo_llava.cluster.benchmark import SETTINGS, TRIALS, Benchmark, Entry, Planned
 from delo_llava.data.recipe import read_recipe
@@ -179,22 +180,12 @@ def _bytes(folder: Path) -> int:
 
 
 def _draw(comparison: Comparison, picture: Path) -> None:
-    """AP over forgetting, a labelled point with its deviation over seeds for every row."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
-    for row in comparison.rows:
-        ap, forgetting = row.metrics.get("ap"), row.metrics.get("forgetting")
-        if ap is None:
-            continue
-        x = forgetting.mean if forgetting else 0.0
-        axes.errorbar(
-            x, ap.mean, yerr=ap.std, xerr=forgetting.std if forgetting else None, fmt="o", capsize=2
-        )
-        axes.annotate(row.name, (x, ap.mean), xytext=(4, 4), textcoords="offset points", fontsize=7)
-    axes.set_xlabel("forgetting (points)")
-    axes.set_ylabel("AP (%)")
-    axes.grid(alpha=0.3)
+    """AP over forgetting, a point with its deviation over seeds for every row that has both."""
+    both = {
+        row.name: (row.metrics["forgetting"], row.metrics["ap"])
+        for row in comparison.rows
+        if {"ap", "forgetting"} <= row.metrics.keys()
+    }
+    places: dict[str, Point] = {name: ((x.mean, x.std), (y.mean, y.std)) for name, (x, y) in both.items()}
     picture.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(picture, dpi=120)
-    plt.close(figure)
+    points(places, "forgetting (points)", "AP (%)").savefig(picture, dpi=DPI)

@@ -1,4 +1,6 @@
-"""The matrix as a heatmap and each task's forgetting as a curve. Only this imports matplotlib, on demand."""
+"""Pictures: the matrix as a heatmap, each task's forgetting as a curve, methods as points. Only this imports
+matplotlib, on demand.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -77,6 +79,25 @@ def forgetting_curves(results: Mapping[str, Any]) -> "Figure":
         axis.set_title(f"{results['method']}: {mode}{_metric_note(results, mode)}", fontsize=10)
     axes[0].set_ylabel("score (%)")
     axes[-1].legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    return figure
+
+
+#: A point of `points`: (x, deviation of x or None), (y, deviation of y or None).
+Point = tuple[tuple[float, float | None], tuple[float, float | None]]
+
+
+def points(places: Mapping[str, Point], x_label: str, y_label: str) -> "Figure":
+    """A labelled point with its deviations for every name."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.5, 5), layout="constrained")
+    axis = figure.subplots()
+    for name, ((x, x_error), (y, y_error)) in places.items():
+        axis.errorbar(x, y, xerr=x_error, yerr=y_error, fmt="o", capsize=2)
+        axis.annotate(name, (x, y), xytext=(4, 4), textcoords="offset points", fontsize=7)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(alpha=0.3)
     return figure
 
 

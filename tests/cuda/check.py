@@ -133,7 +133,7 @@ def well(row: dict[str, Any]) -> bool:
     near = (
         row.get("loss_difference", 0.0) <= LOSS_TOLERANCE and row.get("equal_answers", 1.0) >= EQUAL_ANSWERS
     )
-    return row["exit"] == 0 and near
+    return bool(row["exit"] == 0 and near)
 
 
 def main() -> int:
