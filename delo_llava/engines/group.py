@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from delo_llava.errors import DeloError
+
 
 def init_deepspeed_group(device: torch.device, timeout: timedelta) -> None:
     """Join the process group through DeepSpeed: NCCL on CUDA, gloo on the CPU."""
@@ -15,7 +17,11 @@ def init_deepspeed_group(device: torch.device, timeout: timedelta) -> None:
 
 
 def import_deepspeed(device: torch.device) -> Any:
-    """The package, told what to compute on and to keep quiet."""
+    """The package, told what to compute on and to keep quiet.
+
+    Raises:
+        DeloError: this process has used it on another kind of device, which it keeps.
+    """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -26,4 +32,11 @@ def import_deepspeed(device: torch.device) -> Any:
         # a lock that hangs every later run.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel("WARNING")
+    kept = deepspeed.accelerator.get_accelerator().device_name()
+    if kept != device.type:
+        raise DeloError(
+            "DeepSpeed keeps the kind of device that a process used first.",
+            given=f"{device.type}, after {kept}",
+            fix="start another process, or --zero=none",
+        )
     return deepspeed

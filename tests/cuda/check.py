@@ -26,7 +26,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 #: In fp32 the two devices add in another order; hard choices at near ties make some steps differ more.
 LOSS_TOLERANCE, EQUAL_ANSWERS = 2e-2, 0.9
-FP32 = ["--dtype=float32", "--missing.ratio=0.7"]
+#: Dropout draws otherwise on another device.
+FP32 = ["--dtype=float32", "--missing.ratio=0.7", "--lora.dropout=0"]
 ENGINES = {
     "zero1": ["--zero=1"],
     "zero3": ["--zero=3"],
@@ -99,8 +100,14 @@ def run(output: Path, chosen: list[str], jobs: int, limit: float) -> list[dict[s
     """All rows in `jobs` processes; a row without an entry was not reached within `limit` seconds."""
     shared = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     children = []
-    for number in range(jobs):
-        command = [sys.executable, __file__, "worker", str(output), str(number), *chosen[number::jobs]]
+    # DeepSpeed keeps to one kind of device in a process, so those of the CPU have workers of their own.
+    cpu = [name for name in chosen if name.endswith("-cpu")]
+    gpu = [name for name in chosen if not name.endswith("-cpu")]
+    for_cpu = max(1, jobs * len(cpu) // len(chosen)) if cpu else 0
+    shares = [cpu[i::for_cpu] for i in range(for_cpu)]
+    shares += [gpu[i :: max(1, jobs - for_cpu)] for i in range(max(1, jobs - for_cpu))]
+    for number, share in enumerate(shares):
+        command = [sys.executable, __file__, "worker", str(output), str(number), *share]
         log = (output / f"worker{number}.log").open("w")
         children.append(subprocess.Popen(command, env=shared, stdout=log, stderr=subprocess.STDOUT))
     end = time.monotonic() + limit
@@ -119,6 +126,8 @@ def compare(output: Path, found: dict[str, dict[str, Any]]) -> None:
         other = found.get(name.replace("-fp32", "-cpu"))
         if not name.endswith("-fp32") or row["exit"] or other is None or other["exit"]:
             continue
+        if not (output / name / "logs" / "metrics.jsonl").is_file():
+            continue  # a method without stages has no steps
         here, there = read(output / name), read(output / other["row"])
         pairs = list(zip(here["losses"], there["losses"], strict=True))
         row["loss_difference"] = max((abs(a[0] - b[0]) / max(1.0, abs(b[0])) for a, b in pairs), default=0.0)
