@@ -42,6 +42,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "pclr": {"rank": 4, "pool": 1.5, "samples": 8, "shared_from": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
     "dac": {"rank": 6, "latent": 8},
+    "same": {"rank": 4, "experts": 2, "directions": 8, "warmup": 0.5, "refresh": 2},
     "smolora": {"rank": 8, "experts": 2},
     "l2p": {"pool_size": 3, "chosen": 2, "length": 2},
     "dualprompt": {"key_samples": 8},

@@ -86,10 +86,15 @@ def gates(scores: Tensor, top_k: int) -> Tensor:
     weights = scores.softmax(-1)
     if top_k in (0, scores.shape[-1]):
         return weights
-    chosen = scores.sort(dim=-1, descending=True, stable=True).indices[..., :top_k]
-    mask = torch.zeros_like(weights).scatter_(-1, chosen, 1.0)
+    mask = largest(scores, top_k)
     kept = weights * mask
     return kept / kept.sum(-1, keepdim=True) if top_k > 1 else mask + (kept - kept.detach())
+
+
+def largest(scores: Tensor, count: int) -> Tensor:
+    """One for the `count` largest of …×E, zero for the others; ties go to the lower index."""
+    chosen = scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
+    return torch.zeros_like(scores).scatter_(-1, chosen, 1.0)
 
 
 def weighted(u: Tensor, gate: Tensor) -> Tensor:
