@@ -15,7 +15,7 @@ LABELS = {
     "answers_cut": "trained answers cut to data.max_length",
     "records_skipped": "records without their image, which cannot be used",
     "answers_unended": "answers ended by max_new_tokens",
-    "references_long": "reference answers longer than max_new_tokens",
+    "references_long": "questions of which every reference answer is longer than max_new_tokens",
 }
 
 
@@ -29,8 +29,8 @@ class Omitted:
             answers in an evaluation.
         answers_unended: records to which an answer (with the chosen or the true task) was ended by
             `max_new_tokens` instead of an end token.
-        references_long: records whose reference answer is longer than `max_new_tokens`, so that no answer can
-            equal it.
+        references_long: records of which every reference answer that the scorer takes is longer than
+            `max_new_tokens`, so that no answer can equal one.
     """
 
     contexts_cut: int = 0
@@ -61,7 +61,9 @@ def trained_without(cut: Iterable[Cut], bad_images: Iterable[str]) -> dict[str, 
 
 
 def answered_without(rows: Iterable[Mapping[str, Any]], references_long: int = 0) -> Omitted:
-    """What the predictions of one cell say was left out, and how many references are too long to be said."""
+    """What the predictions of one cell say was left out, and how many questions have only references that
+    are too long to be said.
+    """
     lost: Counter[str] = Counter()
     for row in rows:
         lost.update(f"{part}s_cut" for part in row.get("cut", ()))

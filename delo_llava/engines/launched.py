@@ -1,8 +1,8 @@
 """What a launcher (deepspeed, torchrun) said to this process in its environment, read without torch.
 
-    RANK, WORLD_SIZE              which process this is, and how many there are
-    LOCAL_RANK, LOCAL_WORLD_SIZE  the same on this machine (`deepspeed` says LOCAL_SIZE for the second)
-    MASTER_ADDR, MASTER_PORT      where the processes meet
+RANK, WORLD_SIZE              which process this is, and how many there are
+LOCAL_RANK, LOCAL_WORLD_SIZE  the same on this machine (`deepspeed` says LOCAL_SIZE for the second)
+MASTER_ADDR, MASTER_PORT      where the processes meet
 """
 
 import os

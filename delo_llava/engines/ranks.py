@@ -175,8 +175,8 @@ def start_ranks(config: RunConfig) -> Ranks:
     """Join the process group (by DeepSpeed, unless `zero` is `none`) and share the cores among local ranks.
 
     Raises:
-        DeloError: CUDA asked for and absent, fewer GPUs than processes, a launcher's words that are missing or
-            mean nothing, or a group smaller than the launcher said.
+        DeloError: CUDA asked for and absent, fewer GPUs than processes, words of the launcher that are
+            missing or mean nothing, or a group smaller than it said.
     """
     require_group()
     device, here = _device(config), launched()

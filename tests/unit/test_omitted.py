@@ -48,12 +48,21 @@ def test_a_line_for_each_task_that_lost_anything() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     """A run of two stages; of `words`, one test record has a long context, another a long question, which its
-    context goes before."""
+    context goes before, and one a long answer. One of `shapes` has a long and a short one, and both count.
+    """
     root = Path(shutil.copytree(recipe.parent, tmp_path_factory.mktemp("omitted") / "data"))
     file = root / "words_test.json"
     rows = json.loads(file.read_text())
     rows[1]["context"], rows[2]["text"], rows[3]["answer"] = "mango " * 200, "what " * 200, "red " * 4
+    rows[3]["answers"] = ["red"]  # which `exact_match` does not read
     file.write_text(json.dumps(rows))
+    rows = json.loads((root / "shapes_test.json").read_text())
+    rows[0] |= {"answer": "red " * 4, "answers": ["red " * 4, "red"]}
+    (root / "shapes_test.json").write_text(json.dumps(rows))
+    tasks = yaml.safe_load((root / "little.yaml").read_text())
+    for task in tasks["tasks"]:
+        task |= {"scorer": "anls"} if task["name"] == "shapes" else {}
+    (root / "little.yaml").write_text(yaml.safe_dump(tasks))
     whole = ["--data.max_length=120", "--missing.ratio=0", "--eval.last_patterns=text"]
     return make_run(root.parent / "run", root / "little.yaml", "lora", Lora, 2, *whole)
 

@@ -291,17 +291,17 @@ def test_faults_of_side_files_are_told(tmp_path: Path, side: dict[str, Any], tol
         read_recipe(write(tmp_path, [TASK | {"sides": [SIDE | side]}]))
 
 
-@pytest.mark.parametrize(("word", "read"), [("off", False), ("~", None), ("7", "7"), ("1.5", "1.5")])
+@pytest.mark.parametrize(("word", "read"), [("off", False), ("~", None), ("'off'", "off"), ("7", "7")])
 def test_words_that_yaml_takes_for_something_else_are_told_to_be_quoted(
     tmp_path: Path, word: str, read: Any
 ) -> None:
-    file = write(tmp_path, [TASK])
+    file = Path(write(tmp_path, [TASK]))
     file.write_text(file.read_text().replace(f"name: {TASK['name']}", f"name: {word}"))
     if isinstance(read, str):
-        assert read_recipe(file).tasks[0].name == read
+        assert read_recipe(str(file)).tasks[0].name == read
         return
     with pytest.raises(DeloError, match=r"`tasks\.0\.name`") as error:
-        read_recipe(file)
+        read_recipe(str(file))
     assert error.value.given == repr(read) and "in quotes" in str(error.value.fix)
 
 
