@@ -2,7 +2,6 @@
 
 import argparse
 import importlib
-import os
 import shutil
 import sys
 from collections.abc import Collection, Sequence
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from delo_llava import __version__
 from delo_llava.endings import told
 from delo_llava.engines import signals
+from delo_llava.engines.launched import speaks
 from delo_llava.errors import DeloError
 from delo_llava.extras import require_extra
 from delo_llava.files import at_home, name_or_path
@@ -126,7 +126,7 @@ def _tell_unused(config: "RunConfig", given: Collection[str]) -> None:
     """
     used = {config.method, config.methods[config.method].get("like")}
     unused = [f"--{name}.…" for name in given if name not in used]
-    if unused and os.environ.get("RANK", "0") == "0":
+    if unused and speaks():
         sys.stderr.write(f"{', '.join(unused)}: without effect, the method is {config.method}\n")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from delo_llava.engines import signals
+from delo_llava.engines.launched import speaks
 from delo_llava.errors import DeloError, printable
 
 #: Seconds that other ranks leave rank 0 to tell a fault that all of them see.
@@ -69,7 +70,7 @@ def told(command: Callable[..., int], *arguments: object, goes_on: bool = False)
         sys.stdout.flush()
         return code
     except signals.Preempted as asked:
-        if os.environ.get("RANK", "0") == "0":
+        if speaks():
             sys.stderr.write(f"{asked}\n")
         return signals.EXIT_CODE
     except KeyboardInterrupt:
@@ -79,7 +80,7 @@ def told(command: Callable[..., int], *arguments: object, goes_on: bool = False)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(BROKEN_PIPE) from None
     except DeloError as error:
-        if int(os.environ.get("RANK", "0")) > 0:
+        if not speaks():
             # Rank 0's exit ends this rank too: only a fault of this rank alone gets past.
             time.sleep(TELL_FIRST)
             if error.everywhere:

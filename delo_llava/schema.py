@@ -21,6 +21,8 @@ MAX_VALUES = 100_000
 #: Kinds of YAML values that are read.
 TAGS = {"str", "int", "float", "bool", "null", "map", "seq", "merge"}
 
+#: What helps where a text was meant and YAML read something else.
+QUOTES = "YAML reads an unquoted yes, no, on, off, null or number as such: put the word in quotes"
 
 #: The largest whole number that every JSON reader gets exactly.
 MAX_INTEGER = 2**53
@@ -218,7 +220,12 @@ def _fault(
         return DeloError(
             f"Bad value for `{key}` in {where}.", given=detail["input"], allowed=_choices(detail)
         )
-    return DeloError(f"Bad value for `{key}` in {where}: {detail['msg']}.", given=repr(detail["input"]))
+    word = detail["type"] in ("string_type", "path_type") and not isinstance(detail["input"], dict | list)
+    return DeloError(
+        f"Bad value for `{key}` in {where}: {detail['msg']}.",
+        given=repr(detail["input"]),
+        fix=QUOTES if word else None,
+    )
 
 
 def _choices(detail: ErrorDetails) -> list[str]:

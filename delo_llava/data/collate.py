@@ -264,11 +264,8 @@ class Collator:
 
         encoded = self._cache.get(path, encode)
         tokens = encoded.tokens(self.backbone.image_token)
-        if path is not None and tokens >= self.max_length:
-            told = (
-                f"it becomes {tokens} tokens, and data.max_length is {self.max_length} (data.max_pixels and "
-            )
-            raise image_error(path, record, f"{told}data.max_tiles make pictures of some families smaller)")
+        if path is not None and (told := takes_all_room(tokens, self.max_length)):
+            raise image_error(path, record, told)
         return encoded
 
     def layout(
@@ -360,3 +357,13 @@ class Collator:
             trained[i, span] = torch.tensor(row.trained)
         labels = ids.masked_fill(~trained, IGNORE)
         return {"ids": ids, "mask": mask, "kinds": kinds, "trained": trained, "labels": labels}
+
+
+def takes_all_room(tokens: int, max_length: int) -> str | None:
+    """Why a picture of so many tokens cannot be used; None for one that leaves any room."""
+    if tokens < max_length:
+        return None
+    return (
+        f"it becomes {tokens} tokens, and data.max_length is {max_length} (data.max_pixels and "
+        "data.max_tiles make pictures of some families smaller)"
+    )

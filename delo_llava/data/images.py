@@ -3,8 +3,8 @@
 import struct
 import unicodedata
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 from PIL import Image, UnidentifiedImageError
 
-from delo_llava.data.pixels import as_seen
+from delo_llava.data.pixels import as_seen, size_as_seen
 from delo_llava.errors import DeloError
 from delo_llava.strict import FETCH, IS_POINTER, POINTER
 from delo_llava.tasks import Record
@@ -112,6 +112,23 @@ def decode(source: Path | IO[bytes]) -> Image.Image:
         BadImage: no such file, no image in one of `FORMATS`, damaged, one that cannot be shown faithfully, or
             (`ImageTooLarge`) more than `MAX_PIXELS` or `MAX_BYTES`.
     """
+    with _opened(source) as picture:
+        return as_seen(picture)
+
+
+def size_by_header(path: Path) -> tuple[int, int]:
+    """Width and height of the picture in a file as `decode` gives it, without its pixels.
+
+    Raises:
+        BadImage: see `decode`, as far as the file's beginning tells.
+    """
+    with _opened(path) as picture:
+        return size_as_seen(picture)
+
+
+@contextmanager
+def _opened(source: Path | IO[bytes]) -> Iterator[Image.Image]:
+    """The picture in a file, of which only the header is read yet; what Pillow raises becomes `BadImage`."""
     try:
         if isinstance(source, Path):
             _require_file(source)
@@ -119,7 +136,7 @@ def decode(source: Path | IO[bytes]) -> Image.Image:
             if picture.width * picture.height > MAX_PIXELS:
                 size = f"{picture.width}x{picture.height}"
                 raise ImageTooLarge(f"{size} is more than {MAX_PIXELS} pixels")
-            return as_seen(picture)
+            yield picture
     except Image.DecompressionBombError as error:
         raise ImageTooLarge(str(error)) from error
     except UnidentifiedImageError as error:

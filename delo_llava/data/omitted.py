@@ -3,10 +3,19 @@
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 #: (task, part, record id) of a record whose `context`, `instruction` or `answer` was cut.
 Cut = tuple[str, str, str]
+
+#: Numbers of new names that are kept before they are packed.
+PENDING = 1 << 16
+
+Numbers = NDArray[np.int64]
 
 #: What each count is called where people read it.
 LABELS = {
@@ -15,7 +24,7 @@ LABELS = {
     "answers_cut": "trained answers cut to data.max_length",
     "records_skipped": "records without their image, which cannot be used",
     "answers_unended": "answers ended by max_new_tokens",
-    "references_long": "reference answers longer than max_new_tokens",
+    "references_long": "questions of which every reference answer is longer than max_new_tokens",
 }
 
 
@@ -29,8 +38,8 @@ class Omitted:
             answers in an evaluation.
         answers_unended: records to which an answer (with the chosen or the true task) was ended by
             `max_new_tokens` instead of an end token.
-        references_long: records whose reference answer is longer than `max_new_tokens`, so that no answer can
-            equal it.
+        references_long: records of which every reference answer that the scorer takes is longer than
+            `max_new_tokens`, so that no answer can equal one.
     """
 
     contexts_cut: int = 0
@@ -45,13 +54,64 @@ class Omitted:
         return {name: count for name, count in asdict(self).items() if count}
 
 
-def trained_without(cut: Iterable[Cut], bad_images: Iterable[str]) -> dict[str, dict[str, int]]:
+class CutRecords:
+    """Which records were cut, each counted once however often it is shown: eight bytes for each and part.
+
+    A record is known by 64 bits of its id's BLAKE2b hash. That two of a million cut records share them, so
+    that one is not counted, has a probability of 3e-8.
+
+    Args:
+        packed: (task, part) -> ascending numbers of records, as `packed` gives them.
+    """
+
+    def __init__(self, packed: Mapping[tuple[str, str], Numbers] | None = None) -> None:
+        self._packed = dict(packed or {})
+        self._new: dict[tuple[str, str], set[int]] = {}
+
+    def add(self, cuts: Iterable[Cut]) -> None:
+        """Note records that were cut, known or not."""
+        for task, part, name in cuts:
+            new = self._new.setdefault((task, part), set())
+            new.add(int.from_bytes(blake2b(name.encode(), digest_size=8).digest(), "big", signed=True))
+            if len(new) == PENDING:
+                self._pack()
+
+    def packed(self) -> dict[tuple[str, str], Numbers]:
+        """(task, part) -> ascending numbers of the records of which that part was cut."""
+        self._pack()
+        return dict(self._packed)
+
+    def counts(self) -> dict[tuple[str, str], int]:
+        """(task, part) -> of how many records it was cut."""
+        return {key: len(numbers) for key, numbers in self.packed().items()}
+
+    def union(self, others: Iterable["CutRecords"]) -> "CutRecords":
+        """What these and all `others` know."""
+        found = CutRecords(self.packed())
+        for other in others:
+            for key, numbers in other.packed().items():
+                found._join(key, numbers)
+        return found
+
+    def _pack(self) -> None:
+        for key, new in self._new.items():
+            self._join(key, np.fromiter(new, np.int64, len(new)))
+        self._new = {}
+
+    def _join(self, key: tuple[str, str], numbers: Numbers) -> None:
+        self._packed[key] = np.union1d(self._packed.get(key, np.empty(0, np.int64)), numbers)
+
+
+def trained_without(
+    cut: Mapping[tuple[str, str], int], bad_images: Iterable[str]
+) -> dict[str, dict[str, int]]:
     """Task -> counts of what a stage left out, for tasks that lost anything.
 
     Args:
+        cut: (task, part) -> of how many records it was cut.
         bad_images: `task/id` of the records that were skipped.
     """
-    lost = Counter((task, f"{part}s_cut") for task, part, _ in cut)
+    lost = Counter({(task, f"{part}s_cut"): count for (task, part), count in cut.items()})
     lost += Counter((name.partition("/")[0], "records_skipped") for name in bad_images)
     tasks = sorted({task for task, _ in lost})
     return {
@@ -61,7 +121,9 @@ def trained_without(cut: Iterable[Cut], bad_images: Iterable[str]) -> dict[str, 
 
 
 def answered_without(rows: Iterable[Mapping[str, Any]], references_long: int = 0) -> Omitted:
-    """What the predictions of one cell say was left out, and how many references are too long to be said."""
+    """What the predictions of one cell say was left out, and how many questions have only references that
+    are too long to be said.
+    """
     lost: Counter[str] = Counter()
     for row in rows:
         lost.update(f"{part}s_cut" for part in row.get("cut", ()))

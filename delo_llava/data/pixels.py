@@ -36,6 +36,9 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 
+#: Those of them that exchange width and height.
+_ASIDE = (5, 6, 7, 8)
+
 #: TIFF's tags, and the values that matter here.
 _BITS, _PHOTOMETRIC, _SAMPLES = 258, 262, 339
 _WHITE_IS_ZERO, _SIGNED = 0, 2
@@ -64,6 +67,14 @@ def as_seen(picture: Image.Image) -> Image.Image:
         shown = picture.convert("RGB")
     turn = _UPRIGHT.get(_orientation(picture))
     return shown if turn is None else shown.transpose(turn)
+
+
+def size_as_seen(picture: Image.Image) -> tuple[int, int]:
+    """Width and height that `as_seen` gives, by the header of an opened file."""
+    # Of TIFF Pillow gives the upright size; a whole PNG is decoded to look for EXIF that its header lacks.
+    asked = picture.format != "TIFF" and (picture.format != "PNG" or "exif" in picture.info)
+    turned = asked and _orientation(picture) in _ASIDE
+    return (picture.height, picture.width) if turned else picture.size
 
 
 def _from_grey(picture: Image.Image) -> Image.Image:

@@ -79,6 +79,21 @@ def answer_lengths(tokenizer: Any, dialogue: Dialogue, answers: Sequence[str]) -
     return [len(ids) - before - 1 for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
 
 
+def beyond_reach(
+    tokenizer: Any, dialogue: Dialogue, accepted: Sequence[Sequence[str]], most: int
+) -> list[bool]:
+    """Whether each question has no answer that can be generated: every one is longer than `most` tokens.
+
+    Args:
+        accepted: the texts that would be right, of each question at least one.
+    """
+    first = answer_lengths(tokenizer, dialogue, [texts[0] for texts in accepted])
+    return [
+        length > most and all(other > most for other in answer_lengths(tokenizer, dialogue, texts[1:]))
+        for length, texts in zip(first, accepted, strict=True)
+    ]
+
+
 def fit(row: Row, record: Record, answer: int, max_length: int, room: int) -> None:
     """Cut a row's context at its end, then its instruction in the middle, until any answer has room; one
     token of each stays, as a query is their mean. An answer that is longer and does not fit loses its end.

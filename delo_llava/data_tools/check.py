@@ -13,7 +13,7 @@ from delo_llava.data.readers import open_reading, read_records, record_of
 from delo_llava.data.rows import Entry
 from delo_llava.data_tools.decode import judge_all
 from delo_llava.data_tools.faults import Fault
-from delo_llava.data_tools.forms import reference_faults
+from delo_llava.data_tools.forms import reference_faults, right_answers
 from delo_llava.data_tools.links import Links
 from delo_llava.data_tools.memory import Memory
 from delo_llava.data_tools.progress import progress
@@ -239,11 +239,11 @@ class DataCheck:
 
     def _records(self, part: Part) -> None:
         """What the reader makes of a file, the form of references, and the tokens of every prompt."""
-        form = reference_faults(part.task.scorer) if part.split != "train" else None
+        form = reference_faults(part.task) if part.split != "train" else None
         trial = None
         if self.prompts is not None:
-            room = part.task.max_new_tokens
-            trial = Trial(self.prompts, self._size, room, lambda *told: self._tell(part, *told))
+            right, room = right_answers(part.task, part.split), part.task.max_new_tokens
+            trial = Trial(self.prompts, self._size, right, room, lambda *told: self._tell(part, *told))
         records = self._as_read(part)
         with progress(f"trying {part.name}", part.records) as advance:
             for number, record in records:
@@ -267,6 +267,8 @@ class DataCheck:
             self._tell(part, "text_cut", *trial.first_cut, told)
         if trial.first_long:
             told = f"{trial.long} of {part.records} answers are longer than max_new_tokens={trial.room}"
+            if part.split != "train":
+                told = f"{told}, in every form that counts"
             self._tell(part, "answer_long", *trial.first_long, told)
 
     def _size(self, path: str) -> tuple[int, int] | None:

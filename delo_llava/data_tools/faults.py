@@ -29,7 +29,8 @@ NOTES: dict[str, str] = {
     "turns_apart": "records are later turns of a conversation, each shown without the turns before it",
     "turn_repeated": "turns of a conversation say what an earlier turn of the same one says",
     "text_cut": "contexts, instructions or trained answers do not fit data.max_length and are cut",
-    "answer_long": "answers are longer than the task's max_new_tokens, so that none generated can equal them",
+    "answer_long": "answers (of a question: all that its scorer takes) are longer than the task's "
+    "max_new_tokens, so that none generated can equal them",
     "annotations_changed": "an annotation file is not the one that was checked before",
     "shared_across_tasks": "images tested in one task are trained on in another",
     "side_absent": "an optional side file is not there",

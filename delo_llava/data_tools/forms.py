@@ -5,8 +5,11 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
+from delo_llava.data.answers import accepted_answers
+from delo_llava.data.faults import in_a_line
+from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin
-from delo_llava.tasks import Record
+from delo_llava.tasks import Record, Split, TaskSpec
 
 #: A letter among choices, as ScienceQA's answers are.
 LETTER = re.compile(r"\(?([A-Z])\)?[.:]?")
@@ -29,12 +32,9 @@ class _Scorer(Protocol):
     needs: tuple[str, ...]
 
 
-def reference_faults(scorer: str) -> Callable[[Record], list[tuple[str, str]]]:
-    """A function that lists what is wrong with a record's reference: (code, message).
-
-    Args:
-        scorer: its key, as the recipe names it.
-    """
+def reference_faults(task: TaskSpec) -> Callable[[Record], list[tuple[str, str]]]:
+    """A function that lists what is wrong with a record's reference for its scorer: (code, message)."""
+    scorer, accepted = task.scorer, accepted_answers(task, "native")
     needs = (*cast(_Scorer, load_plugin("scorer", scorer)).needs, *NEEDED.get(scorer, ()))
     form = FORMS.get(scorer)
 
@@ -45,9 +45,28 @@ def reference_faults(scorer: str) -> Callable[[Record], list[tuple[str, str]]]:
             for keys in absent
         ]
         told = form(record) if form else None
+        try:
+            accepted(record)
+        except DeloError as error:
+            told = told or in_a_line(error)
         return [*found, ("answer_form", f"{scorer}: {told}")] if told else found
 
     return faults
+
+
+def right_answers(task: TaskSpec, split: Split) -> Callable[[Record], list[str]]:
+    """A function that lists the texts of which each would be right: in training the one that is trained, and
+    the answer as it stands where the scorer cannot use it (`reference_faults` tells that).
+    """
+    accepted = accepted_answers(task, "native")
+
+    def texts(record: Record) -> list[str]:
+        try:
+            return [record.answer] if split == "train" else accepted(record)
+        except DeloError:
+            return [record.answer]
+
+    return texts
 
 
 def _box(record: Record) -> str | None:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from delo_llava.data.faults import in_a_line
-from delo_llava.data.tokens import Row, answer_lengths
+from delo_llava.data.tokens import Row, beyond_reach
 from delo_llava.data_tools.prompts import Prompts
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
@@ -23,20 +23,27 @@ class Trial:
 
     Args:
         size: width and height of an image by its path, None where it cannot be used.
+        accepted: the texts that would be right as the answer to a record.
         room: most tokens of an answer of the task's.
         tell: is told every fault.
 
     Attributes:
         trained: tokens that would be trained.
         cut: records whose `context`, `instruction` or `answer` was cut.
-        long: records whose answer is longer than `room`.
+        long: records of which every right answer is longer than `room`.
         first_cut, first_long: (entry, record) of the first of them.
     """
 
     def __init__(
-        self, prompts: Prompts, size: Callable[[str], tuple[int, int] | None], room: int, tell: Tell
+        self,
+        prompts: Prompts,
+        size: Callable[[str], tuple[int, int] | None],
+        accepted: Callable[[Record], list[str]],
+        room: int,
+        tell: Tell,
     ) -> None:
-        self.prompts, self._size, self.room, self._tell = prompts, size, room, tell
+        self.prompts, self._size, self._accepted = prompts, size, accepted
+        self.room, self._tell = room, tell
         self.long = 0
         self.first_cut: tuple[int, str] | None = None
         self.first_long: tuple[int, str] | None = None
@@ -66,11 +73,12 @@ class Trial:
             self._judge(entry, record, row)
 
     def _measure(self, waiting: Sequence[Waiting]) -> None:
-        """Count answers that are longer than what can be generated."""
-        answers = [record.answer for _, record, _ in waiting]
-        lengths = answer_lengths(self.prompts.tokenizer, self.prompts.processor.dialogue, answers)
-        for (entry, record, _), length in zip(waiting, lengths, strict=True):
-            if length > self.room:
+        """Count records of which no right answer can be generated."""
+        accepted = [self._accepted(record) for _, record, _ in waiting]
+        dialogue = self.prompts.processor.dialogue
+        long = beyond_reach(self.prompts.tokenizer, dialogue, accepted, self.room)
+        for (entry, record, _), is_long in zip(waiting, long, strict=True):
+            if is_long:
                 self.long += 1
                 self.first_long = self.first_long or (entry, record.id)
 

@@ -13,6 +13,7 @@ from torch import Tensor, distributed
 from delo_llava.config import RunConfig
 from delo_llava.engines import signals
 from delo_llava.engines.group import init_deepspeed_group
+from delo_llava.engines.launched import GROUP, device_number, launched, require_group
 from delo_llava.engines.signals import Preempted
 from delo_llava.errors import DeloError
 
@@ -170,22 +171,17 @@ def as_fault(error: Exception) -> DeloError:
     return fault
 
 
-def world_size() -> int:
-    """Number of processes the launcher started (1 without a launcher); needs no initialised group."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_ranks(config: RunConfig) -> Ranks:
     """Join the process group (by DeepSpeed, unless `zero` is `none`) and share the cores among local ranks.
 
     Raises:
-        DeloError: CUDA asked for and absent, or the one-process engine under a launcher with several
-            processes.
+        DeloError: CUDA asked for and absent, fewer GPUs than processes, words of the launcher that are
+            missing or mean nothing, or a group smaller than it said.
     """
-    device = _device(config)
-    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", str(world_size()))))
+    require_group()
+    device, here = _device(config), launched()
     if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // max(1, local_world)))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_world))
     if config.zero == "none":
         return Ranks(0, 1, device)
     if not distributed.is_initialized():
@@ -193,9 +189,9 @@ def start_ranks(config: RunConfig) -> Ranks:
         _complete_environment()
         init_deepspeed_group(device, PATIENCE)
     ranks = Ranks(distributed.get_rank(), distributed.get_world_size(), device)
-    if ranks.world != world_size():
+    if ranks.world != here.world:
         raise DeloError(
-            "The process group is smaller than the launcher said", given=ranks.world, allowed=[world_size()]
+            "The process group is smaller than the launcher said", given=ranks.world, allowed=[here.world]
         )
     return ranks
 
@@ -212,14 +208,14 @@ def _device(config: RunConfig) -> torch.device:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise DeloError("There is no CUDA device here", given=config.device, allowed=["auto", "cpu"])
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", device_number(torch.cuda.device_count()))
     torch.cuda.set_device(device)
     return device
 
 
 def _complete_environment() -> None:
     """Without a launcher DeepSpeed would look for MPI; one process alone can name itself."""
-    if "RANK" in os.environ:
+    if all(name in os.environ for name in GROUP):
         return
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -1,7 +1,6 @@
 """What a run is to do: its settings, and everything they name, found and checked before anything is
 written."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from delo_llava.config import RunConfig
 from delo_llava.data.recipe import load_sequence
 from delo_llava.data.sampler import plan_accumulation
+from delo_llava.engines.launched import launched
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin
 from delo_llava.tasks import StagePlan, TaskSequence
@@ -109,9 +109,10 @@ def check_plan(config: RunConfig) -> int:
     """The number of ranks, once batches can be shared out among them.
 
     Raises:
-        DeloError: ranks × micro-batch does not divide the global batch, or several ranks without DeepSpeed.
+        DeloError: ranks × micro-batch does not divide the global batch, several ranks without DeepSpeed, or
+            a launcher's word that is no number.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = launched().world
     if config.zero == "none" and world > 1:
         raise DeloError(
             "The one-process engine cannot run on several ranks",

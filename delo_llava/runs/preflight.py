@@ -4,35 +4,32 @@ A fault in the last task's records would otherwise end a run after days; and wha
 data (no picture anywhere, turns without what was said before them) would be told by nothing.
 """
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
-from pathlib import Path
 
 import numpy as np
 
+from delo_llava.data.answers import accepted_answers
 from delo_llava.data.collate import Collator, Layout
 from delo_llava.data.examples import Item, shown
-from delo_llava.data.images import DUMMY_SIZE, UnusableImage, absent
 from delo_llava.data.missing import Presence, limited, pattern_spec, record_presence
 from delo_llava.data.omitted import LABELS
 from delo_llava.data.readers import Records, read_records
-from delo_llava.data.tokens import answer_lengths
+from delo_llava.data.tokens import beyond_reach
 from delo_llava.errors import DeloError
 from delo_llava.runs.job import Job
+from delo_llava.runs.pictures import Pictures
 from delo_llava.runs.stage import examples_of, training_records
-from delo_llava.strict import IS_POINTER, is_pointer
 from delo_llava.tasks import Split, StagePlan, TaskSpec
 from delo_llava.training.fit import Kit
 
-#: Records that are tokenised together; records told of in a message; paths looked for at once, and by how
-#: many threads (a network drive answers late, but many at a time).
-BATCH, SHOWN, LOOKED, THREADS = 256, 8, 256, 16
+#: Records that are tokenised together; records told of in a message.
+BATCH, SHOWN = 256, 8
 
-WITHOUT = "put the file there, or go on without such records: --data.on_bad_image=skip"
+WITHOUT = "put a file there that can be used, or go on without such records: --data.on_bad_image=skip"
 
 
 @dataclass
@@ -48,6 +45,11 @@ class Preflight:
     kit: Kit
     faults: list[DeloError] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def pictures(self) -> Pictures:
+        """What is known of the run's pictures."""
+        return Pictures(self.kit, self.job.config.data.max_length)
 
     def run(self, left: Sequence[StagePlan], evaluates: bool) -> list[str]:
         """Look at the training records of the stages that are left and, if the run evaluates, at what all
@@ -91,15 +93,23 @@ class Preflight:
         kept = limited(records.ids, task.name, split, config.eval.limit)
         self._references(task, split, records.select(kept))
         if lost := self._look(task, split, records.select(kept), np.logical_or.reduce(masks)[kept]):
-            told = f"{task.name}/{split}: questions whose pictures are not there: {lost}"
+            told = f"{task.name}/{split}: questions whose pictures cannot be used: {lost}"
             self.notes.append(f"{told}; they are answered by nothing")
 
     def _references(self, task: TaskSpec, split: Split, records: Records) -> None:
-        """Say how many reference answers no generated one can equal."""
-        processor, room, answers = self.kit.processor, task.max_new_tokens, (r.answer for r in records)
+        """Say to how many questions no right answer can be generated; a reference that the scorer cannot use
+        is a fault."""
+        kit, room, left = self.kit.processor, task.max_new_tokens, iter(records)
+        right = accepted_answers(task, self.job.config.eval.scoring)
         long = 0
-        while part := list(islice(answers, BATCH)):
-            long += sum(n > room for n in answer_lengths(processor.tokenizer, processor.dialogue, part))
+        while part := list(islice(left, BATCH)):
+            accepted = []
+            for record in part:
+                try:
+                    accepted.append(right(record))
+                except DeloError as error:
+                    self._fault(task, split, record.id, error)
+            long += sum(beyond_reach(kit.tokenizer, kit.dialogue, accepted, room))
         if long:
             told = f"{task.name}/{split}: {LABELS['references_long']} ({room}): {long} of {len(records)}"
             self.notes.append(f"{told}; raise it in the recipe")
@@ -123,43 +133,44 @@ class Preflight:
     def _look(self, task: TaskSpec, split: Split, records: Records, mask: Presence) -> int:
         """Try every prompt and look for every picture; returns how many missing ones the run passes over."""
         collator = self.kit.collator(self.job.config, generation=split != "train")
-        layout = self.kit.dummy_layout()
-        pictures: dict[str, tuple[str, int]] = {}
+        unusable: dict[str, tuple[str, int]] = {}
         cut: Counter[str] = Counter()
         items = zip(records, mask.tolist(), strict=True)
         while part := [(record, (flags[0], flags[1])) for record, flags in islice(items, BATCH)]:
-            for item in _suspects(collator, part, layout, cut):
-                try:  # what the run itself would do decides
-                    collator([item])
-                except UnusableImage:
-                    pass  # found below
-                except DeloError as error:
-                    self._fault(task, split, item[0].id, error)
-            for record, (image, _) in part:
-                if image and record.image is not None:
-                    first, count = pictures.get(str(record.image), (record.id, 0))
-                    pictures[str(record.image)] = first, count + 1
+            self.pictures.look([path for item in part if (path := picture_of(item))])
+            usable = []
+            for item in part:
+                if (path := picture_of(item)) in self.pictures.unusable:
+                    first, count = unusable.get(path, (item[0].id, 0))
+                    unusable[path] = first, count + 1
+                else:
+                    usable.append((item, self._layout(path)))
+            for item, error in _tried(collator, usable, cut):
+                self._fault(task, split, item[0].id, error)
         if cut:
-            size = "x".join(map(str, DUMMY_SIZE))
             told = "; ".join(f"{LABELS[f'{name}s_cut']}: {count}" for name, count in sorted(cut.items()))
-            self.notes.append(f"{task.name}/{split}: {told} of {len(records)}, by pictures of {size}")
-        return self._pictures(task, split, pictures)
+            self.notes.append(f"{task.name}/{split}: {told} of {len(records)}")
+        return self._unusable(task, split, unusable)
 
-    def _pictures(self, task: TaskSpec, split: Split, pictures: Mapping[str, tuple[str, int]]) -> int:
-        """Look for pictures, each with its (first record, number of records)."""
-        gone = _not_there(list(pictures))
+    def _layout(self, path: str) -> Layout | None:
+        """What the placeholder of a record becomes; the path is empty where no picture is shown."""
+        if path:
+            return self.pictures.layout(path)
+        return self.pictures.dummy if self.job.config.missing.image == "dummy" else None
+
+    def _unusable(self, task: TaskSpec, split: Split, found: Mapping[str, tuple[str, int]]) -> int:
+        """Judge pictures that cannot be used, each with its (first record, number of records)."""
         if self.job.config.data.on_bad_image == "skip":
-            return sum(pictures[path][1] for path in gone)
-        for path in gone:
-            reason = IS_POINTER if os.path.isfile(path) else absent(Path(path))
-            told = f"its picture cannot be used: {reason}"
-            self._fault(task, split, pictures[path][0], DeloError(told, given=path, fix=WITHOUT))
+            return sum(count for _, count in found.values())
+        for path, (record, _) in found.items():
+            told = f"its picture cannot be used: {self.pictures.unusable[path]}"
+            self._fault(task, split, record, DeloError(told, given=path, fix=WITHOUT))
         return 0
 
     def _judge_lost(self, stage: str, lost: int) -> None:
         """Training records that are left out: a note, or too many."""
         limit = self.job.config.data.max_bad_images
-        told = f"{stage}: training records whose pictures are not there: {lost}"
+        told = f"{stage}: training records whose pictures cannot be used: {lost}"
         if lost > limit:
             fix = "put the files there, or raise data.max_bad_images"
             self.faults.append(DeloError(told, given=f"data.max_bad_images={limit}", fix=fix))
@@ -171,34 +182,33 @@ class Preflight:
         self.faults.append(DeloError(told, given=error.given, fix=error.fix))
 
 
-def _suspects(collator: Collator, items: Sequence[Item], layout: Layout, cut: Counter[str]) -> Iterator[Item]:
-    """The items that are refused with the dummy in place of each picture; one by one only where any is.
+def picture_of(item: Item) -> str:
+    """The path of the picture that an item shows; empty where it shows none."""
+    return str(item[0].image) if shown(item)[0] else ""
+
+
+def _tried(
+    collator: Collator, items: Sequence[tuple[Item, Layout | None]], cut: Counter[str]
+) -> Iterator[tuple[Item, DeloError]]:
+    """The items that are refused, with the reason; tried one by one only where any is.
 
     Args:
+        items: each with what its picture becomes.
         cut: counts the parts that are cut of the others.
     """
-    flags = [shown(item) for item in items]
+    if not items:
+        return
+    records, images = [record for (record, _), _ in items], [image for _, image in items]
     try:
-        images = [layout if has else None for has, _ in flags]
-        rows = collator.layout([record for record, _ in items], flags, images)
-        cut.update(part for row in rows for part in row.cut)
-    except DeloError:
+        rows = collator.layout(records, [shown(item) for item, _ in items], images)
+    except DeloError as error:
         if len(items) == 1:
-            yield items[0]
-            return
-        for item in items:
-            yield from _suspects(collator, [item], layout, cut)
-
-
-def _not_there(paths: Sequence[str]) -> list[str]:
-    """Those of some paths that name no file, or one that was not fetched."""
-
-    def look(start: int) -> list[str]:
-        some = paths[start : start + LOOKED]
-        return [path for path in some if not os.path.isfile(path) or is_pointer(Path(path))]
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        return [path for found in pool.map(look, range(0, len(paths), LOOKED)) for path in found]
+            yield items[0][0], error
+        else:
+            for one in items:
+                yield from _tried(collator, [one], cut)
+    else:
+        cut.update(part for row in rows for part in row.cut)
 
 
 def _refused(faults: Sequence[DeloError]) -> DeloError:

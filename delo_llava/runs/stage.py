@@ -172,7 +172,7 @@ class StageTrainer:
             "train_seconds": seconds,
             "skipped_steps": ledger.skipped,
             "bad_images": ledger.bad_images,
-            "omitted": trained_without(ledger.cut, ledger.bad_images),
+            "omitted": trained_without(ledger.cut.counts(), ledger.bad_images),
             "resumed_at": ledger.resumed,
         }
 

@@ -1,14 +1,16 @@
 """Step checkpoints of a running stage: what is stored, what is gathered, and how a launch goes on from it.
 
 A checkpoint holds whole tensors, so it serves every engine and any number of ranks: `weights.safetensors` and
-`optimizer.safetensors` (gathered from ZeRO's partitions), `rank-00000.safetensors` for each rank (random
-states, the method's running sums and rows), `state.json`, and `manifest.json`, written last.
+`optimizer.safetensors` (gathered from ZeRO's partitions), `cut.safetensors` (which records were cut),
+`rank-00000.safetensors` for each rank (random states, the method's running sums and rows), `state.json`, and
+`manifest.json`, written last.
 """
 
 import random
 import time
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from delo_llava.adapters.store import tensor_report
+from delo_llava.data.omitted import CutRecords
 from delo_llava.engines.base import Engine, trained_parameters
 from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.shards import OptimizerState
@@ -30,6 +33,8 @@ from delo_llava.training.loop import Ledger
 
 SCHEMA = "delo-llava/step/1"
 REMOVE = "remove it to start the stage again"
+#: Task/part -> numbers of the records of which it was cut.
+CUT = "cut.safetensors"
 #: Seconds until files of other ranks must show on a network file system that caches folders.
 PATIENCE = 90.0
 
@@ -57,8 +62,14 @@ class Resumed:
 
     def ledger(self) -> Ledger:
         """The record of the steps before."""
-        known = self.state["ledger"]
-        return Ledger(**known | {"cut": {(task, part, name) for task, part, name in known.get("cut", [])}})
+        packed = {}
+        if (self.folder / CUT).is_file():
+            for name, numbers in _tensors(self.folder / CUT).items():
+                task, _, part = name.partition("/")
+                packed[task, part] = numbers.numpy()
+        known, cut = dict(self.state["ledger"]), CutRecords(packed)
+        cut.add((task, part, name) for task, part, name in known.pop("cut", ()))  # of earlier versions
+        return Ledger(**known, cut=cut)
 
     def load_weights(self, model: nn.Module) -> None:
         """Copy the trained parameters into the model; before an engine shards them.
@@ -162,9 +173,11 @@ class StepCheckpoints:
             "time": time.time(),
             "optimizer": {"scalars": optimizer.scalars, "groups": optimizer.groups},
             "schedule": engine.schedule_state(),
-            "ledger": asdict(ledger) | {"cut": sorted(ledger.cut)},
+            "ledger": {name: value for name, value in vars(ledger).items() if name != "cut"},
         }
-        self.ranks.run_each(lambda: self._write(draft, content, weights, optimizer.tensors))
+        cut = {"/".join(key): torch.from_numpy(numbers) for key, numbers in ledger.cut.packed().items()}
+        tensors = {"weights.safetensors": weights, "optimizer.safetensors": optimizer.tensors, CUT: cut}
+        self.ranks.run_each(lambda: self._write(draft, content, tensors))
         self.ranks.run_first(lambda: self._publish(draft, step))
         self.saved = step
 
@@ -172,16 +185,14 @@ class StepCheckpoints:
         """Delete the stage's checkpoints: its adapter is published."""
         self.ranks.run_first(self.steps.discard)
 
-    def _write(
-        self, draft: Path, content: dict[str, Any], weights: dict[str, Tensor], optimizer: dict[str, Tensor]
-    ) -> None:
+    def _write(self, draft: Path, content: dict[str, Any], shared: Mapping[str, dict[str, Tensor]]) -> None:
         mine = {f"method/{name}": t.detach().cpu() for name, t in self.method.state_dict().items()}
         mine |= {f"random/{name}": tensor for name, tensor in random_state().items()}
         with told_if_refused(self.steps.folder):
             _save(mine, draft / rank_file(self.ranks.rank))
             if self.ranks.first:
-                _save(weights, draft / "weights.safetensors")
-                _save(optimizer, draft / "optimizer.safetensors")
+                for name, tensors in shared.items():
+                    _save(tensors, draft / name)
                 write_json_atomic(draft / "state.json", content)
 
     def _publish(self, draft: Path, step: int) -> None:

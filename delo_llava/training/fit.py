@@ -16,6 +16,7 @@ from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Collator, Layout
 from delo_llava.data.images import dummy_image
+from delo_llava.data.omitted import CutRecords
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.engines.base import Engine
 from delo_llava.engines.build import build_engine
@@ -232,7 +233,7 @@ class _Fit:
         ledger.resumed.append(self.resumed.step)
         if not self.ranks.first:
             # The first rank keeps those of all; this one's own come again.
-            ledger.bad_images, ledger.cut = {}, set()
+            ledger.bad_images, ledger.cut = {}, CutRecords()
         return self.resumed.step, ledger
 
     def _engaged(

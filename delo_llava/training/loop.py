@@ -11,7 +11,7 @@ from torch import Tensor
 
 from delo_llava.config import TrainConfig
 from delo_llava.data.collate import Batch
-from delo_llava.data.omitted import Cut
+from delo_llava.data.omitted import CutRecords
 from delo_llava.engines import signals
 from delo_llava.engines.base import Engine
 from delo_llava.engines.module import MethodModule
@@ -50,8 +50,8 @@ class Ledger:
     Attributes:
         first, last: the learning rates that really applied, by group.
         skipped: steps left out because loss or gradient was not finite, with the records at fault.
-        bad_images: records left out because their image cannot be read -> why; cut: what of prompts was cut.
-            Both are this rank's own until they are `gathered`.
+        bad_images: records left out because their image cannot be read -> why.
+        cut: records whose prompt was cut; both are this rank's own until they are `gathered`.
         seconds: spent in this stage before the checkpoint.
         resumed: steps at which a launch went on.
     """
@@ -60,13 +60,13 @@ class Ledger:
     last: dict[str, float] = field(default_factory=dict)
     skipped: list[dict[str, Any]] = field(default_factory=list)
     bad_images: dict[str, str] = field(default_factory=dict)
-    cut: set[Cut] = field(default_factory=set)
+    cut: CutRecords = field(default_factory=CutRecords)
     seconds: float = 0.0
     resumed: list[int] = field(default_factory=list)
 
     def gathered(self, ranks: Ranks) -> "Ledger":
         """With what every rank left out, on every rank."""
-        cut = set[Cut]().union(*ranks.each(self.cut))
+        cut = CutRecords().union(ranks.each(self.cut))
         return replace(self, bad_images=ranks.union(self.bad_images), cut=cut)
 
 
@@ -119,7 +119,8 @@ def run_steps(
             ranks.leave_if_asked(f"training, before step {step}")
         now = clock(step)
         micros, totals = _next(source, module.method, now, ranks)
-        ledger.cut.update(*(micro.cuts for micro in micros))
+        for micro in micros:
+            ledger.cut.add(micro.cuts)
         if engine.schedules:
             lr = rates(engine.optimizer)
         else:

@@ -125,7 +125,7 @@ class StagePasses:
         collator = self._collator()
         parts = (list(mine[start : start + size]) for start in range(0, len(mine), size))
         for batch in ahead(parts, lambda indices: collator([self._examples[i] for i in indices])):
-            self._ledger.cut |= batch.cuts
+            self._ledger.cut.add(batch.cuts)
             self._ledger.bad_images |= dict(collator.bad_images)  # a copy: the thread adds to it
             if not batch.filler:
                 yield batch.to(self._ranks.device)

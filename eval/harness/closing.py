@@ -22,7 +22,7 @@ from delo_eval.report.render import try_report
 from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.config import RunConfig
 from delo_llava.data.omitted import answered_without
-from delo_llava.data.tokens import answer_lengths
+from delo_llava.data.tokens import beyond_reach
 from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method
 from delo_llava.runs.identity import encoder_files
@@ -66,11 +66,9 @@ def _close_cell(
     results.note_floor(cell.task.name, scorer, references, cell.task.answers)
     unseen = [row["record_id"] for row in rows if "image_fault" in row]
     results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
-    lengths = answer_lengths(
-        run.processor.tokenizer, run.processor.dialogue, [question.record.answer for question in asked]
-    )
-    long = sum(length > cell.task.max_new_tokens for length in lengths)
-    results.note_omitted(stage, cell.pattern, cell.task.name, answered_without(rows, long))
+    accepted, kit = [scorer.accepted(question.record) for question in asked], run.processor
+    long = beyond_reach(kit.tokenizer, kit.dialogue, accepted, cell.task.max_new_tokens)
+    results.note_omitted(stage, cell.pattern, cell.task.name, answered_without(rows, sum(long)))
     merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
     results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
     return rows

@@ -4,7 +4,6 @@ Imported by lmms-eval alone, through the entry point `lmms_eval.models`; its int
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -20,6 +19,7 @@ from delo_eval.harness.saved import MAX_NEW_TOKENS, SavedStage
 from delo_llava.data.collate import IGNORE, Collator
 from delo_llava.data.layouts import IMAGE_PLACEHOLDER
 from delo_llava.data.pixels import as_seen
+from delo_llava.engines.launched import launched
 from delo_llava.errors import DeloError
 from delo_llava.tasks import Record
 
@@ -54,10 +54,8 @@ class DeloLlava(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
-        if os.environ.get("WORLD_SIZE", "1") != "1":
-            raise DeloError(
-                "This model of lmms-eval runs in one process.", given=os.environ["WORLD_SIZE"], allowed=[1]
-            )
+        if (world := launched().world) != 1:
+            raise DeloError("This model of lmms-eval runs in one process.", given=world, allowed=[1])
         self._stack = ExitStack()
         self._stage = self._stack.enter_context(SavedStage(run, stage, task, device))
         self._folder = Path(self._stack.enter_context(TemporaryDirectory()))

@@ -9,6 +9,7 @@ from torch import distributed
 
 from delo_llava.backbones.base import resolve_device
 from delo_llava.config import RunConfig
+from delo_llava.engines.launched import device_number, launched, require_group
 from delo_llava.engines.ranks import PATIENCE, Ranks
 
 
@@ -24,17 +25,19 @@ def launched_ranks(config: RunConfig) -> Iterator[Ranks]:
     """Join the processes that torchrun or deepspeed started to evaluate only, and leave them at the end.
 
     Collectives are few and tiny (barriers, a count), so gloo serves on every device.
+
+    Raises:
+        DeloError: the launcher's words are missing or mean nothing, or there are fewer GPUs than processes.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if world == 1:
+    require_group()
+    here = launched()
+    if here.world == 1:
         yield current_ranks(config)
         return
     if config.device != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device_number(torch.cuda.device_count()))
     else:
-        torch.set_num_threads(
-            max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", str(world))))
-        )
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // here.local_world))
     distributed.init_process_group("gloo", timeout=PATIENCE)
     try:
         yield current_ranks(config)

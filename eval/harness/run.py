@@ -1,7 +1,6 @@
 """`delo-eval`: evaluate a saved stage of a run, alone or on several ranks."""
 
 import argparse
-import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +18,7 @@ from delo_eval.matrix.table import final_table, stage_table
 from delo_llava.commands.base import at_least, listed
 from delo_llava.data.missing import PATTERNS
 from delo_llava.data.omitted import evaluated_lines
+from delo_llava.engines.launched import launched, speaks
 from delo_llava.errors import DeloError
 from delo_llava.files import user_path
 from delo_llava.registry import plugin_names, plugin_summary
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     run = open_folder(arguments.run, request)
     stages = stages_named(arguments.stage, run)
-    before, console = read_results(run.output), Console(quiet=os.environ.get("RANK", "0") != "0")
+    before, console = read_results(run.output), Console(quiet=not speaks())
     content = _unchanged(run, stages, request, console) or _evaluate(run, stages, request, console)
     if content is not None:
         draw_changed(before, content, run.output / PLOTS)
@@ -76,7 +76,7 @@ def _unchanged(
     run: RunFolder, stages: Sequence[int], request: Request, console: Console
 ) -> dict[str, Any] | None:
     """The results, if every stage is evaluated already and nothing changed since; only then without torch."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if launched().world != 1:
         return None
     content = None
     for stage in stages:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
-from delo_eval.scorers._text import composed, strings_of, words
-from delo_eval.scorers.base import Reference
+from delo_eval.scorers._text import composed, words
+from delo_eval.scorers.base import Reference, strings_of
 from delo_llava.errors import DeloError
 from delo_llava.extras import require_extra
 

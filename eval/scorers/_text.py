@@ -33,19 +33,6 @@ def has_phrase(text: str, wanted: str) -> bool:
     return bool(inner) and f" {inner} " in f" {phrase(text)} "
 
 
-def strings_of(reference: Reference, *keys: str) -> list[str]:
-    """The list of texts in `extra` under the first key that is there, else the one reference answer.
-
-    Items may be objects with an `answer`, as the VQA files have them.
-    """
-    given = next((found for key in keys if (found := reference.extra.get(key))), None)
-    if not given:
-        return [reference.answer]
-    if isinstance(given, str):
-        return [given]
-    return [str(item["answer"]) if isinstance(item, dict) else str(item) for item in given]
-
-
 def exactly(prediction: str, reference: Reference) -> float:
     """1.0 where the words are the same ones in the same order; an empty prediction is never right."""
     said = phrase(prediction)

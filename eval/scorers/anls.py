@@ -3,8 +3,8 @@
 Biten et al. 2019, equation 1; the official script is that of the Robust Reading Competition.
 """
 
-from delo_eval.scorers._text import composed, strings_of
-from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.scorers._text import composed
+from delo_eval.scorers.base import Reference, Scorer, strings_of
 
 THRESHOLD = 0.5
 
@@ -52,5 +52,11 @@ SCORER = Scorer(
     "anls.v2",
     "1 - edit distance / longer length of the closest answer, 0 from a share of 0.5 on",
     right,
-    compat=Scorer("anls.rrc.v1", "lengths with all blanks; a similarity of exactly 0.5 counts", official),
+    several=("answers",),
+    compat=Scorer(
+        "anls.rrc.v1",
+        "lengths with all blanks; a similarity of exactly 0.5 counts",
+        official,
+        several=("answers",),
+    ),
 )

@@ -39,6 +39,19 @@ class Reference:
         return cls(record.id, answer, record.instruction, record.extra, record.task, image)
 
 
+def strings_of(reference: Reference, *keys: str) -> list[str]:
+    """The list of texts in `extra` under the first key that is there, else the one reference answer.
+
+    Items may be objects with an `answer`, as the VQA files have them.
+    """
+    given = next((found for key in keys if (found := reference.extra.get(key))), None)
+    if not given:
+        return [reference.answer]
+    if isinstance(given, str):
+        return [given]
+    return [str(item["answer"]) if isinstance(item, dict) else str(item) for item in given]
+
+
 @dataclass(frozen=True)
 class Scorer:
     """Judges predictions against their references; a task's score is 100 × `total`.
@@ -61,6 +74,8 @@ class Scorer:
         counts: whether a question counts at all; without it every one does.
         text_ids: its script looks answers up by ids as text and never finds one whose id is a number.
         says: what a right answer says, where that is not the reference as it is written.
+        several: keys of `Reference.extra` that hold answers of which any may be right; the first that is
+            there counts.
         reads_prompt: its script reads the question from the prompt beside an answer, not from the annotation.
     """
 
@@ -77,6 +92,7 @@ class Scorer:
     ready: Callable[[Sequence[Reference]], None] | None = None
     counts: Callable[[Reference], bool] | None = None
     says: Callable[[Reference], str] | None = None
+    several: tuple[str, ...] = ()
     text_ids: bool = False
     reads_prompt: bool = False
 
@@ -98,6 +114,16 @@ class Scorer:
     def right_answer(self, reference: Reference) -> str:
         """What a right answer says."""
         return reference.answer if self.says is None else self.says(reference)
+
+    def accepted(self, record: Record) -> list[str]:
+        """The texts of which each would be right, or partly right, as the answer to a record; never none.
+
+        Raises:
+            DeloError: its reference has not the form that the rule needs.
+        """
+        reference = Reference.of(record)
+        given = strings_of(reference, *self.several) if self.several else [self.right_answer(reference)]
+        return [text for text in dict.fromkeys(given) if text.strip()] or [self.right_answer(reference)]
 
     def in_mode(self, scoring: Scoring) -> "Scorer":
         """This scorer, or the official script's rule.

@@ -7,6 +7,7 @@ SCORER = Scorer(
     "caption_plain.v2",
     "CIDEr over the task, lower-cased words as tokens; no METEOR",
     rouge_l,
+    several=("captions", "answers"),
     corpus=corpus_metric("CIDEr", java=False),
     details=all_metrics(java=False),
     ready=require_captions,

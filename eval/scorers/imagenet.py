@@ -4,8 +4,8 @@ CoIN's eval_ImagetNet.py compares characters, pairs the n-th line of the answers
 finds an empty answer in every name, so that saying nothing is right.
 """
 
-from delo_eval.scorers._text import has_phrase, strings_of
-from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.scorers._text import has_phrase
+from delo_eval.scorers.base import Reference, Scorer, strings_of
 
 
 def either_way(prediction: str, reference: Reference) -> float:
@@ -23,6 +23,7 @@ SCORER = Scorer(
     "imagenet.v2",
     "the words of one of both names stand in the other, without case; never an empty prediction",
     either_way,
+    several=("answers",),
     compat=Scorer(
         "imagenet.coin.v1",
         "substring either way with case, paired by position; an empty prediction is right",

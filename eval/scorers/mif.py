@@ -14,8 +14,8 @@ It says nothing of right or wrong and stands beside any scorer. The instruction'
 import re
 from functools import lru_cache
 
-from delo_eval.scorers._text import exactly, strings_of, words
-from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.scorers._text import exactly, words
+from delo_eval.scorers.base import Reference, Scorer, strings_of
 from delo_llava.errors import DeloError
 
 #: Format -> how its instruction reads. Where several are found the last one counts, but a box always does:

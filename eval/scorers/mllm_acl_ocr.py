@@ -6,8 +6,8 @@ the number of right answers divided by ten, which is per cent for the benchmark'
 
 from collections.abc import Callable, Sequence
 
-from delo_eval.scorers._text import composed, has_phrase, strings_of
-from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.scorers._text import composed, has_phrase
+from delo_eval.scorers.base import Reference, Scorer, strings_of
 
 FORMULA = "Handwritten Mathematical Expression Recognition"
 
@@ -69,12 +69,14 @@ SCORER = Scorer(
     "the words of one of the answers stand in the prediction; a formula equals it without blanks",
     right,
     needs=("answer_type",),
+    several=("answers",),
     details=by_kind(right),
     compat=Scorer(
         "mllm_acl_ocr.mllmcl.v1",
         "one of the answers is a substring of the prediction, of formulas without blanks",
         official,
         needs=("answer_type",),
+        several=("answers",),
         details=by_kind(official),
     ),
 )

@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from delo_eval.scorers._text import strings_of
 from delo_eval.scorers._vqa import leave_one_out, official_m4c, soft_accuracy
-from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.scorers.base import Reference, Scorer, strings_of
 from delo_llava.errors import DeloError
 
 ANSWERS = 10
@@ -37,11 +36,13 @@ SCORER = Scorer(
     "min(1, matches / 3) among the human answers, each left out once; intended VQA normaliser",
     lambda prediction, reference: soft_accuracy(prediction, strings_of(reference, "answers")),
     needs=("answers",),
+    several=("answers",),
     compat=Scorer(
         "textvqa.m4c.v1",
         "the same with M4C's normaliser as it is (32 periods, lost commas, split 's) and exactly ten answers",
         official,
         needs=("answers",),
+        several=("answers",),
         unanswered="skipped",
         ready=require_ten,
     ),

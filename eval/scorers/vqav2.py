@@ -1,8 +1,7 @@
 """VQAv2: agreement with ten human answers (the VQA soft accuracy)."""
 
-from delo_eval.scorers._text import strings_of
 from delo_eval.scorers._vqa import leave_one_out, official_prediction, one_line, soft_accuracy
-from delo_eval.scorers.base import Reference, Scorer
+from delo_eval.scorers.base import Reference, Scorer, strings_of
 
 
 def official(prediction: str, reference: Reference) -> float:
@@ -18,10 +17,12 @@ SCORER = Scorer(
     "min(1, matches / 3) among the human answers, each left out once; intended VQA normaliser",
     lambda prediction, reference: soft_accuracy(prediction, strings_of(reference, "answers")),
     needs=("answers",),
+    several=("answers",),
     compat=Scorer(
         "vqav2.vqaeval.v2",
         "the same with the official normaliser on both sides where answers differ, else compared as written",
         official,
         needs=("answers",),
+        several=("answers",),
     ),
 )

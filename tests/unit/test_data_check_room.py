@@ -31,6 +31,7 @@ def test_a_cut_question_and_a_reference_that_no_answer_can_equal_are_noted(data:
     assert cli.main(data.words("--data.max_length", "64")) == 0
     notes = [line for line in data.report() if line["kind"] == "note" and line["split"] == "test"]
     assert [(note["code"], note["record"]) for note in notes] == [("text_cut", "q14"), ("answer_long", "q16")]
+    assert notes[1]["message"].endswith("are longer than max_new_tokens=8, in every form that counts")
 
 
 def test_pictures_that_leave_no_room_for_an_answer_are_told(data: Sequence) -> None:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from run_support import little_recipe, make_run, predictions  # noqa: F401
@@ -13,18 +14,50 @@ from delo_eval.cli import main
 from delo_eval.harness import stage as stage_module
 from delo_eval.harness.folder import Request
 from delo_eval.harness.stage import evaluate_stage
-from delo_llava.data.omitted import Omitted, answered_without, evaluated_lines, omitted_lines, trained_without
+from delo_llava.data import omitted
+from delo_llava.data.omitted import (
+    CutRecords,
+    Omitted,
+    answered_without,
+    evaluated_lines,
+    omitted_lines,
+    trained_without,
+)
 from delo_llava.methods.lora import Lora
 
 
 def test_training_counts_records_not_views() -> None:
-    cut = {("b", "context", "1"), ("b", "context", "2"), ("b", "instruction", "2"), ("a", "context", "1")}
-    assert trained_without(cut, ["b/7/x", "c/9"]) == {
+    cut = CutRecords()
+    for _ in range(2):
+        cut.add([("b", "context", "1"), ("b", "context", "2"), ("a", "context", "1")])
+        cut.add({("b", "instruction", "2")})
+    assert trained_without(cut.counts(), ["b/7/x", "c/9"]) == {
         "a": {"contexts_cut": 1},
         "b": {"contexts_cut": 2, "instructions_cut": 1, "records_skipped": 1},
         "c": {"records_skipped": 1},
     }
-    assert trained_without((), ()) == {}
+    assert trained_without({}, ()) == {}
+
+
+def test_cut_records_take_eight_bytes_each_and_are_known_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However they are shared out among ranks and launches, and whatever is packed in between."""
+    monkeypatch.setattr(omitted, "PENDING", 64)
+    names = [f"{number}.jpg#é" for number in range(5000)]
+    whole, parts = CutRecords(), [CutRecords() for _ in range(3)]
+    for epoch in range(2):
+        for number, name in enumerate(names):
+            cuts = [("a", "context", name)] + [("a", "instruction", name)] * (number % 10 == 0)
+            whole.add(cuts)
+            parts[(number + epoch) % 3].add(cuts)
+    assert whole.counts() == {("a", "context"): 5000, ("a", "instruction"): 500}
+    assert sum(map(len, whole._new.values())) < 2 * 64, "what waits is bounded too"
+    again = CutRecords(parts[0].packed()).union(parts[1:])
+    assert again.counts() == whole.counts()
+    for key, numbers in again.packed().items():
+        assert numbers.dtype == np.int64 and numbers.tobytes() == whole.packed()[key].tobytes()
+    again.add([("a", "context", names[7]), ("b", "context", names[7])])
+    assert again.counts() == whole.counts() | {("b", "context"): 1}
+    assert CutRecords().counts() == {}
 
 
 def test_predictions_say_what_was_left_out() -> None:
@@ -48,12 +81,21 @@ def test_a_line_for_each_task_that_lost_anything() -> None:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, recipe: Path) -> Path:
     """A run of two stages; of `words`, one test record has a long context, another a long question, which its
-    context goes before."""
+    context goes before, and one a long answer. One of `shapes` has a long and a short one, and both count.
+    """
     root = Path(shutil.copytree(recipe.parent, tmp_path_factory.mktemp("omitted") / "data"))
     file = root / "words_test.json"
     rows = json.loads(file.read_text())
     rows[1]["context"], rows[2]["text"], rows[3]["answer"] = "mango " * 200, "what " * 200, "red " * 4
+    rows[3]["answers"] = ["red"]  # which `exact_match` does not read
     file.write_text(json.dumps(rows))
+    rows = json.loads((root / "shapes_test.json").read_text())
+    rows[0] |= {"answer": "red " * 4, "answers": ["red " * 4, "red"]}
+    (root / "shapes_test.json").write_text(json.dumps(rows))
+    tasks = yaml.safe_load((root / "little.yaml").read_text())
+    for task in tasks["tasks"]:
+        task |= {"scorer": "anls"} if task["name"] == "shapes" else {}
+    (root / "little.yaml").write_text(yaml.safe_dump(tasks))
     whole = ["--data.max_length=120", "--missing.ratio=0", "--eval.last_patterns=text"]
     return make_run(root.parent / "run", root / "little.yaml", "lora", Lora, 2, *whole)
 

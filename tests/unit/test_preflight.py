@@ -119,9 +119,9 @@ def test_pictures_that_may_lack_are_counted_and_too_many_are_refused(place: Path
     change(place / "task0_test.json", 0, image="images/lost.png")
     skip = ("--missing.ratio=0", "--data.on_bad_image=skip")
     notes = look(place, *skip)
-    assert [note for note in notes if "task1: training records whose pictures are not there: 2;" in note]
-    assert [note for note in notes if "task0/test: questions whose pictures are not there: 1;" in note]
-    with pytest.raises(DeloError, match="task1: training records whose pictures are not there: 2") as error:
+    assert [note for note in notes if "task1: training records whose pictures cannot be used: 2;" in note]
+    assert [note for note in notes if "task0/test: questions whose pictures cannot be used: 1;" in note]
+    with pytest.raises(DeloError, match="task1: training records whose pictures cannot be used: 2") as error:
         look(place, *skip, "--data.max_bad_images=1")
     assert error.value.fix is not None and "data.max_bad_images" in error.value.fix
 
@@ -148,8 +148,32 @@ def test_references_that_no_answer_can_equal_are_told(place: Path) -> None:
             place / "task1_test.json", row, conversations=asks(rows[row]["conversations"][0]["value"], answer)
         )
     (note,) = look(place)
-    assert note.startswith("task1/test: reference answers longer than max_new_tokens (8): 2 of 4;")
+    assert note.startswith(
+        "task1/test: questions of which every reference answer is longer than max_new_tokens (8): 2 of 4;"
+    )
     assert look(place, evaluates=False) == []
+    use_scorer(place, "anls")
+    change(place / "task1_test.json", 0, answers=["one " * 9, "one"])
+    (note,) = look(place)
+    assert ": 1 of 4;" in note, "one of the answers is short enough, and any counts"
+
+
+def use_scorer(place: Path, scorer: str) -> None:
+    """Judge the last task by it."""
+    recipe = json.loads((place / "tiny.yaml").read_text())
+    recipe["tasks"][1]["scorer"] = scorer
+    (place / "tiny.yaml").write_text(json.dumps(recipe))
+
+
+def test_a_reference_that_its_scorer_cannot_read_is_told_before_the_first_step(place: Path) -> None:
+    use_scorer(place, "scienceqa")
+    for row in range(4):
+        change(place / "task1_test.json", row, conversations=asks("A. one\nB. two", "A"))
+    assert look(place) == []
+    change(place / "task1_test.json", 2, conversations=asks("A. one\nB. two", "both"))
+    with pytest.raises(DeloError, match="must be a letter or an index") as error:
+        look(place)
+    assert "task1_test.json (task1/test, id test-2)" in error.value.message
 
 
 def test_what_is_cut_is_told_before_the_first_step(place: Path) -> None:
@@ -159,8 +183,8 @@ def test_what_is_cut_is_told_before_the_first_step(place: Path) -> None:
     change(place / "task0_test.json", 1, conversations=asks("why " * 300, "red"), context=None)
     notes = look(place, "--missing.ratio=0", "--data.max_length=128")
     assert notes == [
-        "task1/train: contexts cut to data.max_length: 2 of 12, by pictures of 336x336",
-        "task0/test: instructions cut to data.max_length: 1 of 4, by pictures of 336x336",
+        "task1/train: contexts cut to data.max_length: 2 of 12",
+        "task0/test: instructions cut to data.max_length: 1 of 4",
     ]
     change(place / "task1_train.json", 3, conversations=asks("what?", "a <image> of a sign"))
     made = job(place, "--missing.ratio=0", "--data.max_length=128")

@@ -291,6 +291,20 @@ def test_faults_of_side_files_are_told(tmp_path: Path, side: dict[str, Any], tol
         read_recipe(write(tmp_path, [TASK | {"sides": [SIDE | side]}]))
 
 
+@pytest.mark.parametrize(("word", "read"), [("off", False), ("~", None), ("'off'", "off"), ("7", "7")])
+def test_words_that_yaml_takes_for_something_else_are_told_to_be_quoted(
+    tmp_path: Path, word: str, read: Any
+) -> None:
+    file = Path(write(tmp_path, [TASK]))
+    file.write_text(file.read_text().replace(f"name: {TASK['name']}", f"name: {word}"))
+    if isinstance(read, str):
+        assert read_recipe(str(file)).tasks[0].name == read
+        return
+    with pytest.raises(DeloError, match=r"`tasks\.0\.name`") as error:
+        read_recipe(str(file))
+    assert error.value.given == repr(read) and "in quotes" in str(error.value.fix)
+
+
 def test_a_recipe_like_another_takes_and_changes_its_tasks(tmp_path: Path) -> None:
     base = tmp_path / "base.yaml"
     second = TASK | {"name": "two", "max_new_tokens": 3}

@@ -1,16 +1,26 @@
 """References that have not the form that their task's scorer needs."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_models
 
+from delo_llava.backbones.base import find_backbone
+from delo_llava.data.answers import accepted_answers
+from delo_llava.data.tokens import answer_lengths, beyond_reach
 from delo_llava.data_tools import forms
-from delo_llava.data_tools.forms import reference_faults
-from delo_llava.tasks import Record
+from delo_llava.data_tools.forms import reference_faults, right_answers
+from delo_llava.errors import DeloError
+from delo_llava.tasks import Record, TaskSpec
 
 
 def reference(answer: str, instruction: str = "Q?", **extra: Any) -> Record:
     return Record("r", "t", "test", None, None, instruction, answer, extra)
+
+
+def task(scorer: str) -> TaskSpec:
+    return TaskSpec("t", "k", {}, Path("/"), scorer)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +44,7 @@ def test_references_have_the_form_of_their_scorer(
     scorer: str, record: Record, told: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(forms, "load_plugin", lambda kind, name: type("S", (), {"needs": ("answers",)}))
-    found = reference_faults(scorer)(record)
+    found = reference_faults(task(scorer))(record)
     absent = [("extra_missing", f"{scorer} needs `answers`, which is absent or empty")]
     assert [fault for fault in found if fault[0] == "extra_missing"] == (
         [] if "answers" in record.extra else absent
@@ -42,3 +52,53 @@ def test_references_have_the_form_of_their_scorer(
     forms_found = [message for code, message in found if code == "answer_form"]
     assert len(forms_found) == (told is not None)
     assert told is None or told in forms_found[0]
+
+
+MANY = {"answers": ["two words", "word", " ", "word"], "captions": ["a caption", "another one"]}
+
+
+@pytest.mark.parametrize("scoring", ["native", "compat"])
+@pytest.mark.parametrize(
+    ("scorer", "accepted"),
+    [
+        ("vqav2", ["two words", "word"]), ("textvqa", ["two words", "word"]),
+        ("vizwiz", ["two words", "word"]), ("anls", ["two words", "word"]),
+        ("mllm_acl_ocr", ["two words", "word"]), ("caption", ["a caption", "another one"]),
+        ("gqa", ["b"]), ("scienceqa", ["B"]),
+    ],
+)  # fmt: skip
+def test_scorers_say_which_answers_count(scorer: str, accepted: list[str], scoring: str) -> None:
+    """Each once and none blank; a rule that reads one answer has that one."""
+    record = reference("b", **MANY)
+    assert accepted_answers(task(scorer), scoring)(record) == accepted
+    assert right_answers(task(scorer), "train")(record) == ["b"], "what is trained, whatever counts"
+
+
+def test_where_no_list_is_given_the_answer_counts() -> None:
+    assert accepted_answers(task("anls"), "native")(reference("b", answers=[" "])) == ["b"]
+    assert accepted_answers(task("imagenet"), "native")(reference("b", **MANY)) == ["two words", "word"]
+    assert accepted_answers(task("imagenet"), "compat")(reference("b", **MANY)) == ["b"]
+    assert accepted_answers(task("exact_match"), "native")(reference("b", **MANY)) == ["b"]
+
+
+def test_a_reference_that_its_rule_cannot_read_is_told_once() -> None:
+    unknown = reference("??")
+    with pytest.raises(DeloError, match="letter or an index"):
+        accepted_answers(task("scienceqa"), "native")(unknown)
+    assert [code for code, _ in reference_faults(task("scienceqa"))(unknown)] == ["answer_form"]
+    assert right_answers(task("scienceqa"), "test")(unknown) == ["??"]
+
+
+def test_a_question_is_out_of_reach_if_every_answer_is_too_long() -> None:
+    backbone, path = find_backbone(str(tiny_models.session("llava")))
+    kit = backbone.load_processor(path)
+    short, long = "red", "red blue red blue"
+    most, above = answer_lengths(kit.tokenizer, kit.dialogue, [short, long])
+    accepted = [[short], [long], [long, short], [short, long], [long, f"{long} red"]]
+    for bound, expected in (
+        (most, [False, True, False, False, True]),
+        (most - 1, [True] * 5),
+        (above, [False] * 5),
+    ):
+        assert beyond_reach(kit.tokenizer, kit.dialogue, accepted, bound) == expected
+    assert beyond_reach(kit.tokenizer, kit.dialogue, [], 1) == []
