@@ -281,6 +281,13 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return inner() if callable(inner) else model
 
 
+def quiet_loading() -> None:
+    """Let transformers draw no bar for each load of weights in this process."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+
+
 def resolve_device(device: str) -> torch.device:
     """`auto` -> CUDA when there is one; a CUDA device that is not there is an error."""
     if device == "auto":

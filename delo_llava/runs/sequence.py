@@ -48,12 +48,11 @@ def run_sequence(job: Job, evaluate: Evaluate | None = None, planner: "Planner |
         DeloError: whatever is wrong with an earlier launch, an adapter or a step.
         Preempted: on every rank, if any of them was asked to leave by a signal; what was done is saved.
     """
-    from transformers.utils.logging import disable_progress_bar
-
+    from delo_llava.backbones.base import quiet_loading
     from delo_llava.engines.agree import require_agreement
     from delo_llava.engines.ranks import start_ranks, stop_ranks
 
-    disable_progress_bar()  # one bar for each load of weights would tear ours apart
+    quiet_loading()  # one bar for each stage would tear ours apart
     store = RunStore(job.config.run_dir)
     ranks = start_ranks(job.config)
     with ExitStack() as held:

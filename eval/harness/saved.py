@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from delo_eval.answers.question import Question
+from delo_eval.answers.question import Answer, Question
 from delo_eval.harness.generate import Answerer
 from delo_eval.harness.model import answerer, open_run
 from delo_eval.harness.run import stages_named
@@ -96,8 +96,12 @@ class SavedStage:
 
     def answers(self, questions: Sequence[Question], max_new_tokens: int = MAX_NEW_TOKENS) -> list[str]:
         """The answers to a batch of questions, in their order."""
+        return [answer.prediction for answer in self.answered(questions, max_new_tokens)]
+
+    def answered(self, questions: Sequence[Question], max_new_tokens: int = MAX_NEW_TOKENS) -> list[Answer]:
+        """As `answers`, with all that is known of each; of a task that was told there is no choice."""
         self.rooms.update({question.record.task: max_new_tokens for question in questions})
-        if self.task is not None:
-            said = self.ready.decode(questions, [self.task] * len(questions), max_new_tokens)
-            return [one.text for one in said]
-        return [answer.prediction for answer in self.ready.answer(questions, max_new_tokens)]
+        if self.task is None:
+            return self.ready.answer(questions, max_new_tokens)
+        said = self.ready.decode(questions, [self.task] * len(questions), max_new_tokens)
+        return [Answer(one.text, None, unended=() if one.ended else ("prediction",)) for one in said]

@@ -54,6 +54,8 @@ COMPUTED = {("scorers/_captions.py", "f'pycocoevalcap.{module}'"): "pycocoevalca
 #: (module, string): the harness's modules that the library names in strings, as it may not import them.
 NAMED_BY_THE_LIBRARY = {
     ("cli.py", "delo_eval.harness.run"),
+    ("commands/ask.py", "delo_eval.harness.ask"),
+    ("commands/ask.py", "delo_eval.tables"),
     ("commands/benchmark.py", "delo_eval.compare.benchmark"),
     ("commands/compare.py", "delo_eval.compare.assemble"),
     ("commands/compare.py", "delo_eval.compare.leaderboard"),
