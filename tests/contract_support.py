@@ -51,6 +51,8 @@ SMALL: dict[str, dict[str, Any]] = {
     "map_prompts": {"length": 2},
     "simple_recipe": {"lr": 0.01, "replay": 3},
 }
+#: Always tried, on LLaVA: an expert method and a baseline; all else by --long or in turn.
+CORE = ("delo", "lora")
 #: Presence of a task's records in turn.
 PRESENCE = ((True, True), (True, False), (False, True), (True, True))
 TASKS = ("task0", "task1")
@@ -102,6 +104,9 @@ class Trained:
 class Bench:
     """One method over one tiny base."""
 
+    #: On whose device it trains and answers.
+    ranks: Ranks = ALONE
+
     def __init__(
         self, name: str, kind: str = "llava", quant: str = "none", *words: str, **options: Any
     ) -> None:
@@ -119,7 +124,7 @@ class Bench:
 
     def base(self) -> Any:
         """A fresh base."""
-        return self.backbone.load(self.path, quant=self.config.quant, device="cpu")
+        return self.backbone.load(self.path, quant=self.config.quant, device=str(self.ranks.device))
 
     def stages(self) -> list[Stage]:
         """The stages of the sequence, whose past is still empty."""
@@ -140,14 +145,14 @@ class Bench:
             checkpoint_activations(base, model, self.method)
         return model.train()
 
-    def train(self, stage: Stage, folder: Path) -> Trained:
-        """The stage by `fit`, its files in `folder`."""
+    def train(self, stage: Stage, folder: Path, **how: Any) -> Trained:
+        """The stage by `fit`, which is also told `how`; its files in `folder`."""
         model = self.begin(stage)
         own = _own_modules(model)
         start = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         past = {name: _all(known) for name, known in stage.past.items()}
         mixture = self.method.mixture(stage, _all(Past(folder, stage.tasks)), past)
-        fitted = fit(model, self.method, mixture, self.config, ALONE, self.kit, seed=stage.seed)
+        fitted = fit(model, self.method, mixture, self.config, self.ranks, self.kit, seed=stage.seed, **how)
         end = dict(fitted.tensors)
         folder.mkdir(parents=True)
         self.method.save(fitted.model, stage, folder)
@@ -162,7 +167,7 @@ class Bench:
         """Rows of any tasks."""
         processor = self.backbone.load_processor(self.path)
         collate = Collator(self.backbone, processor, 2048, generation=generation)
-        return collate(rows)
+        return collate(rows).to(self.ranks.device)
 
     def logits(self, model: nn.Module, rows: list[Item], trained: bool = False) -> Tensor:
         """Logits of the answering model; one that was just `trained` may have no name to choose by."""

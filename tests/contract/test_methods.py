@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 import training_support as support
-from contract_support import TASKS, Bench, Story, hashes, items, recipe, records, story
+from contract_support import CORE, TASKS, Bench, Story, hashes, items, recipe, records, story
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
@@ -22,8 +22,6 @@ from delo_llava.runs.export import merge
 from delo_llava.runs.job import make_job
 
 METHODS = plugin_names("method")
-#: Always tried, on LLaVA: an expert method and a baseline; all else by --long or in turn.
-CORE = ("delo", "lora")
 #: One tower, a picture of any size, tiles.
 FAMILIES = ("llava", "qwen2_5_vl", "llava_next")
 CASES = [
