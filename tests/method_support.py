@@ -29,7 +29,7 @@ class Given:
     def all(self, size: int | None = None) -> Iterator[Batch]:
         return iter(self.batches)
 
-    def first(self, count: int, size: int | None = None) -> Iterator[Batch]:
+    def drawn(self, count: int, size: int | None = None) -> Iterator[Batch]:
         return iter(self.batches)
 
     def complete(self, count: int) -> Iterator[Batch]:

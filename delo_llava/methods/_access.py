@@ -17,11 +17,13 @@ class Passes(Protocol):
     def all(self, size: int | None = None) -> Iterator[Batch]:
         """Every example once, `size` to a batch (None: the micro-batch)."""
 
-    def first(self, count: int, size: int | None = None) -> Iterator[Batch]:
-        """The first `count` examples; which ones they are does not depend on the number of ranks."""
+    def drawn(self, count: int, size: int | None = None) -> Iterator[Batch]:
+        """`count` examples, all where there are no more, drawn evenly by the stage's seed: a file may be
+        sorted. Which ones they are does not depend on the number of ranks.
+        """
 
     def complete(self, count: int) -> Iterator[Batch]:
-        """The first `count` examples that have both modalities."""
+        """`count` of the examples that have both modalities, drawn likewise."""
 
 
 class Trained(Protocol):

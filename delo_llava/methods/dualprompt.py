@@ -9,7 +9,7 @@ Source: Wang et al., "DualPrompt: Complementary Prompting for Rehearsal-free Con
 
 needs_task: no (the choice is per sample; `oracle` answers as the true task) · encoders: none beside the
 base's own · mergeable: no · per task: E_t and k_t, and a copy of G, 4·(layers·2·heads·length·width of both +
-3d) bytes. `faithful` but for two things: k_t starts at the mean query of the task's first samples, and a
+3d) bytes. `faithful` but for two things: k_t starts at the mean query of some samples of the task, and a
 query has a part for every view, so that a missing one says nothing.
 
 Not reproduced: ports that mix the key/value and the sample axis of a batch of prompts; batch-wise matching.
@@ -81,7 +81,7 @@ class DualPrompt(PromptMethod):
         key = prompts_of(model).trained[EXPERT].keys
         assert isinstance(key, nn.Parameter)
         total = torch.zeros(key.shape[1:], dtype=torch.float64)
-        for batch in passes.first(self.options.key_samples):
+        for batch in passes.drawn(self.options.key_samples):
             queries = frozen_queries(model, self.inputs(batch), batch.inputs)
             total += torch.stack(list(present(queries, batch.presence)), 1).double().sum(0).cpu()
         with torch.no_grad():

@@ -42,7 +42,7 @@ class EwcOptions(LowRankOptions):
 
     Attributes:
         strength: λ.
-        samples: records whose squared gradients make F, the first ones of the stage.
+        samples: of the stage's records, whose squared gradients make F.
         accumulate: `per_task`: every earlier stage pulls to its own weights; `online`: their sum pulls to the
             last stage's.
         decay: γ: F of a stage counts less by this factor with every later stage.
@@ -79,7 +79,7 @@ class Ewc(Lora):
         sums = {n: torch.zeros_like(p, dtype=torch.float64) for n, p in named.items()}
         count = torch.zeros((), dtype=torch.float64)
         model.eval()
-        for batch in passes.first(self.options.samples, size=1):
+        for batch in passes.drawn(self.options.samples, size=1):
             loss = self.loss_sums(model, batch)["answer"] / max(1.0, self.counts(batch)["answer"])
             # A record without image leaves the projector's weights without a gradient.
             found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)

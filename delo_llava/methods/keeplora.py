@@ -184,7 +184,7 @@ class KeepLora(LowRankMethod):
         return torch.cat([own, self._earlier.get(layer.name, own[:, :0])], 1)
 
     def _gradients(self, model: nn.Module, passes: Passes, reduce: Reduce) -> dict[str, GradientSketch]:
-        """The mean gradient of every linear over the first samples, each sample's loss being its mean."""
+        """The mean gradient of every linear over some samples, each sample's loss being its mean."""
         layers = _layers(model)
         sketches = {}
         for number, layer in enumerate(layers):
@@ -194,7 +194,7 @@ class KeepLora(LowRankMethod):
         trained = [p for p in model.parameters() if p.requires_grad]
         count = torch.zeros((), dtype=torch.float64)
         with watched(layers, sketches):
-            for batch in passes.first(self.options.samples, size=1):
+            for batch in passes.drawn(self.options.samples, size=1):
                 if batch.filler:
                     continue
                 loss = self.loss_sums(model, batch)["answer"] / self.counts(batch)["answer"]

@@ -209,7 +209,7 @@ class _Fit:
         model, method, config, ranks = self.model, self.method, self.config, self.ranks
         own = mixture[0].examples
         start, ledger = self._begun()
-        passes = StagePasses(own, config, ranks, lambda: self.kit.collator(config), ledger)
+        passes = StagePasses(own, config, ranks, lambda: self.kit.collator(config), ledger, self.seed)
         batches = StageBatches(config, mixture, self.seed)
         self.at("preparing")
         if self.resumed is not None:

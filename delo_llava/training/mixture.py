@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch, Collator, Views
@@ -95,6 +96,7 @@ class StagePasses:
 
     Args:
         ledger: takes note of what is left out.
+        seed: of the stage; decides which examples are drawn.
     """
 
     def __init__(
@@ -104,21 +106,29 @@ class StagePasses:
         ranks: Ranks,
         collator: Callable[[], Collator],
         ledger: Ledger,
+        seed: int,
     ) -> None:
         self._examples, self._config, self._ranks, self._collator = examples, config, ranks, collator
-        self._ledger = ledger
+        self._ledger, self._seed = ledger, seed
 
     def all(self, size: int | None = None) -> Iterator[Batch]:
         """Every example once."""
         return self._pass(range(len(self._examples)), size)
 
-    def first(self, count: int, size: int | None = None) -> Iterator[Batch]:
-        """The first `count` examples."""
-        return self._pass(range(min(count, len(self._examples))), size)
+    def drawn(self, count: int, size: int | None = None) -> Iterator[Batch]:
+        """`count` examples, drawn evenly."""
+        return self._pass(self._some(np.arange(len(self._examples)), count), size)
 
     def complete(self, count: int) -> Iterator[Batch]:
-        """The first `count` examples that have both modalities."""
-        return self._pass(np.flatnonzero(self._examples.presence.all(1))[:count].tolist(), None)
+        """`count` of the examples that have both modalities, drawn evenly."""
+        return self._pass(self._some(np.flatnonzero(self._examples.presence.all(1)), count), None)
+
+    def _some(self, indices: NDArray[np.int64], count: int) -> list[int]:
+        """`count` of the indices, in their order."""
+        if count < len(indices):
+            random = np.random.default_rng(self._seed)
+            indices = np.sort(random.choice(indices, count, replace=False))
+        return list(indices.tolist())
 
     def _pass(self, chosen: Sequence[int], size: int | None) -> Iterator[Batch]:
         mine, size = chosen[self._ranks.rank :: self._ranks.world], size or self._config.train.micro_batch

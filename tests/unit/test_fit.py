@@ -27,7 +27,8 @@ from delo_llava.runs.job import make_job
 from delo_llava.runs.sequence import run_sequence
 from delo_llava.runs.stage import stage_seed
 from delo_llava.training.fit import Kit, Silent, fit, seed_everything
-from delo_llava.training.mixture import StageBatches
+from delo_llava.training.loop import Ledger
+from delo_llava.training.mixture import StageBatches, StagePasses
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
@@ -122,7 +123,7 @@ class Counting(Method):
         self.seen.append(sum(len(batch) for batch in passes.complete(5)))
 
     def finish(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
-        sizes = [len(batch) for batch in passes.first(3, size=1)]
+        sizes = [len(batch) for batch in passes.drawn(3, size=1)]
         self.seen += [sum(sizes), max(sizes)]
 
     def loss_sums(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
@@ -143,6 +144,30 @@ def test_a_method_may_train_nothing(place: Place) -> None:
     fitted = fit(model, method, (Part(place.examples(config)),), config, ALONE, kit, seed=0)
     assert (fitted.steps, fitted.trainable, fitted.tensors) == (0, 0, {})
     assert method.seen == [16, 5, 3, 1]
+
+
+def test_some_records_are_drawn_evenly_and_alike_for_any_number_of_ranks(place: Place) -> None:
+    config = place.config("--missing.ratio=0.5", "--missing.kind=image")
+    examples, whole = place.examples(config), [f"train-{i}" for i in range(16)]
+    kit = Kit(find_backbone(config.model)[0], find_backbone(config.model)[0].load_processor(config.model))
+
+    def names(count: int, seed: int, world: int = 1, complete: bool = False) -> list[str]:
+        found = []
+        for rank in range(world):
+            ranks = Ranks(rank, world, torch.device("cpu"))
+            passes = StagePasses(examples, config, ranks, lambda: kit.collator(config), Ledger(), seed)
+            batches = passes.complete(count) if complete else passes.drawn(count, size=3)
+            found += [name for batch in batches for name in batch.record_ids]
+        return sorted(found, key=whole.index)
+
+    draws = [names(4, seed) for seed in range(40)]
+    assert all(len(set(draw)) == 4 for draw in draws)
+    assert {name for draw in draws for name in draw} == set(whole), "every record may come"
+    assert names(5, 7, world=2) == names(5, 7) == names(5, 7)
+    assert names(16, 0) == names(99, 3) == whole
+    shown_whole = [whole[i] for i in np.flatnonzero(examples.presence.all(1))]
+    assert len(shown_whole) == 8 and names(99, 0, complete=True) == shown_whole
+    assert set(names(3, 1, complete=True)) < set(shown_whole)
 
 
 def test_shares_of_a_mixture_are_kept_in_every_batch(place: Place) -> None:

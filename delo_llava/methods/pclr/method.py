@@ -121,7 +121,7 @@ class Pclr(LowRankMethod):
     def prepare(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
         """The task's key: the unit mean of its samples' queries."""
         total = torch.zeros(2, self._pool.keys.shape[-1], dtype=torch.float64)
-        for batch in passes.first(self.options.samples):
+        for batch in passes.drawn(self.options.samples):
             if not batch.filler:
                 found = frozen_queries(model, self._inputs(batch), batch.inputs)
                 total += _pair(found).sum(0).double().cpu()

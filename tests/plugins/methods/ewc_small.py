@@ -55,7 +55,7 @@ class Ewc(Lora):
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in named.items()}
         model.eval()
-        for batch in passes.first(self.options.samples, size=1):
+        for batch in passes.drawn(self.options.samples, size=1):
             count = max(1.0, self.counts(batch)["answer"])
             loss = self.loss_sums(model, batch)["answer"] / count
             for name, gradient in zip(
