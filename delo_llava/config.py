@@ -145,6 +145,8 @@ class EvalConfig(Section):
         batch_size: records that are answered together.
         split: `test`, or `val` where the sequence has validation files.
         limit: records per task, for trials; None means all.
+        wording: asked in place of every instruction, whatever the task, to see what images and contexts alone
+            tell; None asks what the data asks.
         num_beams: 1 decodes greedily.
         patterns: missing patterns evaluated after every stage; `run` is the run's own specification.
         last_patterns: patterns evaluated after the last stage on top of them.
@@ -158,6 +160,7 @@ class EvalConfig(Section):
     batch_size: int = Field(default=32, ge=1)
     split: Literal["test", "val"] = "test"
     limit: int | None = Field(default=None, ge=1)
+    wording: str | None = Field(default=None, min_length=1)
     num_beams: int = Field(default=1, ge=1)
     patterns: Patterns = ["run"]
     last_patterns: Patterns = ["complete", "image", "text"]

@@ -27,6 +27,8 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "image70": ("--missing.ratio=0.7", "--missing.kind=image"),
     "text70": ("--missing.ratio=0.7", "--missing.kind=text"),
 }
+#: Asked in place of every instruction after the last stage: what images and contexts alone tell of the task.
+WORDING = "look at what is given and answer"
 #: Folder of the trials within the benchmark's.
 TRIALS = "rates"
 
@@ -168,6 +170,12 @@ def entries(given: Sequence[str]) -> list[Entry]:
     return found
 
 
+def ask_in_one_wording(planned: Planned) -> int:
+    """Evaluate the last stage with `WORDING` in place of every instruction; nothing is done twice."""
+    command = [sys.executable, "-m", "delo_eval", "--run", str(planned.folder), "--patterns", "run"]
+    return _watched([*command, "--wording", WORDING], f"evaluating {planned.folder}")
+
+
 def launch(planned: Planned, ranks: int) -> int:
     """Train and evaluate one run to its end, or on from where it was.
 
@@ -185,11 +193,16 @@ def launch(planned: Planned, ranks: int) -> int:
         str(launcher), "--num_gpus", str(ranks), "--master_port", str(port), "--no_local_rank", "--module",
         "delo_llava.cli", "train", *planned.words,
     ]  # fmt: skip
+    return _watched(command, f"training {planned.folder}")
+
+
+def _watched(command: Sequence[str], what: str) -> int:
+    """Run a command; a signal to leave is handed on to it."""
     with subprocess.Popen(command) as child:
         while child.poll() is None:
             if reason := signals.requested():
                 child.terminate()
                 child.wait()
-                raise Preempted(reason, f"training {planned.folder}")
+                raise Preempted(reason, what)
             time.sleep(0.2)
         return child.returncode

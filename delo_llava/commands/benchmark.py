@@ -101,13 +101,19 @@ def _pages() -> Any:
 
 def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[Path]:
     """Trials, then runs, of some of the methods; returns the folders of those that failed."""
+    from delo_llava.cluster.benchmark import ask_in_one_wording
+
     tried = plan.factors if len(plan.factors) > 1 else ()
     clock = _Clock(len(listed) * (len(plan.settings) * len(plan.seeds) + len(tried)), ranks)
     failed: list[Path] = []
     for entry in listed:
         failed += clock.failures(plan.trial(entry, factor) for factor in tried)
         factor = _pages().chosen_factor(plan, entry) if tried else plan.factors[0]
-        failed += clock.failures(plan.runs(entry, factor))
+        runs = plan.runs(entry, factor)
+        failed += clock.failures(runs)
+        for planned in runs:
+            if planned.finished and _pages().chooses(planned) and ask_in_one_wording(planned):
+                failed.append(planned.folder)
     return failed
 
 

@@ -8,14 +8,17 @@ from pathlib import Path
 from delo_eval.compare.assemble import compare
 from delo_eval.compare.comparison import BoardRow, Comparison
 from delo_eval.compare.leaderboard import markdown, markdown_table, value_text
+from delo_eval.compare.runs import spread
 from delo_eval.compare.seeds import summarise_seeds
 from delo_eval.matrix.plots import DPI, Point, points
-from delo_eval.matrix.results import FLOORS, json_text, judged_mode, read_results
+from delo_eval.matrix.results import FILE, FLOORS, json_text, judged_mode, read_results
 from delo_eval.tables import Sheet
-from delo_llava.cluster.benchmark import SETTINGS, TRIALS, Benchmark, Entry, Planned
+from delo_llava.cluster.benchmark import SETTINGS, TRIALS, WORDING, Benchmark, Entry, Planned
 from delo_llava.data.recipe import read_recipe
 from delo_llava.files import read_json, write_text_atomic
 
+#: Where `delo-eval --wording` writes in a run's folder (`harness.folder.WORDING`, which stands above this).
+WORDING_FOLDER = "eval-wording"
 #: Training is compared with this method's, where it was run.
 YARDSTICK = "lora"
 
@@ -56,6 +59,13 @@ def write_page(plan: Benchmark, page: Path) -> str:
     page.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomic(page, "\n".join(part for part in parts if part))
     return f"{table}\npage: {page}\n"
+
+
+def chooses(run: Planned) -> bool:
+    """Whether the run's method chooses the task, and was not asked yet in one wording for all."""
+    results = read_results(run.folder)
+    asked = (run.folder / WORDING_FOLDER / FILE).is_file()
+    return results is not None and results["task_choice_accuracy"] is not None and not asked
 
 
 def _note(plan: Benchmark, entry: Entry) -> Path:
@@ -128,6 +138,9 @@ def _section(setting: str, comparison: Comparison, page: Path) -> str:
     parts = [f"## {setting}\n", f"![AP and forgetting of every method]({picture.name})\n"]
     if unbeaten := list(_unbeaten(comparison)):
         parts.append(f"No method beats the most frequent answer on: {', '.join(unbeaten)}.\n")
+    if choices := _choices(comparison):
+        told = f"One wording: every instruction was replaced by “{WORDING}”, after the last stage."
+        parts.append(f"### Task chosen right, %\n\n{markdown_table(choices)}\n\n{told}\n")
     parts.append("### Costs\n\n" + markdown_table(_costs(comparison)))
     parts.append(
         "\nTraining times are of separate runs, one after the other; `benchmarks/step_time.py` measures side "
@@ -145,6 +158,20 @@ def _unbeaten(comparison: Comparison) -> Iterator[str]:
         scores = [row.scores[task].mean for row in comparison.rows if task in row.scores]
         if task in majority and scores and max(scores) <= majority[task]:
             yield task
+
+
+def _choices(comparison: Comparison) -> Sheet | None:
+    """How often methods chose the right task by what; None where none chooses."""
+    rows = []
+    for row in comparison.rows:
+        keys = ("task_choice_accuracy", "task_choice_accuracy_without_instruction")
+        if keys[0] in row.extras:
+            worded = (read_results(folder / WORDING_FOLDER) for folder in row.folders)
+            found = [r[keys[0]] for r in worded if r is not None and r["task_choice_accuracy"] is not None]
+            one = spread(found) if len(found) == len(row.folders) else None
+            rows.append((row.name, *(value_text(row.extras.get(key)) for key in keys), value_text(one)))
+    heads = ("method", "with the instruction", "without it", "one wording")
+    return Sheet("Task choice", heads, rows) if rows else None
 
 
 def _costs(comparison: Comparison) -> Sheet:

@@ -53,6 +53,7 @@ def protocol(results: ResultsJson) -> Protocol:
         "tasks": results["tasks"],
         "split": results["split"],
         "limit": results["limit"],
+        "wording": results.get("wording"),
         "scoring": results.get("scoring", "native"),
         "start_weights": weights.get("sha256") or weights.get("name"),
         **flat("missing", missing),

@@ -11,6 +11,9 @@ from delo_llava.errors import DeloError
 from delo_llava.runs.store import RunStore
 from delo_llava.tasks import TaskSequence
 
+#: Folder of results under one wording for all tasks.
+WORDING = "eval-wording"
+
 
 @dataclass(frozen=True)
 class Request:
@@ -24,6 +27,7 @@ class Request:
         output: folder of predictions and results; the run's own, or `<run>/eval-<split>` for another split.
         cache: whether answers of earlier evaluations are used.
         data_root: where the data lies now; what lies there must be what the run was made of.
+        wording: asked in place of every instruction; results go to `WORDING` in the run's folder by default.
     """
 
     split: str | None = None
@@ -33,6 +37,7 @@ class Request:
     output: Path | None = None
     cache: bool | None = None
     data_root: Path | None = None
+    wording: str | None = None
 
 
 #: Everything as the run's configuration says.
@@ -94,18 +99,16 @@ def open_folder(run_dir: Path, request: Request = AS_STORED) -> RunFolder:
     stored = core_config(config_layers(store.config, []))
     changes = {
         "split": request.split, "limit": request.limit, "batch_size": request.batch_size,
-        "cache": request.cache,
+        "cache": request.cache, "wording": request.wording,
     }  # fmt: skip
     wanted = stored.eval.model_copy(
         update={key: value for key, value in changes.items() if value is not None}
     )
     data = stored.data.model_copy(update={"root": request.data_root or stored.data.root})
     config = stored.model_copy(update={"eval": wanted, "data": data, "output": stored.output or run_dir})
-    own = (
-        run_dir
-        if wanted.split == stored.eval.split and wanted.limit == stored.eval.limit
-        else run_dir / f"eval-{wanted.split}"
-    )
+    own = run_dir
+    if any(getattr(wanted, key) != getattr(stored.eval, key) for key in ("split", "limit", "wording")):
+        own = run_dir / (WORDING if request.wording else f"eval-{wanted.split}")
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     plan = Plan.read({**store.read_run(), "tasks": sequence.names})
     return RunFolder(store, config, sequence, plan, request.output or own, request.patterns)

@@ -1,7 +1,7 @@
 """What a stage is asked: which (task, pattern) cells, and the questions of each with their presence flags."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from delo_eval.answers.question import Question
@@ -62,5 +62,6 @@ class Questions:
 
     def _of_task(self, task: TaskSpec) -> list[Record]:
         if self._latest is None or self._latest[0] != task:
-            self._latest = task, list(read_records(task, self.config.eval.split))
+            records, wording = read_records(task, self.config.eval.split), self.config.eval.wording
+            self._latest = task, [replace(r, instruction=wording) if wording else r for r in records]
         return self._latest[1]

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = arguments
     request = Request(
         given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output,
-        False if given.no_cache else None, given.root,
+        False if given.no_cache else None, given.root, given.wording,
     )  # fmt: skip
     run = open_folder(arguments.run, request)
     stages = stages_named(arguments.stage, run)
@@ -171,6 +171,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--patterns", help="missing patterns, comma-separated: run, complete, image, text")
     parser.add_argument("--limit", type=at_least(1), help="records per task, for trials")
+    parser.add_argument(
+        "--wording", metavar="TEXT", help="asked in place of every instruction, to see what images and "
+        "contexts alone tell (the choice of the task above all); goes to <run>/eval-wording",
+    )  # fmt: skip
     parser.add_argument(
         "--batch_size", type=at_least(1), help="questions decoded at once; results do not depend on it"
     )

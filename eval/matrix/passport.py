@@ -24,7 +24,7 @@ PARTS = {
     "data": "files of all splits, and those joined to them",
     "masks": "which records miss a modality",
     "order": "the tasks in the order of training",
-    "asked": "split, limit, beams",
+    "asked": "split, limit, beams, another wording",
     "scorers": "the rule of each task, and its mode",
 }
 #: Parts that rows of one table must share and that no other condition of a comparison names.
@@ -52,7 +52,12 @@ def passport(
         "data": record.get("data_hashes"),
         "masks": missing if config.missing.ratio else 0,
         "order": [task.name for task in tasks],
-        "asked": [config.eval.split, config.eval.limit, config.eval.num_beams],
+        "asked": [
+            config.eval.split,
+            config.eval.limit,
+            config.eval.num_beams,
+            *([config.eval.wording] if config.eval.wording else []),
+        ],
         "scorers": [config.eval.scoring, dict(scorer_ids)],
     }
     parts = {name: _digest(found[name]) for name in PARTS if found[name] is not None}

@@ -129,6 +129,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
         "world": facts["world"],
         "split": config.eval.split,
         "limit": config.eval.limit,
+        "wording": config.eval.wording,
         **matrix.to_json(),
         "modes": [mode for mode in MODES if matrix.ran(mode)],
         "metrics": summarise(matrix),
@@ -265,10 +266,11 @@ def resume_results(folder: Path, config: RunConfig, plan: Plan) -> Results:
     if content is None:
         return Results(AccuracyMatrix(plan))
     # Files from before there were two modes, or a plan.
-    content = {"scoring": "native"} | content | {"plan": Plan.read(content).to_json()}
+    content = {"scoring": "native", "wording": None} | content | {"plan": Plan.read(content).to_json()}
     expected = {
         "scoring": config.eval.scoring, "method": config.method, "tasks": list(plan.tasks),
         "plan": plan.to_json(), "seed": config.seed, "split": config.eval.split, "limit": config.eval.limit,
+        "wording": config.eval.wording,
     }  # fmt: skip
     for key, value in expected.items():
         if content[key] != value:

@@ -188,6 +188,8 @@ def warnings(content: RunContent) -> list[str]:
     for stage, by_pattern in (results.get("bad_images") or {}).items():
         count = sum(len(records) for tasks in by_pattern.values() for records in tasks.values())
         told.append(f"Stage {stage}: {count} answers were counted wrong as their image cannot be used.")
+    if results.get("wording"):
+        told.append(f"Every instruction was replaced by: {results['wording']}")
     if results["limit"] is not None:
         told.append(f"A trial: at most {results['limit']} records of each task were evaluated (eval.limit).")
     max_steps = value_at(content.config, "train", "max_steps")

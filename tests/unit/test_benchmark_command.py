@@ -12,7 +12,8 @@ import pytest
 import tiny_models
 import training_support as support
 
-from delo_eval.compare.benchmark import chosen_factor, write_page
+from delo_eval.compare.benchmark import chooses, chosen_factor, write_page
+from delo_eval.harness.folder import WORDING
 from delo_llava.cluster.benchmark import Benchmark, Entry, entries
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
@@ -156,6 +157,22 @@ def test_rows_that_were_not_made_alike_are_marked(tmp_path: Path) -> None:
     text = (tmp_path / "page.md").read_text()
     assert "NOT COMPARABLE" in text
     assert "start" in text
+
+
+def test_the_page_tells_the_choice_with_without_and_in_one_wording(tmp_path: Path) -> None:
+    mine = plan(tmp_path, seeds=[0], settings=["complete"])
+    run = mine.run(Entry("delo"), "complete", 0, 1)
+    fake.write_run(
+        run.folder, fake.outcomes((0.5, 0.5)), config=RunConfig(method="delo"), task_choice_accuracy=98.0,
+        task_choice_accuracy_without_instruction=90.0,
+    )  # fmt: skip
+    (run.folder / "complete.json").write_text("{}")
+    finish(mine.run(Entry("lora"), "complete", 0, 1).folder)
+    assert chooses(run) and not chooses(mine.run(Entry("lora"), "complete", 0, 1))
+    fake.write_run(run.folder / WORDING, fake.outcomes((0.1, 0.1)), task_choice_accuracy=37.5)
+    assert not chooses(run), "it was asked already"
+    write_page(mine, tmp_path / "page.md")
+    assert "| delo | 98.00 | 90.00 | 37.50 |" in (tmp_path / "page.md").read_text()
 
 
 def test_a_task_on_which_nobody_beats_majority_is_named(tmp_path: Path) -> None:
