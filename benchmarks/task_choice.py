@@ -119,7 +119,7 @@ def choosing(args: argparse.Namespace) -> dict[str, float]:
     """Seconds of a batch's two choices (with and without the instruction), the first one apart, and how far
     the scores are from those made anew, up to what is the same for all tasks of a sample.
     """
-    memory, names = TaskKeyMemory(args.hidden), [f"task{i}" for i in range(args.tasks)]
+    memory, names = TaskKeyMemory(args.hidden, unfamiliar=8), [f"task{i}" for i in range(args.tasks)]
     there = torch.ones(args.samples, 2, dtype=torch.bool)
     for number, name in enumerate(names):
         memory.observe(name, drawn(args.samples, args.hidden, number, 100 + number), there)

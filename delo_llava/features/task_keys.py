@@ -23,6 +23,10 @@ from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.strict import read_tensors
 
 Matcher = Literal["cosine", "lda"]
+#: Queries of one view, and which rows have it.
+Shown = tuple[Tensor, Tensor]
+#: Random directions in which a sample's distance from the tasks is measured.
+PROBES = 64
 
 
 @dataclass
@@ -88,11 +92,26 @@ class Discriminant(NamedTuple):
 
     Attributes:
         centre: c, d: the mean of the means μ_t. weight: T×d, Σ⁻¹ (μ_t − c). offset: T, −½ w_t · (μ_t − c).
+        probes: k×d, random directions in which Σ is the identity: ‖P (q − μ)‖² estimates the distance
+            (q − μ)ᵀ Σ⁻¹ (q − μ), within some 18 % for k = 64. places: T×k, P μ_t.
+        usual: mean distance of a training sample to its own task, as the probes measure it.
     """
 
     centre: Tensor
     weight: Tensor
     offset: Tensor
+    probes: Tensor
+    places: Tensor
+    usual: Tensor
+
+    def scores(self, query: Tensor) -> Tensor:
+        """B×T."""
+        return (query - self.centre) @ self.weight.T + self.offset
+
+    def distance(self, query: Tensor) -> Tensor:
+        """B: how much farther from the nearest task a query is than a training sample on average."""
+        apart = (query @ self.probes.T).unsqueeze(1) - self.places
+        return apart.square().sum(2).amin(1) / self.usual
 
 
 class TaskKeyMemory:
@@ -102,12 +121,19 @@ class TaskKeyMemory:
         hidden: d, length of a query.
         covariance: also keep second moments, for the matcher `lda` (three d×d matrices per task).
         shrinkage: share of the spherical part in the shared covariance of `lda`, in (0, 1].
+        unfamiliar: with `lda`, a view of a sample that is so many times farther from the nearest task than
+            training samples are on average says nothing, unless no view is nearer; 0: every view speaks. Far
+            from all tasks, what a Gaussian says of them is large and means little: another wording of an
+            instruction would overrule image and context.
     """
 
     FILE = "task_keys.safetensors"
 
-    def __init__(self, hidden: int, covariance: bool = True, shrinkage: float = 0.1) -> None:
+    def __init__(
+        self, hidden: int, covariance: bool = True, shrinkage: float = 0.1, unfamiliar: float = 0.0
+    ) -> None:
         self.hidden, self.covariance, self.shrinkage = hidden, covariance, shrinkage
+        self.unfamiliar = unfamiliar
         self.tasks: dict[str, KeyStatistics] = {}
         self._pending: dict[str, Gathered] = {}
         #: By tasks and view; a change of `tasks` drops them.
@@ -193,13 +219,17 @@ class TaskKeyMemory:
         self._check_choice(tasks, matcher, views)
         scores = torch.zeros(len(presence), len(tasks), dtype=torch.float64)
         weights = torch.zeros(len(presence), 1, dtype=torch.float64)
-        for view, (query, seen) in enumerate(zip(queries, _seen(queries, presence), strict=True)):
+        shown = {
+            view: (query.detach().double().cpu(), seen.cpu())
+            for view, (query, seen) in enumerate(zip(queries, _seen(queries, presence), strict=True))
+            if VIEWS[view] in views and any(self.tasks[t].count[view] > 0 for t in tasks)
+        }
+        heard = self._familiar(shown, tasks) if matcher == "lda" and self.unfamiliar else shown
+        for view, (query, seen) in heard.items():
             known = torch.stack([self.tasks[t].count[view] > 0 for t in tasks])
-            if VIEWS[view] not in views or not bool(known.any()):
-                continue
-            evidence = self._evidence(query.detach().double().cpu(), tasks, view, matcher)
+            evidence = self._evidence(query, tasks, view, matcher)
             neutral = (evidence * known).sum(1, keepdim=True) / known.sum()
-            seen_column = seen.cpu().double().unsqueeze(1)
+            seen_column = seen.double().unsqueeze(1)
             scores += torch.where(known, evidence, neutral) * seen_column
             weights += seen_column
         if matcher == "cosine":
@@ -220,11 +250,22 @@ class TaskKeyMemory:
         if matcher == "cosine":
             means = torch.stack([self.tasks[t].means()[view] for t in tasks])
             return F.normalize(query, dim=1) @ F.normalize(means, dim=1).T
+        return self._solved(tasks, view).scores(query)
+
+    def _familiar(self, shown: Mapping[int, Shown], tasks: Sequence[str]) -> dict[int, Shown]:
+        """The views without those rows that are far from all tasks, where a row has a nearer view."""
+        near = {
+            view: seen & (self._solved(tasks, view).distance(query) <= self.unfamiliar)
+            for view, (query, seen) in shown.items()
+        }
+        some = torch.stack(list(near.values())).any(0) if near else torch.zeros(0, dtype=torch.bool)
+        return {view: (query, torch.where(some, near[view], seen)) for view, (query, seen) in shown.items()}
+
+    def _solved(self, tasks: Sequence[str], view: int) -> Discriminant:
         key = (tuple(tasks), view)
         if key not in self._discriminants:
             self._discriminants[key] = self._discriminant(*key)
-        centre, weight, offset = self._discriminants[key]
-        return (query - centre) @ weight.T + offset
+        return self._discriminants[key]
 
     def _discriminant(self, tasks: Sequence[str], view: int) -> Discriminant:
         """By one Cholesky factor of the shrunk covariance of all tasks together."""
@@ -234,14 +275,21 @@ class TaskKeyMemory:
         covariance = torch.zeros(self.hidden, self.hidden, dtype=torch.float64)
         for part in parts:
             covariance += part.scatter(view)
+        within = covariance / count.sum().clamp(min=1)
         covariance /= (count.sum() - (count > 0).sum()).clamp(min=1)
         spread = covariance.diagonal().mean().clamp(min=1e-12)
         covariance *= 1 - self.shrinkage
         covariance.diagonal().add_(self.shrinkage * spread)
         centre = means[count > 0].mean(0)
         apart = means - centre
-        weight = torch.cholesky_solve(apart.T, torch.linalg.cholesky(covariance)).T
-        return Discriminant(centre, weight, -0.5 * (weight * apart).sum(1))
+        factor = torch.linalg.cholesky(covariance)
+        weight = torch.cholesky_solve(apart.T, factor).T
+        drawn = torch.randn(PROBES, self.hidden, generator=torch.Generator().manual_seed(0)).double()
+        probes = torch.linalg.solve_triangular(factor.T, drawn.T / PROBES**0.5, upper=True).T
+        # Samples that are all but equal have a spread of the shrinkage alone, and hardly any distance.
+        usual = ((probes @ within) * probes).sum().clamp(min=0.01 * self.hidden)
+        places = torch.where((count > 0).unsqueeze(1), means @ probes.T, torch.inf)
+        return Discriminant(centre, weight, -0.5 * (weight * apart).sum(1), probes, places, usual)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Task -> sums by name."""

@@ -295,7 +295,8 @@ class Delo(Method):
         """An empty key memory, None where no task is chosen."""
         if self.options.task != "chosen":
             return None
-        return TaskKeyMemory(hidden, covariance=self.options.matcher == "lda")
+        lda = self.options.matcher == "lda"
+        return TaskKeyMemory(hidden, covariance=lda, unfamiliar=self.options.unfamiliar if lda else 0.0)
 
 
 def _last(past: Mapping[str, Past]) -> dict[str, Path]:

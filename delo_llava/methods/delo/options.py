@@ -41,6 +41,8 @@ class DeloOptions(MethodConfig):
         ridge_samples: complete samples per task that enter the ridge statistics.
         matcher: how the task is chosen: `cosine` to the keys, or `lda` with a shared covariance.
         views: the evidence used for the choice.
+        unfamiliar: with `lda`, a view that is so many times farther from every task than training samples are
+            on average says nothing, unless no view is nearer; 0: every view speaks.
         align: weight of the alignment loss [lambda_a]; 0 turns it off.
         consistency: weight of the consistency loss [lambda_c]; 0 turns it off. It costs one more forward, on
             complete rows with one modality dropped.
@@ -63,6 +65,7 @@ class DeloOptions(MethodConfig):
     ridge_samples: int = Field(512, ge=1)
     matcher: Literal["cosine", "lda"] = "lda"
     views: tuple[Literal["image", "text", "instruction"], ...] = ("image", "text", "instruction")
+    unfamiliar: float = Field(8.0, ge=0)
     align: float = Field(0.0, ge=0)
     consistency: float = Field(0.0, ge=0)
 
