@@ -38,6 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "ewc": {"samples": 4},
     "replay": {"kept": 3},
     "keeplora": {"rank": 2, "energy": 0.3, "samples": 8},
+    "missrag": {"kept": 3},
     "moelora": {"experts": 2},
     "pclr": {"rank": 4, "pool": 1.5, "samples": 8, "shared_from": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
