@@ -40,7 +40,8 @@ class LowRankConfig(LinearsConfig):
         outputs: of a linear router beside every pair (d_in → outputs, without bias); 0: none.
         heads: further maps beside every pair, linear and without bias: name -> (inputs, outputs), where the
             inputs are a number or those (`in`) or the outputs (`out`) of the linear that is adapted; with a
-            third word `distance`, the squared distances from so many points.
+            third word `distance`, the squared distances from so many points; with `quotient` (one output), a
+            row of numbers over the inputs, element by element.
     """
 
     r: int = 8
@@ -62,6 +63,14 @@ class Distance(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """The sums of squared differences."""
         return (input.unsqueeze(-2) - self.weight).square().sum(-1)
+
+
+class Quotient(nn.Linear):
+    """The weight's one row over the inputs, …×d."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Element by element."""
+        return self.weight[0] / input
 
 
 class LowRankLayer(CarriedLayer):
@@ -100,7 +109,7 @@ class LowRankLayer(CarriedLayer):
 
     def _head(self, inputs: str, outputs: str, kind: str = "linear") -> nn.Linear:
         widths = {"in": self.in_features, "out": self.out_features}
-        made = {"linear": nn.Linear, "distance": Distance}[kind]
+        made = {"linear": nn.Linear, "distance": Distance, "quotient": Quotient}[kind]
         return made(widths[inputs] if inputs in widths else int(inputs), int(outputs), False, device="cpu")
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

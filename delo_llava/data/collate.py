@@ -69,6 +69,7 @@ class Batch:
         cut: row -> which of `context`, `instruction` and `answer` were cut.
         filler: no record of this batch could be used; it keeps the ranks in step and trains nothing.
         items: what the rows were made of, for features from outside the base.
+        again: collates other rows as these were.
     """
 
     inputs: dict[str, Tensor]
@@ -85,6 +86,7 @@ class Batch:
     cut: Mapping[int, Sequence[str]] = field(default_factory=dict)
     filler: bool = False
     items: Sequence[Item] = ()
+    again: Callable[[Sequence[Item]], "Batch"] | None = None
 
     def __len__(self) -> int:
         return len(self.record_ids)
@@ -243,6 +245,7 @@ class Collator:
             answers=[record.answer for record in records],
             cut={place: row.cut for place, row in enumerate(rows) if row.cut},
             items=items,
+            again=self.collate,
         )
 
     def _image(self, record: Record, present: bool) -> EncodedImage | None:

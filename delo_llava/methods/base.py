@@ -191,12 +191,13 @@ class Method(ABC):
 
     capabilities: Capabilities = Capabilities()  # of an instance, where its options change them
     Config: ClassVar[type[MethodConfig]] = MethodConfig
+    unmerged: ClassVar[tuple[str, str]] = PER_SAMPLE  # why it is not `mergeable`, and what to do instead
 
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
         self.options, self.run, self.backbone = options, run, backbone
 
     def refuses(self) -> Mapping[str, str]:
-        """Settings that the method, with its options, cannot work with -> why; a key such as `zero=3`."""
+        """Settings that it cannot work with, by its options -> why; a key such as `zero=3`."""
         return {}
 
     # ---- what is trained on
@@ -380,11 +381,10 @@ def overrides(method: Method, hook: str) -> bool:
 
 def unmergeable(method: Method) -> DeloError:
     """Why a method's adapters cannot be folded into the base's weights, and what to do instead."""
+    why, fix = method.unmerged
     if method.capabilities.needs_task:
         why = "every task has an adapter of its own, and the true task says which one answers"
         fix = "merge one task's adapter (adapters/<task>) with PEFT, or evaluate the run as it is"
-    else:
-        why, fix = PER_SAMPLE
     return DeloError(f"`{method.run.method}` cannot be merged: {why}.", given=method.run.method, fix=fix)
 
 

@@ -90,6 +90,21 @@ def test_generation_prompt_equals_the_training_prompt(
         assert trained.strip() == answer.strip()
 
 
+@pytest.mark.parametrize("generation", [False, True])
+def test_a_batch_can_be_made_again_of_other_rows(record: Record, generation: bool) -> None:
+    """In the same form: with or without answers, padded on the same side."""
+    collate = collator(generation=generation)
+    batch = collate([(record, NEITHER), (record, BOTH)])
+    assert batch.again is not None
+    again, whole = (
+        batch.again([(record, BOTH), (record, NO_TEXT)]),
+        collate([(record, BOTH), (record, NO_TEXT)]),
+    )
+    assert again.inputs.keys() == whole.inputs.keys()
+    assert all(torch.equal(value, whole.inputs[name]) for name, value in again.inputs.items())
+    assert (again.labels is None) == generation
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_padding_sides(kind: str, record: Record) -> None:
     long = change(record, id="r1", context="it comes after six " * 5)
