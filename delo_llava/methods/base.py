@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from delo_llava.adapters.carrier import checkpoint_contexts
 from delo_llava.adapters.merging import adapter_updates
-from delo_llava.adapters.tuner import PER_SAMPLE
+from delo_llava.adapters.unmergeable import unmergeable
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples, Item, View
-from delo_llava.errors import DeloError
 from delo_llava.methods._access import Passes as Passes
 from delo_llava.methods._access import Reduce as Reduce
 from delo_llava.methods._access import Trained as Trained
@@ -349,7 +348,7 @@ class Method(ABC):
             DeloError: this method is not; why, and what to do instead.
         """
         if not self.capabilities.mergeable:
-            raise unmergeable(self)
+            raise unmergeable(self.run.method, self.capabilities.needs_task)
         return adapter_updates(model)
 
     def routing_use(self, model: nn.Module) -> dict[str, Any] | None:
@@ -376,16 +375,6 @@ class Method(ABC):
 def overrides(method: Method, hook: str) -> bool:
     """Whether a method has a hook of its own: what it needs is gathered only then."""
     return getattr(type(method), hook) is not getattr(Method, hook)
-
-
-def unmergeable(method: Method) -> DeloError:
-    """Why a method's adapters cannot be folded into the base's weights, and what to do instead."""
-    if method.capabilities.needs_task:
-        why = "every task has an adapter of its own, and the true task says which one answers"
-        fix = "merge one task's adapter (adapters/<task>) with PEFT, or evaluate the run as it is"
-    else:
-        why, fix = PER_SAMPLE
-    return DeloError(f"`{method.run.method}` cannot be merged: {why}.", given=method.run.method, fix=fix)
 
 
 def answer_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

@@ -83,6 +83,8 @@ def open_run(store: RunStore, job: Job) -> None:
         STOPPED: None,
         "schema": "delo-llava/run/1",
         "method": config.method,
+        "mergeable": job.method.capabilities.mergeable,
+        "needs_task": job.method.capabilities.needs_task,
         "tasks": sequence.names,
         "plan": [asdict(plan) for plan in job.plans],
         "template": sequence.template,

@@ -1,6 +1,8 @@
 """`delo-llava export`: a plain folder, exact but for one rounding, whole or not there at all."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +115,38 @@ def test_what_cannot_be_merged_says_why_before_a_model_is_loaded(
             export_stage(runs[name], "last", tmp_path / "out")
         assert "adapters" in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "record", "words", "told"),
+    [
+        ("delo", {"mergeable": False, "needs_task": False}, [], "another matrix for every sample"),
+        ("individual", {"mergeable": False, "needs_task": True}, [], "the true task says which"),
+        ("lora", {"mergeable": True, "needs_task": False}, ["--stage=7"], "does not exist or is not trained"),
+    ],
+)
+def test_the_command_refuses_by_the_run_s_record_without_torch(
+    method: str, record: dict[str, bool], words: list[str], told: str, tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path / "run")
+    store.begin("method: x\n", {"method": method, **record, "stages": {}})
+    code = (
+        "import sys, delo_llava.cli as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as end: sys.exit(end.code if 'torch' not in sys.modules else 'torch')"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "export",
+        f"--run={store.root}",
+        f"--out={tmp_path / 'out'}",
+        *words,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr and "Traceback" not in done.stderr
 
 
 def test_another_base_than_the_run_s_is_refused(tmp_path: Path) -> None:

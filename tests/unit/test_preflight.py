@@ -207,7 +207,9 @@ def test_delo_trains_without_complete_records_and_says_what_its_map_is(place: Pa
     for task in (0, 1):
         without_context(place, task)
     run_sequence(job(place, *small, "--train.max_steps=1"), lambda run, stage: None)
-    [note] = RunStore(place / "run").read_run()["notes"]
+    record = RunStore(place / "run").read_run()
+    [note] = record["notes"]
+    assert (record["method"], record["mergeable"], record["needs_task"]) == ("delo", False, False)
     assert "cross_modal=ridge: task0, task1" in note and "stays the identity" in note
     support.write_sequence(place, tasks=2, records=12)
     without_context(place, 0)
