@@ -40,6 +40,7 @@ def passport(
         record: run.json; what an older run did not record has no part.
         tasks: of the sequence, in order.
     """
+    skip = config.eval.on_bad_reference
     base, missing = record.get("base") or {}, config.missing.model_dump(mode="json")
     found = {
         "weights": base.get("sha256") or base.get("revision"),
@@ -52,7 +53,8 @@ def passport(
         "data": record.get("data_hashes"),
         "masks": missing if config.missing.ratio else 0,
         "order": [task.name for task in tasks],
-        "asked": [config.eval.split, config.eval.limit, config.eval.num_beams],
+        # What was evaluated before that setting was there keeps its passport.
+        "asked": [config.eval.split, config.eval.limit, config.eval.num_beams, *[skip] * (skip == "skip")],
         "scorers": [config.eval.scoring, dict(scorer_ids)],
     }
     parts = {name: _digest(found[name]) for name in PARTS if found[name] is not None}
