@@ -33,6 +33,9 @@ keys, with their defaults before recipe and file:
 METHOD_USAGE = """
 options of the method `{name}` (of others: --help --method NAME):
 """
+OTHER_HELP = """
+options of a method begin with its name: `--help --method {name}` says what they are
+"""
 
 PRINT_CONFIG = ("--print_config", "--print-config")
 
@@ -189,14 +192,19 @@ def _take(words: Sequence[str], flag: str) -> tuple[str | None, list[str]]:
 
 
 def _train_help(words: Sequence[str]) -> int:
-    """Say what can be set, and the options of the method named beside `--help`, or of the default one."""
+    """Say what can be set, and the options of a method that is named beside `--help`: only these need what
+    methods import, torch for one, which takes seconds.
+    """
     from delo_llava import keys
     from delo_llava.config import RunConfig
 
     width = shutil.get_terminal_size().columns
-    name = _take(words, "--method")[0] or str(RunConfig.model_fields["method"].default)
-    options = keys.render(keys.method_keys(name), width)
-    _say(TRAIN_USAGE + keys.render(keys.run_keys(), width) + METHOD_USAGE.format(name=name) + options)
+    name = _take(words, "--method")[0]
+    if name is None:
+        more = OTHER_HELP.format(name=RunConfig.model_fields["method"].default)
+    else:
+        more = METHOD_USAGE.format(name=name) + keys.render(keys.method_keys(name), width)
+    _say(TRAIN_USAGE + keys.render(keys.run_keys(), width) + more)
     return 0
 
 

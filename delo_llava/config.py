@@ -154,6 +154,8 @@ class EvalConfig(Section):
         cache: reuse answers that an earlier evaluation gave under the same model, settings and data; without
             it, an interrupted evaluation starts anew.
         scoring: `native` is the right rule of each task, `compat` what its benchmark's official script does.
+        on_bad_reference: `skip` does not ask questions whose reference lacks what their scorer needs, or that
+            it does not count, and says how many; a score is then of the others.
     """
 
     scoring: Literal["native", "compat"] = "native"
@@ -165,6 +167,7 @@ class EvalConfig(Section):
     patterns: Patterns = ["run"]
     last_patterns: Patterns = ["complete", "image", "text"]
     oracle: bool = True
+    on_bad_reference: Literal["error", "skip"] = "error"
     cache: bool = True
 
 

@@ -11,16 +11,10 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import nn
 
 from delo_llava.adapters.carrier import Carrier
+from delo_llava.adapters.unmergeable import PER_SAMPLE
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
-
-#: Why what is decided for every sample cannot be folded into weights, and what helps.
-PER_SAMPLE = (
-    "what it adds to a weight is another matrix for every sample or token, chosen from it",
-    "keep the adapters beside their base (`delo_llava.register()`, then PEFT opens them), or train a method "
-    "that can be merged, such as lora or dac",
-)
 
 
 class CannotMerge(DeloError, NotImplementedError):

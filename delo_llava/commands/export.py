@@ -28,6 +28,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the folder and say what is in it."""
+    from delo_llava.runs.exportable import exportable_stages
+
+    exportable_stages(options.run, options.stage, options.out)  # before torch is loaded, which takes seconds
     from delo_llava.runs.export import export_stage
 
     facts = export_stage(

@@ -24,6 +24,7 @@ LABELS = {
     "answers_cut": "trained answers cut to data.max_length",
     "records_skipped": "records without their image, which cannot be used",
     "answers_unended": "answers ended by max_new_tokens",
+    "references_missing": "questions left out, whose reference lacks what the scorer needs",
     "references_long": "questions of which every reference answer is longer than max_new_tokens",
 }
 
@@ -40,6 +41,8 @@ class Omitted:
             `max_new_tokens` instead of an end token.
         references_long: records of which every reference answer that the scorer takes is longer than
             `max_new_tokens`, so that no answer can equal one.
+        references_missing: records that are not asked (`eval.on_bad_reference`), as their reference lacks
+            what the scorer needs, or the scorer does not count them.
     """
 
     contexts_cut: int = 0
@@ -48,6 +51,7 @@ class Omitted:
     records_skipped: int = 0
     answers_unended: int = 0
     references_long: int = 0
+    references_missing: int = 0
 
     def counts(self) -> dict[str, int]:
         """Those that are not zero, as run.json and results.json hold them."""
@@ -120,15 +124,17 @@ def trained_without(
     }
 
 
-def answered_without(rows: Iterable[Mapping[str, Any]], references_long: int = 0) -> Omitted:
-    """What the predictions of one cell say was left out, and how many questions have only references that
-    are too long to be said.
+def answered_without(
+    rows: Iterable[Mapping[str, Any]], references_long: int = 0, references_missing: int = 0
+) -> Omitted:
+    """What the predictions of one cell say was left out, how many questions have only references that are
+    too long to be said, and how many were not asked.
     """
     lost: Counter[str] = Counter()
     for row in rows:
         lost.update(f"{part}s_cut" for part in row.get("cut", ()))
         lost.update({"records_skipped": "image_fault" in row, "answers_unended": bool(row.get("unended"))})
-    return Omitted(**lost, references_long=references_long)
+    return Omitted(**lost, references_long=references_long, references_missing=references_missing)
 
 
 def omitted_lines(found: Mapping[str, Mapping[str, int]], where: str) -> list[str]:

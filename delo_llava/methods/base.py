@@ -21,12 +21,11 @@ from torch import Tensor, nn
 
 from delo_llava.adapters.carrier import checkpoint_contexts
 from delo_llava.adapters.merging import adapter_updates
-from delo_llava.adapters.tuner import PER_SAMPLE
+from delo_llava.adapters.unmergeable import PER_SAMPLE, PER_TASK, cannot_merge
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.config import RunConfig, TrainConfig
 from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples, Item, View
-from delo_llava.errors import DeloError
 from delo_llava.methods._access import Passes as Passes
 from delo_llava.methods._access import Reduce as Reduce
 from delo_llava.methods._access import Trained as Trained
@@ -196,6 +195,11 @@ class Method(ABC):
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
         self.options, self.run, self.backbone = options, run, backbone
 
+    @property
+    def why_unmerged(self) -> tuple[str, str]:
+        """Why its adapters cannot be folded into the base's weights, and what to do instead."""
+        return PER_TASK if self.capabilities.needs_task else self.unmerged
+
     def refuses(self) -> Mapping[str, str]:
         """Settings that it cannot work with, by its options -> why; a key such as `zero=3`."""
         return {}
@@ -350,7 +354,7 @@ class Method(ABC):
             DeloError: this method is not; why, and what to do instead.
         """
         if not self.capabilities.mergeable:
-            raise unmergeable(self)
+            raise cannot_merge(self.run.method, self.why_unmerged)
         return adapter_updates(model)
 
     def routing_use(self, model: nn.Module) -> dict[str, Any] | None:
@@ -377,15 +381,6 @@ class Method(ABC):
 def overrides(method: Method, hook: str) -> bool:
     """Whether a method has a hook of its own: what it needs is gathered only then."""
     return getattr(type(method), hook) is not getattr(Method, hook)
-
-
-def unmergeable(method: Method) -> DeloError:
-    """Why a method's adapters cannot be folded into the base's weights, and what to do instead."""
-    why, fix = method.unmerged
-    if method.capabilities.needs_task:
-        why = "every task has an adapter of its own, and the true task says which one answers"
-        fix = "merge one task's adapter (adapters/<task>) with PEFT, or evaluate the run as it is"
-    return DeloError(f"`{method.run.method}` cannot be merged: {why}.", given=method.run.method, fix=fix)
 
 
 def answer_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:

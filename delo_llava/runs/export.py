@@ -14,13 +14,15 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file
 
 from delo_llava.adapters.merging import fold, without_adapters
+from delo_llava.adapters.unmergeable import cannot_merge
 from delo_llava.backbones._quant import dequantise_
 from delo_llava.backbones.base import DTYPES, find_backbone
 from delo_llava.config import config_layers, core_config, with_methods
 from delo_llava.errors import DeloError
 from delo_llava.files import sha256_file, write_json_atomic
-from delo_llava.methods.base import Method, Past, unmergeable
+from delo_llava.methods.base import Method, Past
 from delo_llava.registry import load_plugin
+from delo_llava.runs.exportable import exportable_stages
 from delo_llava.runs.identity import base_differences, base_facts
 from delo_llava.runs.manifest import MANIFEST
 from delo_llava.runs.publish import published
@@ -62,8 +64,7 @@ def merge(
     Raises:
         DeloError: the method cannot be merged (before a model is loaded), or a merged weight is not finite.
     """
-    if not method.capabilities.mergeable:
-        raise unmergeable(method)
+    _require_mergeable(method)
     run, backbone = method.run, method.backbone
     if run.quant == "nf4" and onto == "trained":
         base = backbone.load(path, quant="nf4", dtype=run.dtype, attn=run.attn, device=device)
@@ -94,16 +95,12 @@ def export_stage(
         DeloError: no such run, stage or base, a base or a published adapter that changed, a method that
             cannot be merged, or a target that exists or cannot be written.
     """
-    if target.exists():
-        raise DeloError("The folder to write is there already.", given=target, fix="name a new one")
-    store = RunStore(run)
-    if not store.config.is_file():
-        raise DeloError("There is no run in this folder: config.yaml is missing.", given=run)
+    names, store = exportable_stages(run, stage, target), RunStore(run)
     config = with_methods(core_config(config_layers(store.config, [])))
     backbone, path = find_backbone(config.model)
     kind = cast(type[Method], load_plugin("method", config.method))
     method = kind(kind.Config(**config.methods[config.method]), config, backbone)
-    names = _stages(store, stage)
+    _require_mergeable(method)
     store.verify_published(names)
     if lines := base_differences(store.read_run().get("base", {}), base_facts(store, path, keep=False)):
         raise DeloError(
@@ -131,6 +128,11 @@ def export_stage(
     return facts
 
 
+def _require_mergeable(method: Method) -> None:
+    if not method.capabilities.mergeable:
+        raise cannot_merge(method.run.method, method.why_unmerged)
+
+
 def copy_processor(path: str, folder: Path) -> None:
     """Tokenizer, image processor and chat template as the checkpoint (a folder or hub id) has them."""
     for name in PROCESSOR_FILES:
@@ -143,21 +145,3 @@ def stored_dtype(path: str) -> torch.dtype:
     """The type in which a checkpoint keeps its weights, by its configuration."""
     found, _ = PreTrainedConfig.get_config_dict(path)
     return DTYPES.get(str(found.get("dtype") or found.get("torch_dtype")), torch.float32)
-
-
-def _stages(store: RunStore, stage: str) -> list[str]:
-    """The names of a run's stages up to `stage`, which are all published.
-
-    Raises:
-        DeloError: there is no such stage, or it is not trained yet.
-    """
-    known = store.read_run().get("stages", {})
-    names = [n for n in sorted(known, key=lambda n: known[n]["index"]) if store.adapter(n).is_dir()]
-    if names and stage == "last":
-        return names
-    place = int(stage) if stage.isdecimal() else names.index(stage) if stage in names else -1
-    if not 0 <= place < len(names):
-        raise DeloError(
-            "This stage does not exist or is not trained yet.", given=stage, allowed=[*names, "last"]
-        )
-    return names[: place + 1]

@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from delo_llava.data.answers import accepted_answers
+from delo_llava.data.answers import accepted_answers, require_scorable, usable_records
 from delo_llava.data.collate import Collator, Layout
 from delo_llava.data.examples import Item, shown
 from delo_llava.data.missing import Presence, limited, pattern_spec, record_presence
@@ -90,7 +90,15 @@ class Preflight:
         self._describe(task, split)
         patterns = {*config.eval.patterns, *config.eval.last_patterns}
         masks = [record_presence(pattern_spec(name, config.missing), records) for name in patterns]
-        kept = limited(records.ids, task.name, split, config.eval.limit)
+        try:
+            asked = usable_records(task, records, config.eval.scoring, config.eval.on_bad_reference)
+        except DeloError as error:
+            self.faults.append(error)
+            return
+        if out := len(records) - len(asked):
+            self.notes.append(f"{task.name}/{split}: {LABELS['references_missing']}: {out} of {len(records)}")
+        ids = [records.ids[i] for i in asked]
+        kept = [asked[i] for i in limited(ids, task.name, split, config.eval.limit)]
         self._references(task, split, records.select(kept))
         if lost := self._look(task, split, records.select(kept), np.logical_or.reduce(masks)[kept]):
             told = f"{task.name}/{split}: questions whose pictures cannot be used: {lost}"
@@ -100,8 +108,12 @@ class Preflight:
         """Say to how many questions no right answer can be generated; a reference that the scorer cannot use
         is a fault."""
         kit, room, left = self.kit.processor, task.max_new_tokens, iter(records)
-        right = accepted_answers(task, self.job.config.eval.scoring)
-        long = 0
+        scoring, long = self.job.config.eval.scoring, 0
+        try:
+            require_scorable(task, records, scoring)
+        except DeloError as error:
+            self.faults.append(error)
+        right = accepted_answers(task, scoring)
         while part := list(islice(left, BATCH)):
             accepted = []
             for record in part:

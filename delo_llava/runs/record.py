@@ -83,6 +83,7 @@ def open_run(store: RunStore, job: Job) -> None:
         STOPPED: None,
         "schema": "delo-llava/run/1",
         "method": config.method,
+        "unmerged": None if job.method.capabilities.mergeable else list(job.method.why_unmerged),
         "tasks": sequence.names,
         "plan": [asdict(plan) for plan in job.plans],
         "template": sequence.template,

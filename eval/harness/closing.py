@@ -20,34 +20,22 @@ from delo_eval.matrix.plots import PLOTS, draw_changed
 from delo_eval.matrix.results import Results, read_results, results_json, resume_results, write_results
 from delo_eval.report.render import try_report
 from delo_eval.scorers.base import Reference, Scorer
-from delo_llava.config import RunConfig
 from delo_llava.data.omitted import answered_without
 from delo_llava.data.tokens import beyond_reach
-from delo_llava.errors import DeloError
 from delo_llava.methods.base import Method
 from delo_llava.runs.identity import encoder_files
 
 logger = logging.getLogger(__name__)
 
 
-def check_scorable(config: RunConfig, cells: Sequence[Cell], questions: Questions) -> None:
+def check_scorable(cells: Sequence[Cell], questions: Questions) -> None:
     """Refuse, before a model is loaded, what could not be scored once it has answered.
 
     Raises:
-        DeloError: see `Scorer.in_mode` and `Scorer.check`; questions that do not count.
+        DeloError: see `Scorer.in_mode` and `Questions.check`.
     """
     for cell in {cell.task.name: cell for cell in cells}.values():
-        scorer = scorer_of(cell.task, config)
-        if scorer.needs or scorer.ready or scorer.counts:
-            references = [Reference.of(question.record) for question in questions.of(cell)]
-            scorer.check(references)
-            if uncounted := [each.id for each in references if not scorer.is_counted(each)]:
-                told = f"{len(uncounted)} of {len(references)} questions of {cell.task.name} do not count"
-                raise DeloError(
-                    f"{told} by {scorer.id}.",
-                    given=", ".join(uncounted[:5]),
-                    fix="use a test file without them",
-                )
+        questions.check(cell)
 
 
 def _close_cell(
@@ -68,7 +56,9 @@ def _close_cell(
     results.note_bad_images(stage, cell.pattern, cell.task.name, unseen)
     accepted, kit = [scorer.accepted(question.record) for question in asked], run.processor
     long = beyond_reach(kit.tokenizer, kit.dialogue, accepted, cell.task.max_new_tokens)
-    results.note_omitted(stage, cell.pattern, cell.task.name, answered_without(rows, sum(long)))
+    results.note_omitted(
+        stage, cell.pattern, cell.task.name, answered_without(rows, sum(long), questions.left_out(cell.task))
+    )
     merge_use_parts(use_file(run.output, stage, cell.pattern, cell.task.name))
     results.effective.setdefault(cell.pattern, {})[cell.task.name] = questions.missing(cell)
     return rows

@@ -8,6 +8,7 @@ from delo_eval.answers.question import Question
 from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.matrix.plan import Plan
 from delo_llava.config import RunConfig
+from delo_llava.data.answers import require_scorable, usable_records
 from delo_llava.data.missing import effective, limited, pattern_spec, record_presence
 from delo_llava.data.readers import read_records
 from delo_llava.tasks import Record, TaskSequence, TaskSpec
@@ -43,25 +44,45 @@ class Questions:
     """Questions of cells; the records of the latest task are kept."""
 
     config: RunConfig
-    _latest: tuple[TaskSpec, list[Record]] | None = None
+    _latest: tuple[TaskSpec, list[Record], list[int]] | None = None
 
     def of(self, cell: Cell) -> list[Question]:
-        """The cell's questions in the order of the file, `eval.limit` of them.
+        """The cell's questions in the order of the file, `eval.limit` of those that are asked.
 
-        Presence is drawn over the whole split before the limit, so a record's flags do not depend on it.
+        Presence is drawn over the whole split before that, so a record's flags depend on neither.
         """
-        records = self._of_task(cell.task)
+        records, asked = self._of_task(cell.task)
         mask = record_presence(pattern_spec(cell.pattern, self.config.missing), records).tolist()
         split, limit = self.config.eval.split, self.config.eval.limit
-        kept = limited([record.id for record in records], cell.task.name, split, limit)
-        return [Question(records[i], (mask[i][0], mask[i][1])) for i in kept]
+        kept = limited([records[i].id for i in asked], cell.task.name, split, limit)
+        return [Question(records[i], (mask[i][0], mask[i][1])) for i in (asked[k] for k in kept)]
+
+    def left_out(self, task: TaskSpec) -> int:
+        """How many of a task's records are not asked, as they cannot be scored."""
+        records, asked = self._of_task(task)
+        return len(records) - len(asked)
+
+    def check(self, cell: Cell) -> None:
+        """Refuse what could not be scored once it has been answered.
+
+        Raises:
+            DeloError: questions without what their scorer needs, by file, task and id.
+        """
+        asked = [question.record for question in self.of(cell)]
+        require_scorable(cell.task, asked, self.config.eval.scoring)
 
     def missing(self, cell: Cell) -> dict[str, Any]:
         """Counts and ratios of what is missing in the cell's split."""
-        return dict(effective(pattern_spec(cell.pattern, self.config.missing), self._of_task(cell.task)))
+        return dict(effective(pattern_spec(cell.pattern, self.config.missing), self._of_task(cell.task)[0]))
 
-    def _of_task(self, task: TaskSpec) -> list[Record]:
+    def _of_task(self, task: TaskSpec) -> tuple[list[Record], list[int]]:
+        """A task's records, and the numbers of those that are asked."""
         if self._latest is None or self._latest[0] != task:
-            records, wording = read_records(task, self.config.eval.split), self.config.eval.wording
-            self._latest = task, [replace(r, instruction=wording) if wording else r for r in records]
-        return self._latest[1]
+            split, chosen = self.config.eval.split, self.config.eval
+            records = [
+                replace(record, instruction=chosen.wording) if chosen.wording else record
+                for record in read_records(task, split)
+            ]
+            asked = usable_records(task, records, chosen.scoring, chosen.on_bad_reference)
+            self._latest = task, records, asked
+        return self._latest[1:]

@@ -66,7 +66,7 @@ def evaluate_stage(
     differs: list[str] = []
     ranks.run_first(lambda: differs.extend(require_same(run, tasks, elsewhere)))
     questions = Questions(run.config)
-    check_scorable(run.config, cells, questions)
+    check_scorable(cells, questions)
     stored = StoredAnswers.open(run, stage, ranks)
     if not run.config.eval.cache:
         ranks.run_first(lambda: stored.forget(cells))

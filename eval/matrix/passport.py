@@ -40,6 +40,7 @@ def passport(
         record: run.json; what an older run did not record has no part.
         tasks: of the sequence, in order.
     """
+    skip = config.eval.on_bad_reference
     base, missing = record.get("base") or {}, config.missing.model_dump(mode="json")
     found = {
         "weights": base.get("sha256") or base.get("revision"),
@@ -52,10 +53,12 @@ def passport(
         "data": record.get("data_hashes"),
         "masks": missing if config.missing.ratio else 0,
         "order": [task.name for task in tasks],
+        # What was evaluated before a setting was there keeps its passport.
         "asked": [
             config.eval.split,
             config.eval.limit,
             config.eval.num_beams,
+            *[skip] * (skip == "skip"),
             *([config.eval.wording] if config.eval.wording else []),
         ],
         "scorers": [config.eval.scoring, dict(scorer_ids)],

@@ -142,6 +142,31 @@ class Scorer:
             )
         return self.compat
 
+    def unusable(self, records: Sequence[Record]) -> tuple[list[int], str]:
+        """The numbers of records that the rule cannot be applied to or does not count, and a sentence on all
+        of them.
+
+        Raises:
+            DeloError: the rule cannot be applied at all on this machine.
+        """
+        self.check(())
+        references = [Reference.of(record) for record in records]
+        uncounted = [number for number, each in enumerate(references) if not self.is_counted(each)]
+        told = f"{len(uncounted)} of {len(references)} questions do not count by {self.id}."
+        try:
+            self.check(references)
+        except DeloError as error:
+            bad = [number for number, each in enumerate(references) if self._refuses(each)]
+            return sorted({*bad, *uncounted}), error.message
+        return uncounted, told
+
+    def _refuses(self, reference: Reference) -> bool:
+        try:
+            self.check([reference])
+        except DeloError:
+            return True
+        return False
+
     def check(self, references: Sequence[Reference]) -> None:
         """Make sure that the rule can be applied, on this machine and to these references.
 

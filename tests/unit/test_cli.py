@@ -96,11 +96,12 @@ def test_list(
     assert names == sorted(names)
 
 
-def test_train_help_lists_every_key(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train", "--help"]) == 0
-    text = capsys.readouterr().out
+def test_train_help_lists_every_key_and_imports_nothing_heavy() -> None:
+    done, seconds = run("train", "--help")
     for line in ("--missing.ratio=0.0", "--train.global_batch=32", "--zero='2'", "--eval.patterns=[run]"):
-        assert line in text
+        assert line in done.stdout
+    assert "`--help --method delo` says what they are" in done.stdout
+    assert done.returncode == 0 and not imported(done) & HEAVY and seconds < 2.0
 
 
 @pytest.fixture

@@ -1,6 +1,8 @@
 """`delo-llava export`: a plain folder, exact but for one rounding, whole or not there at all."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from contract_support import Story, items, story
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from delo_llava.adapters.merging import adapter_updates, fold
+from delo_llava.adapters.unmergeable import PER_SAMPLE, PER_TASK
 from delo_llava.backbones.base import Backbone, find_backbone
 from delo_llava.cli import main
 from delo_llava.config import dump_config
@@ -113,6 +116,38 @@ def test_what_cannot_be_merged_says_why_before_a_model_is_loaded(
             export_stage(runs[name], "last", tmp_path / "out")
         assert "adapters" in str(refusal.value)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "unmerged", "words", "told"),
+    [
+        ("delo", PER_SAMPLE, [], "another matrix for every sample"),
+        ("individual", PER_TASK, [], "the true task says which"),
+        ("lora", None, ["--stage=7"], "does not exist or is not trained"),
+    ],
+)
+def test_the_command_refuses_by_the_run_s_record_without_torch(
+    method: str, unmerged: tuple[str, str] | None, words: list[str], told: str, tmp_path: Path
+) -> None:
+    store = RunStore(tmp_path / "run")
+    store.begin("method: x\n", {"method": method, "unmerged": unmerged, "stages": {}})
+    code = (
+        "import sys, delo_llava.cli as cli\n"
+        "try: cli.main(sys.argv[1:])\n"
+        "except SystemExit as end: sys.exit(end.code if 'torch' not in sys.modules else 'torch')"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        code,
+        "export",
+        f"--run={store.root}",
+        f"--out={tmp_path / 'out'}",
+        *words,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr and "Traceback" not in done.stderr
 
 
 def test_another_base_than_the_run_s_is_refused(tmp_path: Path) -> None:

@@ -13,8 +13,11 @@ from run_support import little_recipe, make_run, predictions  # noqa: F401
 from delo_eval.cli import main
 from delo_eval.harness import stage as stage_module
 from delo_eval.harness.folder import Request
+from delo_eval.harness.model import open_run
 from delo_eval.harness.stage import evaluate_stage
+from delo_eval.matrix.passport import passport
 from delo_llava.data import omitted
+from delo_llava.data.missing import record_presence
 from delo_llava.data.omitted import (
     CutRecords,
     Omitted,
@@ -23,6 +26,8 @@ from delo_llava.data.omitted import (
     omitted_lines,
     trained_without,
 )
+from delo_llava.data.readers import read_records
+from delo_llava.errors import DeloError
 from delo_llava.methods.lora import Lora
 
 
@@ -138,6 +143,50 @@ def test_an_evaluation_counts_what_was_cut_in_every_cell(
     rows = predictions(run / "eval-test", 1)["words"]
     long = sum(row["answer"] != "red" for row in rows)
     assert counts(few, "1", "run", "words") == answered_without(rows, long).counts()
+
+
+def test_questions_that_cannot_be_scored_are_refused_or_left_out_and_counted(
+    run: Path, tmp_path: Path
+) -> None:
+    """The others keep their places in the missing pattern; the passport tells such results apart."""
+    data = Path(shutil.copytree(run.parent / "data", tmp_path / "data"))
+    rows = json.loads((data / "words_test.json").read_text())
+    for number, row in enumerate(rows):
+        row["answers"] = [] if number in (1, 4) else ["red"] * 10
+    (data / "words_test.json").write_text(json.dumps(rows))
+    tasks = yaml.safe_load((data / "little.yaml").read_text())
+    for task in tasks["tasks"]:
+        task |= {"scorer": "vizwiz"} if task["name"] == "words" else {}
+    (data / "little.yaml").write_text(yaml.safe_dump(tasks))
+    more = ("--missing.ratio=0.5", "--eval.last_patterns=run")
+    strict = make_run(tmp_path / "strict", data / "little.yaml", "lora", Lora, 2, *more)
+    with pytest.raises(DeloError, match=r"words_test\.json \(words/test\): .*2 of ") as error:
+        evaluate_stage(strict, 1)
+    assert error.value.given == f"{rows[1]['question_id']}, {rows[4]['question_id']}"
+
+    skip = "--eval.on_bad_reference=skip"
+    lenient = make_run(tmp_path / "lenient", data / "little.yaml", "lora", Lora, 2, *more, skip)
+    content = evaluate_stage(lenient, 1)
+    assert content is not None and counts(content, "1", "run", "words")["references_missing"] == 2
+    assert "references_missing" not in counts(content, "1", "run", "shapes")
+    (line,) = [line for line in evaluated_lines(content, "1") if line.startswith("words")]
+    assert "questions left out, whose reference lacks what the scorer needs: 2" in line
+    opened = open_run(lenient, Request())
+    spec = next(task for task in opened.sequence.tasks if task.name == "words")
+    records = list(read_records(spec, "test"))
+    mask = record_presence(opened.config.missing, records).tolist()
+    rows = predictions(lenient, 1)["words"]
+    assert [(row["record_id"], list(row["presence"].values())) for row in rows] == [
+        (record.id, shown) for number, (record, shown) in enumerate(zip(records, mask, strict=True))
+        if number not in (1, 4)
+    ]  # fmt: skip
+    assert content["passport"]["asked"] != open_passport(strict)["asked"]
+
+
+def open_passport(run: Path) -> dict[str, str]:
+    opened = open_run(run, Request())
+    ids = {task.name: task.scorer for task in opened.sequence.tasks}
+    return passport(opened.config, opened.store.read_run(), opened.sequence.tasks, ids)
 
 
 def test_a_pattern_that_hides_the_long_context_cuts_none(run: Path) -> None:

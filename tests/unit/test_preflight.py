@@ -176,6 +176,24 @@ def test_a_reference_that_its_scorer_cannot_read_is_told_before_the_first_step(p
     assert "task1_test.json (task1/test, id test-2)" in error.value.message
 
 
+def test_a_question_without_what_its_scorer_needs_is_told_or_left_out(place: Path) -> None:
+    use_scorer(place, "vizwiz")
+    for row in (0, 1, 3):
+        change(place / "task1_test.json", row, answers=["red"] * 10)
+    with pytest.raises(
+        DeloError, match=r"task1_test\.json \(task1/test\): .* needs `answers`.* 1 of 4"
+    ) as error:
+        look(place)
+    assert "test-2" in error.value.message and "--eval.on_bad_reference=skip" in str(error.value.fix)
+    assert look(place, "--eval.on_bad_reference=skip") == [
+        "task1/test: questions left out, whose reference lacks what the scorer needs: 1 of 4"
+    ]
+    for row in (0, 1, 3):
+        change(place / "task1_test.json", row, answers=[])
+    with pytest.raises(DeloError, match="No question of task1 can be scored"):
+        look(place, "--eval.on_bad_reference=skip")
+
+
 def test_what_is_cut_is_told_before_the_first_step(place: Path) -> None:
     """Also where another record of the batch is refused."""
     for row in (2, 5):
@@ -207,7 +225,9 @@ def test_delo_trains_without_complete_records_and_says_what_its_map_is(place: Pa
     for task in (0, 1):
         without_context(place, task)
     run_sequence(job(place, *small, "--train.max_steps=1"), lambda run, stage: None)
-    [note] = RunStore(place / "run").read_run()["notes"]
+    record = RunStore(place / "run").read_run()
+    [note] = record["notes"]
+    assert (record["method"], record["mergeable"], record["needs_task"]) == ("delo", False, False)
     assert "cross_modal=ridge: task0, task1" in note and "stays the identity" in note
     support.write_sequence(place, tasks=2, records=12)
     without_context(place, 0)

@@ -1,5 +1,6 @@
 """References that have not the form that their task's scorer needs."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import tiny_models
 
 from delo_llava.backbones.base import find_backbone
-from delo_llava.data.answers import accepted_answers
+from delo_llava.data.answers import accepted_answers, require_scorable, usable_records
 from delo_llava.data.tokens import answer_lengths, beyond_reach
 from delo_llava.data_tools import forms
 from delo_llava.data_tools.forms import reference_faults, right_answers
@@ -102,3 +103,25 @@ def test_a_question_is_out_of_reach_if_every_answer_is_too_long() -> None:
     ):
         assert beyond_reach(kit.tokenizer, kit.dialogue, accepted, bound) == expected
     assert beyond_reach(kit.tokenizer, kit.dialogue, [], 1) == []
+
+
+def test_records_without_what_their_scorer_needs_are_found() -> None:
+    rows = [reference("a", answers=["a"]), reference("b"), reference("c", answers=["c"])]
+    with pytest.raises(DeloError, match=r"/q\.json \(t/test\): .* 1 of 3 have none") as error:
+        require_scorable(replace(task("vqav2"), files={"test": Path("/q.json")}), rows, "native")
+    assert error.value.given == "r" and "on_bad_reference=skip" in str(error.value.fix)
+    assert usable_records(task("vqav2"), rows, "native", "skip") == [0, 2]
+    assert usable_records(task("vqav2"), rows, "native", "error") == [0, 1, 2]
+    with pytest.raises(DeloError, match="No question of t can be scored"):
+        usable_records(task("vqav2"), rows[1:2], "native", "skip")
+    assert usable_records(task("exact_match"), rows, "native", "skip") == [0, 1, 2]
+
+
+def test_questions_that_do_not_count_are_left_out_too() -> None:
+    rows = [reference("a", isBalanced=balanced) for balanced in (True, False, True, False)]
+    assert usable_records(task("gqa"), rows, "native", "skip") == [0, 2]
+    with pytest.raises(DeloError, match="2 of 4 questions do not count"):
+        require_scorable(replace(task("gqa"), files={"test": Path("/q.json")}), rows, "native")
+    people = [reference("a", answers=["a"] * count) for count in (9, 10)]
+    assert usable_records(task("textvqa"), people, "compat", "skip") == [1]
+    assert usable_records(task("textvqa"), people, "native", "skip") == [0, 1]

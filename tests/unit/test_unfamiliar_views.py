@@ -1,4 +1,4 @@
-"""A view that is far from all tasks says nothing of the task: another wording must not overrule the picture."""
+"""A view far from all tasks says nothing of the task: another wording must not overrule the picture."""
 
 import pytest
 import torch
