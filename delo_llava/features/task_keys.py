@@ -27,6 +27,8 @@ Matcher = Literal["cosine", "lda"]
 Shown = tuple[Tensor, Tensor]
 #: Random directions in which a sample's distance from the tasks is measured.
 PROBES = 64
+#: Samples of a view, for each of its dimensions, from which on distances tell what is unfamiliar.
+ENOUGH = 4
 
 
 @dataclass
@@ -94,7 +96,7 @@ class Discriminant(NamedTuple):
         centre: c, d: the mean of the means μ_t. weight: T×d, Σ⁻¹ (μ_t − c). offset: T, −½ w_t · (μ_t − c).
         probes: k×d, random directions in which Σ is the identity: ‖P (q − μ)‖² estimates the distance
             (q − μ)ᵀ Σ⁻¹ (q − μ), within some 18 % for k = 64. places: T×k, P μ_t.
-        usual: mean distance of a training sample to its own task, as the probes measure it.
+        usual: mean distance of a sample to its own task, as the probes measure it; infinite with few samples.
     """
 
     centre: Tensor
@@ -286,10 +288,20 @@ class TaskKeyMemory:
         weight = torch.cholesky_solve(apart.T, factor).T
         drawn = torch.randn(PROBES, self.hidden, generator=torch.Generator().manual_seed(0)).double()
         probes = torch.linalg.solve_triangular(factor.T, drawn.T / PROBES**0.5, upper=True).T
-        # Samples that are all but equal have a spread of the shrinkage alone, and hardly any distance.
-        usual = ((probes @ within) * probes).sum().clamp(min=0.01 * self.hidden)
+        usual = self._usual(((probes @ within) * probes).sum(), count.sum())
         places = torch.where((count > 0).unsqueeze(1), means @ probes.T, torch.inf)
         return Discriminant(centre, weight, -0.5 * (weight * apart).sum(1), probes, places, usual)
+
+    def _usual(self, inside: Tensor, count: Tensor) -> Tensor:
+        """A new sample's mean distance, by that of `count` samples which made the covariance themselves.
+
+        Infinite with few samples, whose distances have long tails: nothing is far then.
+        """
+        if count < ENOUGH * self.hidden:
+            return torch.full_like(inside, torch.inf)
+        # Left out of its own covariance A, x has xᵀ(A − xxᵀ)⁻¹x = h/(1 − h), with h = xᵀA⁻¹x. Samples that
+        # are all but equal have a spread of the shrinkage alone, and hardly any distance.
+        return (inside / (1 - inside / count)).clamp(min=0.01 * self.hidden)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Task -> sums by name."""

@@ -80,22 +80,28 @@ def test_the_distance_is_the_gaussian_one_in_units_of_a_training_sample() -> Non
     covariance += 0.1 * (within * 1200 / 1197).diagonal().mean() * torch.eye(D, dtype=torch.float64)
     inverse = torch.linalg.inv(covariance)
     apart = queries[view].double().unsqueeze(1) - means
-    exact = ((apart @ inverse) * apart).sum(2).amin(1) / (inverse @ within).trace()
+    inside = (inverse @ within).trace()
+    exact = ((apart @ inverse) * apart).sum(2).amin(1) / (inside / (1 - inside / 1200))
     estimate = keys._solved(TASKS, view).distance(queries[view].double())
     assert (estimate / exact).mean() == pytest.approx(1.0, abs=0.1)
     assert (estimate / exact).std() < 0.25
-    own = torch.cat(
-        [keys._solved(TASKS, view).distance(drawn(t, 400, 10 + t)[view].double()) for t in range(3)]
-    )
-    assert own.mean() == pytest.approx(1.0, abs=0.05)
+    new = torch.cat([drawn(t, 400, 20 + t)[view].double() for t in range(3)])
+    assert keys._solved(TASKS, view).distance(new).mean() == pytest.approx(1.0, abs=0.1)
+
+
+def test_with_few_samples_nothing_is_unfamiliar() -> None:
+    queries, presence = asked()
+    foreign = reworded(queries)
+    on, off = (known(k, rows=100).choose(foreign, presence, TASKS, "lda") for k in (8.0, 0.0))
+    assert torch.equal(on[1], off[1])
 
 
 def test_a_view_that_never_varied_does_not_make_everything_unfamiliar() -> None:
     keys = TaskKeyMemory(D, unfamiliar=8.0)
     words = torch.randn(3, D, generator=torch.Generator().manual_seed(9))
     for t, name in enumerate(TASKS):
-        one = drawn(t, 50, 10 + t)._replace(instruction=words[t].expand(50, D))
-        keys.observe(name, one, torch.ones(50, 2, dtype=torch.bool))
+        one = drawn(t, 200, 10 + t)._replace(instruction=words[t].expand(200, D))
+        keys.observe(name, one, torch.ones(200, 2, dtype=torch.bool))
         keys.settle(name)
     queries, presence = asked(20)
     same = queries._replace(instruction=words[1].expand(20, D))
