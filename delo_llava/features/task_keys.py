@@ -279,7 +279,9 @@ class TaskKeyMemory:
             covariance += part.scatter(view)
         within = covariance / count.sum().clamp(min=1)
         covariance /= (count.sum() - (count > 0).sum()).clamp(min=1)
-        spread = covariance.diagonal().mean().clamp(min=1e-12)
+        # Of a view that never varies the sums leave rounding, which is larger the longer queries are.
+        floor = 1e-10 * means.square().mean().clamp(min=1e-2)
+        spread = covariance.diagonal().mean().maximum(floor)
         covariance *= 1 - self.shrinkage
         covariance.diagonal().add_(self.shrinkage * spread)
         centre = means[count > 0].mean(0)
