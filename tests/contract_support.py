@@ -41,6 +41,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "missrag": {"kept": 3},
     "moelora": {"experts": 2},
     "mora": {"rank": 2},
+    "mrlora": {"rank": 2, "kept": 3},
     "pclr": {"rank": 4, "pool": 1.5, "samples": 8, "shared_from": 2},
     "prism": {"experts": 2, "budget": 3, "sketch": 6},
     "dac": {"rank": 6, "latent": 8},

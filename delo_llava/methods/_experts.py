@@ -41,18 +41,7 @@ class TokenExperts(LowRankMethod):
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
         super().__init__(options, run, backbone)
         self.multiple = self.outputs = options.experts
-        if options.top_k > options.experts:
-            raise DeloError(
-                "More experts cannot act than there are",
-                given=f"top_k={options.top_k}, experts={options.experts}",
-                fix="set top_k to at most experts, or to 0 for all",
-            )
-        if options.rank != "match" and options.rank % options.experts:
-            raise DeloError(
-                "The rank must be a multiple of the number of experts, who share it",
-                given=f"rank={options.rank}, experts={options.experts}",
-                fix="set rank to experts times the rank of one",
-            )
+        check_experts(options)
 
     def begin(self, base: nn.Module, stage: Stage) -> nn.Module:
         if stage.past:
@@ -73,6 +62,25 @@ class TokenExperts(LowRankMethod):
     def routed(self, layer: LowRankLayer, gate: Tensor) -> None:
         """Told the weights of each token, …×E; a recomputed forward tells the same once more."""
         return None
+
+
+def check_experts(options: Any) -> None:
+    """Options of experts that share a pair's rank, some of which act.
+
+    Raises:
+        DeloError: more of them are to act than there are, or they cannot share the rank evenly.
+    """
+    given = f"rank={options.rank}, experts={options.experts}, top_k={options.top_k}"
+    if options.top_k > options.experts:
+        raise DeloError(
+            "More experts cannot act than there are", given=given, fix="set top_k to at most experts"
+        )
+    if options.rank != "match" and options.rank % options.experts:
+        raise DeloError(
+            "The rank must be a multiple of the number of experts, who share it",
+            given=given,
+            fix="set rank to experts times the rank of one",
+        )
 
 
 def gates(scores: Tensor, top_k: int) -> Tensor:

@@ -29,6 +29,7 @@ from delo_llava.data.examples import Examples, Item, View
 from delo_llava.methods._access import Passes as Passes
 from delo_llava.methods._access import Reduce as Reduce
 from delo_llava.methods._access import Trained as Trained
+from delo_llava.methods._choice import TaskChoice as TaskChoice
 from delo_llava.methods._groups import parameter_groups
 from delo_llava.schema import Worded
 from delo_llava.tasks import StagePlan as StagePlan
@@ -123,27 +124,6 @@ class Part:
 
 #: What a stage trains on; the first part's number of examples decides the number of steps.
 Mixture = tuple[Part, ...]
-
-
-@dataclass(frozen=True)
-class TaskChoice:
-    """Per-sample task choice among `tasks`: `index` int64 B (−1: no evidence), `scores` B×T (higher is
-    likelier).
-    """
-
-    tasks: tuple[str, ...]
-    index: Tensor
-    scores: Tensor
-
-    @property
-    def names(self) -> list[str]:
-        """The task of each sample; without evidence the first one, to which a tie would go too."""
-        return [self.tasks[max(0, i)] for i in self.index.tolist()]
-
-    @property
-    def fallback(self) -> list[bool]:
-        """Which samples gave no evidence, so that their task is no choice."""
-        return [i < 0 for i in self.index.tolist()]
 
 
 @dataclass(frozen=True)

@@ -37,11 +37,10 @@ from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
 from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples
-from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
 from delo_llava.files import write_json_atomic
-from delo_llava.methods._experts import largest
+from delo_llava.methods._experts import check_experts, largest
 from delo_llava.methods._instances import at_prefill, instance_means
 from delo_llava.methods._linears import Linears
 from delo_llava.methods._lowrank import ADAPTER
@@ -118,14 +117,7 @@ class Same(RoutedMethod):
     def __init__(self, options: Any, run: RunConfig, backbone: Backbone) -> None:
         super().__init__(options, run, backbone)
         self.multiple = self.outputs = options.experts
-        given = f"rank={options.rank}, experts={options.experts}, top_k={options.top_k}"
-        if options.top_k > options.experts:
-            raise DeloError("More experts cannot act than there are", given=given, fix="lower top_k")
-        if options.rank != "match" and options.rank % options.experts:
-            raise DeloError(
-                "The rank must be a multiple of the number of experts, who share it", given=given,
-                fix="set rank to experts times the rank of one",
-            )  # fmt: skip
+        check_experts(options)
         self._own, self._probes = 0, dict[str, Tensor]()
         self._real: Tensor
         self._forward()

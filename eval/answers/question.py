@@ -28,7 +28,8 @@ class Answer:
         task_without_instruction: the choice from image and context alone.
         choice_scores: score per trained task, higher is likelier.
         fallback: which of `task_used` and `task_without_instruction` are no choice, as the sample showed
-            nothing to judge a task by, but the first trained task.
+            nothing to judge a task by, but the first trained task; and `void` or `void_without_instruction`,
+            where the method should have chosen and did not (the answer is empty then, and wrong).
         image_fault: why the record's image could not be used; the answer is empty then, and wrong.
         cut: which parts of the prompt (`context`, `instruction`) were cut to `data.max_length`.
         unended: which of `prediction` and `oracle_prediction` were ended by the number of new tokens instead

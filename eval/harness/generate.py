@@ -117,15 +117,22 @@ class Answerer:
     ) -> list[Answer]:
         """Choose each row's task, answer as that task, and as the true one where the choice was another.
 
-        A row without evidence is answered as the first trained task, and says so.
+        A row without evidence is answered as the first trained task, and says so; one for which the method
+        failed to choose is answered by nothing, with the true task as ever.
         """
         choice, blind = self._choice(batch), self._choice(batch, VIEWS_WITHOUT_INSTRUCTION)
         used = choice.names
         predictions = self.decode(questions, used, max_new_tokens, batch)
         oracle = self._oracle(questions, used, predictions, max_new_tokens)
         scores = [_finite(dict(zip(choice.tasks, row, strict=True))) for row in choice.scores.tolist()]
-        kinds = zip(choice.fallback, blind.fallback, strict=True)
-        fallbacks = [("task_used",) * full + ("task_without_instruction",) * part for full, part in kinds]
+        predictions = [
+            Said("", True) if lost else said for said, lost in zip(predictions, choice.voided, strict=True)
+        ]
+        kinds = {
+            "task_used": _unvoided(choice), "task_without_instruction": _unvoided(blind),
+            "void": choice.voided, "void_without_instruction": blind.voided,
+        }  # fmt: skip
+        fallbacks = [tuple(n for n, said in kinds.items() if said[row]) for row in range(len(questions))]
         rows = zip(predictions, oracle, used, blind.names, scores, fallbacks, strict=True)
         return [
             replace(
@@ -189,6 +196,11 @@ class Answerer:
         ended = torch.isin(new, torch.tensor(settings.eos_token_id, device=new.device)).any(1)
         texts = self.tokenizer.batch_decode(new, skip_special_tokens=True)
         return [Said(*pair) for pair in zip(texts, ended.tolist(), strict=True)]
+
+
+def _unvoided(choice: TaskChoice) -> list[bool]:
+    """Which rows showed nothing to choose by."""
+    return [none and not lost for none, lost in zip(choice.fallback, choice.voided, strict=True)]
 
 
 @contextmanager

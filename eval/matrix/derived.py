@@ -98,30 +98,31 @@ def choice_statistics(
     Returns:
         accuracy, confusion (counts) and fallback (task -> how many of its records gave no evidence, so that
         they were answered, and are counted here, as the first trained task), each with all views and without
-        the instruction; None without any choice.
+        the instruction; None without any choice. Records for which the method failed to choose (void) are in
+        no column of the confusion, and wrong: the accuracy is of all records.
     """
     predictions = list(predictions)
-    rows = [
-        (p["task"], p["task_used"], p["task_without_instruction"])
-        for p in predictions
-        if p["task_used"] is not None
-    ]
-    if not rows:
+    chosen = [p for p in predictions if p["task_used"] is not None]
+    if not chosen:
         return None
-    full = _confusion(((task, used) for task, used, _ in rows), tasks)
-    blind = _confusion(((task, used) for task, _, used in rows), tasks)
+    full, blind = (
+        _confusion(((p["task"], p[key]) for p in chosen if void not in p.get("fallback", ())), tasks)
+        for key, void in (("task_used", "void"), ("task_without_instruction", "void_without_instruction"))
+    )
     return {
-        "accuracy": _accuracy(full),
-        "accuracy_without_instruction": _accuracy(blind),
+        "accuracy": _accuracy(full, len(chosen)),
+        "accuracy_without_instruction": _accuracy(blind, len(chosen)),
         "confusion": full,
         "confusion_without_instruction": blind,
         "fallback": _fallbacks(predictions, "task_used"),
         "fallback_without_instruction": _fallbacks(predictions, "task_without_instruction"),
+        "void": _fallbacks(predictions, "void"),
+        "void_without_instruction": _fallbacks(predictions, "void_without_instruction"),
     }
 
 
 def _fallbacks(predictions: Iterable[Mapping[str, Any]], choice: str) -> dict[str, int]:
-    """Task -> how many of its records have no evidence for a choice; only tasks with any."""
+    """Task -> how many of its records have no choice for this reason; only tasks with any."""
     return dict(Counter(p["task"] for p in predictions if choice in p.get("fallback", ())))
 
 
@@ -134,6 +135,6 @@ def _confusion(pairs: Iterable[tuple[str, str]], tasks: Sequence[str]) -> list[l
     return counts
 
 
-def _accuracy(confusion: list[list[int]]) -> float:
-    """Percent on the diagonal."""
-    return 100 * sum(row[i] for i, row in enumerate(confusion)) / sum(map(sum, confusion))
+def _accuracy(confusion: list[list[int]], records: int) -> float:
+    """Percent of all records on the diagonal."""
+    return 100 * sum(row[i] for i, row in enumerate(confusion)) / records

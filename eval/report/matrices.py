@@ -154,7 +154,7 @@ def confusions(content: RunContent) -> list[dict[str, Any]]:
         {
             "name": pattern,
             "stage": content.plan.names[int(stage)],
-            "fallbacks": _fallbacks(found),
+            "fallbacks": without_choice(found),
             "tables": [
                 _confusion(content, f"{words} ({found['accuracy' + suffix]:.1f} % right)",
                            found["confusion" + suffix], int(stage))
@@ -165,13 +165,18 @@ def confusions(content: RunContent) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def _fallbacks(choice: Json) -> list[str]:
-    """How many records of each task showed nothing to judge a task by, in words."""
-    kinds = (("fallback", "in all views"), ("fallback_without_instruction", "without the instruction"))
+def without_choice(choice: Json) -> list[str]:
+    """How many records of each task have no choice, in words."""
+    kinds = (("", "in all views"), ("_without_instruction", "without the instruction"))
+    what = {
+        "fallback": "showed nothing to choose by {} and were answered as the first task",
+        "void": "got no choice {} and count as wrong",
+    }
     return [
-        f"{task}: {count} records showed nothing to choose by {words} and were answered as the first task"
-        for key, words in kinds
-        for task, count in choice.get(key, {}).items()
+        f"{task}: {count} records {told.format(words)}"
+        for key, told in what.items()
+        for suffix, words in kinds
+        for task, count in choice.get(key + suffix, {}).items()
     ]
 
 

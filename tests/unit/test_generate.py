@@ -14,6 +14,7 @@ from torch import Tensor
 
 from delo_eval.answers.question import Answer, Question
 from delo_eval.harness.generate import Answerer, batches, decoding
+from delo_eval.matrix.derived import choice_statistics
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data.collate import Batch, Collator
 from delo_llava.data.images import UnusableImage
@@ -118,6 +119,35 @@ def test_a_method_that_chooses_answers_as_chosen_and_the_oracle_only_reruns_misr
     assert [a.task_without_instruction for a in answers] == ["a"] * 4
     assert answers[0].choice_scores == {"a": 0.0, "b": 1.0}
     assert method.asked == [["b", "a", "b", "a"], ["b", "b"]]
+
+
+class Lost(Chooser):
+    """Comes to no choice for records whose id says `void`."""
+
+    def choose(self, model: Any, batch: Batch, views: Sequence[str] | None = None) -> TaskChoice:
+        found = super().choose(model, batch, views)
+        void = torch.tensor(["void" in name for name in batch.record_ids])
+        return TaskChoice(found.tasks, found.index.masked_fill(void, -1), found.scores, void)
+
+
+def test_a_record_without_a_choice_is_answered_by_nothing_and_stays() -> None:
+    """Also where the first task, which it would fall to, is the true one; the true task answers as ever."""
+    records = [record("x"), record("void1"), record("void2", task="a")]
+    questions = [Question(r, (True, True)) for r in records]
+    answers = fake(Lost()).answer(questions, 1)
+    assert [a.prediction for a in answers] == ["b", "", ""]
+    assert [a.oracle for a in answers] == ["b", "b", "a"]
+    assert [a.fallback for a in answers] == [(), *[("void", "void_without_instruction")] * 2]
+    rows = [
+        {"task": r.task, "task_used": a.task_used, "fallback": a.fallback,
+         "task_without_instruction": a.task_without_instruction}
+        for r, a in zip(records, answers, strict=True)
+    ]  # fmt: skip
+    told = choice_statistics(rows, ("a", "b"))
+    assert told is not None
+    assert told["accuracy"] == pytest.approx(100 / 3), "of all records, not of those with a choice"
+    assert told["confusion"] == [[0, 0], [0, 1]] and told["void"] == {"a": 1, "b": 1}
+    assert told["fallback"] == {} and told["accuracy_without_instruction"] == 0
 
 
 def test_nothing_is_decoded_twice_when_every_choice_is_right() -> None:

@@ -22,7 +22,7 @@ from delo_eval.report import render as render_module
 from delo_eval.report.charts import Chart, Line, drawn, number_text, ticks
 from delo_eval.report.colour import STEPS, contrast, hex_of, palette, palette_css, step_of, text_on
 from delo_eval.report.content import read_content
-from delo_eval.report.matrices import heat_table
+from delo_eval.report.matrices import heat_table, without_choice
 from delo_eval.report.render import FAILED, SECTIONS, try_report, write_report
 from delo_eval.report.routing import entropy, pool_use
 from delo_eval.report.samples import gallery, samples
@@ -136,6 +136,14 @@ def test_chosen_samples_are_the_same_every_time_and_mixed() -> None:
     picked = gallery(rows)
     assert picked == gallery(rows[::-1]) and len(picked) == 6
     assert len({(row["score"], row["presence"]["image"]) for row in picked}) == 4
+
+
+def test_records_without_a_choice_are_counted_in_words() -> None:
+    told = {"fallback": {"ocr": 2}, "void_without_instruction": {"science": 1}}
+    assert without_choice(told) == [
+        "ocr: 2 records showed nothing to choose by in all views and were answered as the first task",
+        "science: 1 records got no choice without the instruction and count as wrong",
+    ]
 
 
 def test_standard_errors_stand_in_their_cells(hostile: Path) -> None:
