@@ -40,7 +40,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hide": {"encoder": "", "cross_terms": True},
     "l2p": {"encoder": "", "transductive": True},
     "olora": {"norm": "squared"},
-    "pclr": {"compressed": True},
     "prism": {"bases": "two", "total": 3},
     "smolora": {"gate": "none"},
 }  # fmt: skip
@@ -234,6 +233,7 @@ def test_the_pretend_device_allows_what_cuda_allows() -> None:
         (torch.where(there > 1, there, number), torch.where(here > 1, here, number)),
         (there.clone().index_put_((index,), number), here.clone().index_put_((index,), number)),
         (there.clone().copy_(here + 1), here + 1),
+        (there[0] @ there.T, here[0] @ here.T),
         (there.gather(1, index_there[:, None]), here.gather(1, index[:, None])),
         (torch.tensor([1.0, 2.0], device=PRETEND), torch.tensor([1.0, 2.0])),
         (torch.zeros_like(there).new_ones(2), torch.ones(2)),
