@@ -23,6 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 #: A kind of device that no build of torch computes on, but whose tensors autograd accepts in every build.
 PRETEND = torch.device("lazy", 0)
 CPU = torch.device("cpu")
+#: `torch.tensor` reads the numbers in a list of tensors behind every mode's back.
+_KERNELS = torch.library.Library("aten", "IMPL")
+_KERNELS.impl("_local_scalar_dense", lambda tensor: tensor.here.item(), "Lazy")
+#: Of operators that change the form of a tensor alone.
 META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 #: Operators that take their arguments from anywhere: what is copied, and the entries of an index.
 CROSSING = {"aten::copy_", "aten::_foreach_copy_"}
