@@ -127,7 +127,8 @@ class Bench:
 
     def base(self) -> Any:
         """A fresh base."""
-        return self.backbone.load(self.path, quant=self.config.quant, device=str(self.ranks.device))
+        device, config = str(self.ranks.device), self.config
+        return self.backbone.load(self.path, quant=config.quant, dtype=config.dtype, device=device)
 
     def stages(self) -> list[Stage]:
         """The stages of the sequence, whose past is still empty."""

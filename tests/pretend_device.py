@@ -23,6 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 #: A kind of device that no build of torch computes on, but whose tensors autograd accepts in every build.
 PRETEND = torch.device("lazy", 0)
 CPU = torch.device("cpu")
+#: `torch.tensor` reads the numbers in a list of tensors behind every mode's back.
+_KERNELS = torch.library.Library("aten", "IMPL")
+_KERNELS.impl("_local_scalar_dense", lambda tensor: tensor.here.item(), "Lazy")
+#: Of operators that change the form of a tensor alone.
+META = torch._C.DispatchKeySet(torch._C.DispatchKey.Meta)
 #: Operators that take their arguments from anywhere: what is copied, and the entries of an index.
 CROSSING = {"aten::copy_", "aten::_foreach_copy_"}
 INDEXING = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
@@ -210,9 +215,13 @@ def _given_back(result: Any, name: str | None, given: dict[str, Any], onto: bool
     if name is None:
         return _there(result) if onto else result
     for tensor in _leaves(given[name]):
-        if isinstance(tensor, Elsewhere) and tensor.shape != tensor.here.shape:
-            raise NotImplementedError(f"A tensor on {PRETEND} cannot change its shape in place")
+        if isinstance(tensor, Elsewhere) and _laid(tensor) != _laid(tensor.here):  # squeeze_, in matmul
+            torch.ops.aten.as_strided_.default.redispatch(META, tensor, *_laid(tensor.here))
     return given[name]
+
+
+def _laid(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.size(), tensor.stride(), tensor.storage_offset()
 
 
 def _there(value: Any) -> Any:

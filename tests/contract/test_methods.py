@@ -176,6 +176,19 @@ def test_layers_are_the_method_s_own_in_four_and_sixteen_bits(name: str, bits: s
         assert all(not torch.equal(before, other.end[n]) for n, before in other.start.items())
 
 
+@pytest.mark.support("{bits}")
+@pytest.mark.parametrize("bits", BITS)
+@every_method
+def test_adapters_stay_fp32_and_answers_come_in_the_numbers_of_the_base(name: str, bits: str) -> None:
+    """On a GPU the base is bfloat16: wherever its numbers meet an adapter's, they must be made to fit."""
+    told, model = finished(name, "llava", *BITS[bits])
+    assert all(value.dtype == torch.float32 for done in told.trained for value in done.end.values())
+    logits = told.bench.logits(model, rows_of(told))
+    assert logits.dtype == (torch.float32 if bits == "4 bit" else torch.bfloat16)
+    assert bool(logits.isfinite().all())
+    told.bench.answers(model, rows_of(told), tokens=2)
+
+
 # ---- answers ----
 @every_method
 def test_the_bare_base_answers_before_any_training(name: str) -> None:

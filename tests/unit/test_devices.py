@@ -40,10 +40,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hide": {"encoder": "", "cross_terms": True},
     "l2p": {"encoder": "", "transductive": True},
     "olora": {"norm": "squared"},
-    "pclr": {"compressed": True},
     "prism": {"bases": "two", "total": 3},
     "smolora": {"gate": "none"},
 }  # fmt: skip
+#: Mixtures of experts count with an operator that only CUDA has for integers, wherever that is not the CPU.
+UNPRETENDED = ("qwen3_vl_moe",)
 CASES = [
     *(
         pytest.param(name, {}, "llava", id=name, marks=() if name in CORE else pytest.mark.long)
@@ -55,7 +56,7 @@ CASES = [
     ),
     *(
         pytest.param("delo", {}, kind, id=f"delo-{kind}", marks=pytest.mark.long)
-        for kind in plugin_names("backbone") if kind != "llava"
+        for kind in plugin_names("backbone") if kind not in ("llava", *UNPRETENDED)
     ),
 ]  # fmt: skip
 #: Two steps of one micro-batch, and a checkpoint between them.
@@ -234,8 +235,10 @@ def test_the_pretend_device_allows_what_cuda_allows() -> None:
         (torch.where(there > 1, there, number), torch.where(here > 1, here, number)),
         (there.clone().index_put_((index,), number), here.clone().index_put_((index,), number)),
         (there.clone().copy_(here + 1), here + 1),
+        (there[0] @ there.T, here[0] @ here.T),
         (there.gather(1, index_there[:, None]), here.gather(1, index[:, None])),
         (torch.tensor([1.0, 2.0], device=PRETEND), torch.tensor([1.0, 2.0])),
+        (torch.tensor([there[0, 1], 4], device=PRETEND), torch.tensor([1.0, 4.0])),
         (torch.zeros_like(there).new_ones(2), torch.ones(2)),
     ]
     for found, expected in same:
