@@ -14,6 +14,8 @@ Simplified: Ḡ (as large as W) is never formed. Two random sketches of it, 2r a
 pass and give its range and then its singular vectors (Tropp et al. 2017, algorithm 7); that is exact up to
 rank 2r of Ḡ, and at most 2r directions are appended in a task. The projector is adapted and protected like
 the other linears; the released code trains it whole and unprotected.
+Where earlier tasks left fewer directions of a linear than the rank, the pair has as many and the rest of A is
+zero, which `limited_rank.json` of the stage says.
 Not reproduced: singular vectors from a random projection without oversampling.
 """
 
@@ -27,17 +29,21 @@ import torch
 from pydantic import Field
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from delo_llava.adapters.lowrank import LowRankConfig, LowRankLayer
 from delo_llava.backbones._quant import dense_weight
 from delo_llava.backbones.base import adapted_linears
 from delo_llava.errors import DeloError
+from delo_llava.files import write_json_atomic
 from delo_llava.methods._lowrank import LowRankMethod, LowRankOptions, lowrank_config
 from delo_llava.methods._size import stage_parameters
 from delo_llava.methods.base import Capabilities, Passes, Past, Reduce, Stage
 from delo_llava.strict import read_tensors
 
 FILE = "keeplora.safetensors"
+#: Linear -> rank of a task's pair where earlier tasks left fewer directions than the options ask for.
+LIMITED = "limited_rank.json"
 #: Singular values below this share of the largest are rounding.
 SEEN = 1e-6
 
@@ -156,9 +162,12 @@ class KeepLora(LowRankMethod):
         sketches = self._gradients(model, passes, reduce)
         for number, layer in enumerate(_layers(model)):
             rank, basis = self._rank(layer), self._basis(layer)
-            found = sketches[layer.name].outside(basis).columns[:, :rank]
+            some = min(rank, layer.in_features - basis.shape[1]) if layer.name in self._earlier else rank
+            found = sketches[layer.name].outside(basis).columns[:, :some]
             seed = self._seed + len(sketches) + number
-            whole = completed(found, basis.to(found), rank, seed, layer.name)
+            whole = completed(found, basis.to(found), some, seed, layer.name)
+            # Where earlier tasks left no more, the other rows of A stay zero and learn nothing.
+            whole = functional.pad(whole, (0, rank - some))
             self._chosen[layer.name] = whole.T.float().contiguous().cpu()
         self._place(model)
 
@@ -220,6 +229,9 @@ class KeepLora(LowRankMethod):
         super().save(model, stage, folder)
         # A task may need no direction of a linear that was not protected before.
         save_file({name: found for name, found in self._appended.items() if found.numel()}, folder / FILE)
+        limited = {name: int(a.any(1).sum()) for name, a in self._chosen.items() if not a.any(1).all()}
+        if limited:
+            write_json_atomic(folder / LIMITED, limited)
 
     def load(self, base: nn.Module, past: Mapping[str, Past]) -> nn.Module:
         return self.opened(base, past) if past else base.requires_grad_(False)

@@ -1,5 +1,6 @@
 """KeepLoRA: gradients of frozen linears against autograd, sketches against dense SVD, what is protected."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from delo_llava.errors import DeloError
 from delo_llava.methods.base import Stage
 from delo_llava.methods.keeplora import (
     FILE,
+    LIMITED,
     Directions,
     GradientSketch,
     completed,
@@ -239,6 +241,24 @@ def test_a_matched_rank_counts_what_is_trained() -> None:
     trained = bench.method.footprint(base).parameters
     wanted = Bench("delo").method.footprint(base).parameters
     assert trained % outputs == 0 and abs(trained - wanted) <= outputs / 2
+
+
+def test_a_later_task_learns_in_the_directions_that_are_left(tmp_path: Path) -> None:
+    bench = Bench("keeplora", rank=6, energy=0.5)
+    model = bench.begin(Stage(0, "task0"))
+    method: Any = bench.method
+    layer = layers(model)[0]
+    known = method._basis(layer).double()
+    free = torch.linalg.eigh(torch.eye(len(known), dtype=F64) - known @ known.T)[1][:, known.shape[1] :]
+    method._earlier = {layer.name: free[:, 2:].float()}  # two directions are left
+    method.prepare(model, Given([bench.batch([items("task0")[0]])]), alone)
+    rows = method._chosen[layer.name]
+    assert rows.shape[0] == 6 and not rows[2:].any()
+    assert torch.allclose(rows[:2] @ rows[:2].T, torch.eye(2), atol=1e-5)
+    assert float((rows @ method._basis(layer)).abs().max()) < 1e-5
+    method.finish(model, Given([bench.batch([items("task0")[0]])]), alone)
+    method.save(model, Stage(0, "task0"), tmp_path)
+    assert json.loads((tmp_path / LIMITED).read_text()) == {layer.name: 2}
 
 
 def test_too_large_a_rank_is_refused() -> None:
