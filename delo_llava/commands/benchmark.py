@@ -47,6 +47,7 @@ Stopped at any moment, the same command goes on. Parts share one folder:
     add("--part", type=_part, default=(1, 1), metavar="I/N", help="every Nth method, from the Ith on")
     add("--output", type=user_path, default=Path("runs/benchmark"), help="(default: %(default)s)")
     add("--page", type=user_path, help="the page to write (default: comparison.md in the output folder)")
+    add("--note", default="", help="a sentence that the page begins with, such as what else the machine did")
     add("--page-only", action="store_true", help="train nothing: tables of what is finished")
 
 
@@ -88,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     part, parts = options.part
     failed = [] if options.page_only else _run_all(plan, listed[part - 1 :: parts], options.ranks)
     page = options.page or options.output / "comparison.md"
-    say(_pages().write_page(plan, page))
+    say(_pages().write_page(plan, page, options.note))
     for folder in failed:
         sys.stderr.write(f"error: {folder} did not come to its end; what it said stands above\n")
     return 1 if failed else 0

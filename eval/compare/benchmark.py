@@ -42,15 +42,18 @@ def chosen_factor(plan: Benchmark, entry: Entry) -> float:
     return best
 
 
-def write_page(plan: Benchmark, page: Path) -> str:
+def write_page(plan: Benchmark, page: Path, note: str = "") -> str:
     """Write the page and its pictures, of what is finished; returns what to say of it.
+
+    Args:
+        note: a sentence for readers, below the head.
 
     Raises:
         DeloError: seeds of one row were not made alike.
     """
     table = summarise_seeds(plan.output, plan.settings, [entry.label for entry in plan.entries])
     found = {setting: _comparison(plan, setting) for setting in plan.settings}
-    parts = [_head(plan), _rates(plan), f"## All rows\n\n{table}\n"]
+    parts = [_head(plan), note and f"{note}\n", _rates(plan), f"## All rows\n\n{table}\n"]
     for setting, comparison in found.items():
         if comparison is not None:
             parts.append(_section(setting, comparison, page))

@@ -133,7 +133,8 @@ def test_the_page_shows_rows_intervals_costs_rates_and_what_is_missing(tmp_path:
         finish(mine.trial(Entry("lora"), factor).folder, (factor / 4, factor / 4))
     chosen_factor(mine, Entry("lora"))
     page = tmp_path / "docs" / "comparison.md"
-    assert str(page) in write_page(mine, page)
+    assert str(page) in write_page(mine, page, "The machine was busy.")
+    assert "\nThe machine was busy.\n" in page.read_text()
     text = page.read_text()
     assert "| lora | 0.004 | ×2 | 12.5 | 25.0 | 50.0 |" in text
     assert "| missing70 | delo | 2 | 85.0 ± 0.0 |" in text
