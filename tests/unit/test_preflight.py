@@ -12,6 +12,7 @@ import torch
 import training_support as support
 from torch import nn
 
+from delo_llava.adapters.unmergeable import PER_SAMPLE
 from delo_llava.backbones.base import find_backbone
 from delo_llava.config import TrainConfig, load_config
 from delo_llava.errors import DeloError
@@ -227,7 +228,7 @@ def test_delo_trains_without_complete_records_and_says_what_its_map_is(place: Pa
     run_sequence(job(place, *small, "--train.max_steps=1"), lambda run, stage: None)
     record = RunStore(place / "run").read_run()
     [note] = record["notes"]
-    assert (record["method"], record["mergeable"], record["needs_task"]) == ("delo", False, False)
+    assert (record["method"], record["unmerged"]) == ("delo", list(PER_SAMPLE))
     assert "cross_modal=ridge: task0, task1" in note and "stays the identity" in note
     support.write_sequence(place, tasks=2, records=12)
     without_context(place, 0)

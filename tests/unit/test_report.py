@@ -174,10 +174,10 @@ def test_what_was_left_out_is_one_table_where_there_is_anything(hostile: Path, t
     }
     (run / "results.json").write_text(json.dumps(results))
     assert omitted(read_content(run)) == [
-        ["plain", "plain", "train", "1,200", "–", "–", "1", "–", "–"],
-        ["zero-shot", "plain", "test", "–", "–", "–", "–", "6", "–"],
-        [support.TASK, "plain", "test", "–", "–", "–", "–", "4", "–"],
-        [support.TASK, support.TASK, "test (text)", "–", "2", "–", "–", "–", "–"],
+        ["plain", "plain", "train", "1,200", "–", "–", "1", "–", "–", "–"],
+        ["zero-shot", "plain", "test", "–", "–", "–", "–", "6", "–", "–"],
+        [support.TASK, "plain", "test", "–", "–", "–", "–", "4", "–", "–"],
+        [support.TASK, support.TASK, "test (text)", "–", "2", "–", "–", "–", "–", "–"],
     ]
     text = write_report(run).read_text(encoding="utf-8")
     assert text.count("Left out, in records") == 2
