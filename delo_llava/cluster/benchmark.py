@@ -1,24 +1,28 @@
 """A benchmark's runs: every method under every missing setting with every seed, and trials of rates."""
 
+import os
 import re
 import shlex
+import signal
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from delo_llava.config import config_layers, core_config, with_methods
+from delo_llava.config import RunConfig, config_layers, core_config, load_config, with_methods
 from delo_llava.data.recipe import read_recipe, recipe_defaults
 from delo_llava.engines import signals
 from delo_llava.engines.signals import Preempted
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 from delo_llava.registry import plugin_names
+from delo_llava.schema import flat
 
 #: Setting -> its words.
 SETTINGS: Mapping[str, tuple[str, ...]] = {
@@ -31,6 +35,10 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
 WORDING = "look at what is given and answer"
 #: Folder of the trials within the benchmark's.
 TRIALS = "rates"
+#: Seconds that a run which was asked to leave has for its last checkpoint.
+PATIENCE = 120.0
+#: Settings that a finished run may have otherwise: places, and a length that gives way to the base.
+ANYWHERE = ("output", "task_seq", "model", "data.root", "data.max_length")
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,24 @@ class Planned:
         """Whether all of it was trained and evaluated."""
         return (self.folder / "complete.json").is_file()
 
+    def require_same(self) -> None:
+        """See that a finished run is the one that is planned.
+
+        Raises:
+            DeloError: it has other settings; each is named.
+        """
+        stored = flat(load_config(self.folder / "config.yaml").model_dump(mode="json"))
+        given = flat(resolved(self.words).model_dump(mode="json"))
+        keys = [key for key in {**stored, **given} if key not in ANYWHERE]
+        apart = [key for key in keys if stored.get(key) != given.get(key)]
+        if apart:
+            told = (f"  {key}: the run has {stored.get(key)}, wanted {given.get(key)}" for key in apart)
+            raise DeloError(
+                "A finished run in the output folder has other settings.\n" + "\n".join(told),
+                given=str(self.folder),
+                fix="choose another --output, or move that run away",
+            )
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -97,15 +123,18 @@ class Benchmark:
     factors: Sequence[float] = (1.0,)
     words: Sequence[str] = ()
 
-    def rate(self, entry: Entry, factor: float) -> float:
-        """The method's own learning rate, by file or code, times `factor`; checks every word on the way.
+    def rates(self, entry: Entry, factor: float) -> dict[str, float]:
+        """The method's own learning rates, by file or code, times `factor`; checks every word on the way.
+
+        Returns:
+            setting of `train` -> rate; the projector's only where it has one of its own.
 
         Raises:
             DeloError: an unknown key or value.
         """
-        layers = config_layers(None, [f"--task_seq={self.task_seq}", *self._of(entry)])
-        config = with_methods(core_config(layers, recipe_defaults(self.task_seq)))
-        return factor * config.train.lr
+        train = resolved((f"--task_seq={self.task_seq}", *self._of(entry))).train
+        rates = {"lr": train.lr, "projector_lr": train.projector_lr}
+        return {key: factor * rate for key, rate in rates.items() if rate is not None}
 
     def run(self, entry: Entry, setting: str, seed: int, factor: float) -> Planned:
         """The run of one method, setting and seed, with its rate as chosen."""
@@ -150,7 +179,8 @@ class Benchmark:
         return (f"--method={entry.method}", *entry.words, *self.words)
 
     def _words(self, entry: Entry, setting: str, seed: int, factor: float) -> tuple[str, ...]:
-        rate = () if factor == 1 else (f"--train.lr={self.rate(entry, factor):g}",)
+        changed = {} if factor == 1 else self.rates(entry, factor)
+        rate = (f"--train.{key}={value:g}" for key, value in changed.items())
         missing = (*SETTINGS[setting], f"--missing.seed={seed}")
         return (*self._of(entry), f"--seed={seed}", *missing, *rate)
 
@@ -197,12 +227,35 @@ def launch(planned: Planned, ranks: int) -> int:
 
 
 def _watched(command: Sequence[str], what: str) -> int:
-    """Run a command; a signal to leave is handed on to it."""
-    with subprocess.Popen(command) as child:
-        while child.poll() is None:
-            if reason := signals.requested():
-                child.terminate()
-                child.wait()
-                raise Preempted(reason, what)
-            time.sleep(0.2)
+    """Run a command in a process group of its own; a signal to leave is handed on to all of the group."""
+    with subprocess.Popen(command, start_new_session=True) as child:
+        try:
+            while child.poll() is None:
+                if reason := signals.requested():
+                    raise Preempted(reason, what)
+                time.sleep(0.2)
+        finally:
+            _end_group(child)
         return child.returncode
+
+
+def _end_group(child: "subprocess.Popen[bytes]") -> None:
+    """End what is left of a group: a launcher may be gone before its ranks are, which hold the run's lock."""
+    for number, seconds in ((signal.SIGTERM, PATIENCE), (signal.SIGKILL, 5.0)):
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, number)
+            last = time.monotonic() + seconds
+            while time.monotonic() < last:
+                child.poll()  # reaped, or it would count as living
+                os.killpg(child.pid, 0)
+                time.sleep(0.05)
+
+
+def resolved(words: Sequence[str]) -> RunConfig:
+    """The settings that words of `train` make, over those of the recipe.
+
+    Raises:
+        DeloError: an unknown key or value.
+    """
+    layers = config_layers(None, words)
+    return with_methods(core_config(layers, recipe_defaults(str(layers["task_seq"]))))

@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         options.task_seq, listed, options.seeds, options.settings, options.output, options.rates, options.rest
     )
     for entry in listed:
-        plan.rate(entry, 1.0)  # reads every word
+        plan.rates(entry, 1.0)  # reads every word
     if len(plan.factors) > 1 and not options.page_only:
         plan.write_first()
     part, parts = options.part
@@ -113,7 +113,7 @@ def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[P
         runs = plan.runs(entry, factor)
         failed += clock.failures(runs)
         for planned in runs:
-            if planned.finished and _pages().chooses(planned) and ask_in_one_wording(planned):
+            if planned.finished and _pages().lacks_wording(planned) and ask_in_one_wording(planned):
                 failed.append(planned.folder)
     return failed
 
@@ -133,6 +133,7 @@ class _Clock:
 
         self.count += 1
         if planned.finished:
+            planned.require_same()
             return True
         left = ""
         if self.trained:

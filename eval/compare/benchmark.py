@@ -8,17 +8,15 @@ from pathlib import Path
 from delo_eval.compare.assemble import compare
 from delo_eval.compare.comparison import BoardRow, Comparison
 from delo_eval.compare.leaderboard import markdown, markdown_table, value_text
-from delo_eval.compare.runs import spread
+from delo_eval.compare.runs import settings_of, spread
 from delo_eval.compare.seeds import summarise_seeds
 from delo_eval.matrix.plots import DPI, Point, points
-from delo_eval.matrix.results import FILE, FLOORS, json_text, judged_mode, read_results
+from delo_eval.matrix.results import FILE, FLOORS, WORDED, json_text, judged_mode, read_results
 from delo_eval.tables import Sheet
 from delo_llava.cluster.benchmark import SETTINGS, TRIALS, WORDING, Benchmark, Entry, Planned
 from delo_llava.data.recipe import read_recipe
 from delo_llava.files import read_json, write_text_atomic
 
-#: Where `delo-eval --wording` writes in a run's folder (`harness.folder.WORDING`, which stands above this).
-WORDING_FOLDER = "eval-wording"
 #: Training is compared with this method's, where it was run.
 YARDSTICK = "lora"
 
@@ -29,14 +27,18 @@ def chosen_factor(plan: Benchmark, entry: Entry) -> float:
     """
     scores = {factor: _validated(plan.trial(entry, factor)) for factor in plan.factors}
     known = {factor: score for factor, score in scores.items() if score is not None}
+
+    def rates(factor: float) -> float:
+        return plan.rates(entry, factor)["lr"]
+
     best = min(known, key=lambda f: (-known[f], abs(math.log(f)), f), default=1.0)
     noted = {
         "method": entry.label,
         "setting": plan.settings[0],
         "seed": plan.seeds[0],
-        "tried": [{"factor": f, "rate": plan.rate(entry, f), "validation": s} for f, s in scores.items()],
+        "tried": [{"factor": f, "rate": rates(f), "validation": s} for f, s in scores.items()],
         "factor": best,
-        "rate": plan.rate(entry, best),
+        "rate": rates(best),
     }
     write_text_atomic(_note(plan, entry), json_text(noted))
     return best
@@ -64,10 +66,10 @@ def write_page(plan: Benchmark, page: Path, note: str = "") -> str:
     return f"{table}\npage: {page}\n"
 
 
-def chooses(run: Planned) -> bool:
+def lacks_wording(run: Planned) -> bool:
     """Whether the run's method chooses the task, and was not asked yet in one wording for all."""
     results = read_results(run.folder)
-    asked = (run.folder / WORDING_FOLDER / FILE).is_file()
+    asked = (run.folder / WORDED / FILE).is_file()
     return results is not None and results["task_choice_accuracy"] is not None and not asked
 
 
@@ -169,7 +171,7 @@ def _choices(comparison: Comparison) -> Sheet | None:
     for row in comparison.rows:
         keys = ("task_choice_accuracy", "task_choice_accuracy_without_instruction")
         if keys[0] in row.extras:
-            worded = (read_results(folder / WORDING_FOLDER) for folder in row.folders)
+            worded = (read_results(folder / WORDED) for folder in row.folders)
             found = [r[keys[0]] for r in worded if r is not None and r["task_choice_accuracy"] is not None]
             one = spread(found) if len(found) == len(row.folders) else None
             rows.append((row.name, *(value_text(row.extras.get(key)) for key in keys), value_text(one)))
@@ -190,13 +192,29 @@ def _costs(comparison: Comparison) -> Sheet:
             (
                 row.name,
                 value_text(row.extras.get("parameters_per_task")),
+                _learning_rate(row),
                 f"{size / 1e6:.2f}",
                 f"{seconds:.0f}" if seconds else "–",
                 ratio,
             )
         )
-    heads = ("method", "trained parameters a task", "files a task, MB", "training, s", f"÷ {YARDSTICK}")
+    heads = (
+        "method",
+        "trained parameters a task",
+        "learning rate",
+        "files a task, MB",
+        "training, s",
+        f"÷ {YARDSTICK}",
+    )
     return Sheet("Costs", heads, rows)
+
+
+def _learning_rate(row: BoardRow) -> str:
+    """The rate that the row's runs had, and a projector's own; all that there are, should they differ."""
+    stored = [settings_of(folder) for folder in row.folders]
+    keys = {"train.lr": "", "train.projector_lr": "projector "}
+    found = (f"{about}{s[key]:g}" for key, about in keys.items() for s in stored if s.get(key) is not None)
+    return ", ".join(dict.fromkeys(found)) or "–"
 
 
 def _train_seconds(row: BoardRow) -> float:

@@ -268,19 +268,24 @@ def _known(items: Iterable[tuple[str, float | None]]) -> dict[str, float]:
 
 
 def _load(folder: Path, name: str) -> RunResults:
-    """One run; its settings where a config.yaml lies beside or above its results."""
+    """One run."""
     results = read_results(folder)
     if results is None:
         raise DeloError(f"There is no {FILE} in this folder.", given=folder, fix="evaluate the run first")
+    return RunResults(name, folder, results, settings_of(folder))
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """A run's settings in dotted names, without seeds, places and what the protocol has; empty where no
+    config.yaml lies beside or above the results."""
     files = (place / "config.yaml" for place in (folder, folder.parent))
     file = next((file for file in files if file.is_file()), None)
     settings = flat("", read_yaml(file)) if file else {}
-    kept = {
+    return {
         key: value
         for key, value in settings.items()
         if key not in NOT_SETTINGS and (not key.startswith("eval.") or key == "eval.num_beams")
     }
-    return RunResults(name, folder, results, kept)
 
 
 def _unique(paths: Sequence[tuple[str, ...]]) -> list[str]:

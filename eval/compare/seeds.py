@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from delo_eval.compare.protocol import Protocol, differences, protocol, without_missing_seed
-from delo_eval.compare.runs import spread
+from delo_eval.compare.runs import settings_of, spread
 from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.results import ResultsJson, json_text, judged_mode, read_results, score_row
 from delo_llava.errors import DeloError
 from delo_llava.files import write_text_atomic
 
 
-def _conditions(results: ResultsJson) -> Protocol:
+def _conditions(folder: Path, results: ResultsJson) -> Protocol:
     """What must agree between runs that share a row, beside method and missing setting."""
     same = {key: results[key] for key in ("task_seq", "quant")}
-    return {**without_missing_seed(protocol(results)), **same}
+    return {**without_missing_seed(protocol(results)), **same, **settings_of(folder)}
 
 
 def _metric(name: str, mode: str | None = None) -> Callable[[ResultsJson], float | None]:
@@ -68,7 +68,7 @@ def summarise_seeds(root: Path, settings: Sequence[str], methods: Sequence[str])
     for setting in settings:
         for method in methods:
             runs = {
-                f.name: r
+                f: r
                 for f in sorted((root / setting).glob(f"{method}-s*"))
                 if (r := read_results(f)) and r["metrics"]["complete"]
             }
@@ -78,7 +78,7 @@ def summarise_seeds(root: Path, settings: Sequence[str], methods: Sequence[str])
                     {
                         "setting": setting,
                         "method": method,
-                        "runs": list(runs),
+                        "runs": [folder.name for folder in runs],
                         **_columns(list(runs.values())),
                     }
                 )
@@ -100,8 +100,8 @@ def _columns(runs: Sequence[ResultsJson]) -> dict[str, dict[str, Any]]:
     return columns
 
 
-def _check_alike(runs: Mapping[str, ResultsJson]) -> None:
-    apart = differences({name: _conditions(results) for name, results in runs.items()})
+def _check_alike(runs: Mapping[Path, ResultsJson]) -> None:
+    apart = differences({folder.name: _conditions(folder, results) for folder, results in runs.items()})
     if apart:
         raise DeloError(
             "Runs of one row differ, so their numbers do not compare: " + "; ".join(map(str, apart)),

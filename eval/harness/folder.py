@@ -5,14 +5,12 @@ from pathlib import Path
 
 from delo_eval.matrix.accuracy import ZERO_SHOT
 from delo_eval.matrix.plan import Plan
+from delo_eval.matrix.results import WORDED
 from delo_llava.config import RunConfig, config_layers, core_config
 from delo_llava.data.recipe import load_sequence
 from delo_llava.errors import DeloError
 from delo_llava.runs.store import RunStore
 from delo_llava.tasks import TaskSequence
-
-#: Folder of results under one wording for all tasks.
-WORDING = "eval-wording"
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Request:
         output: folder of predictions and results; the run's own, or `<run>/eval-<split>` for another split.
         cache: whether answers of earlier evaluations are used.
         data_root: where the data lies now; what lies there must be what the run was made of.
-        wording: asked in place of every instruction; results go to `WORDING` in the run's folder by default.
+        wording: asked in place of every instruction; results go to `WORDED` in the run's folder by default.
     """
 
     split: str | None = None
@@ -108,7 +106,7 @@ def open_folder(run_dir: Path, request: Request = AS_STORED) -> RunFolder:
     config = stored.model_copy(update={"eval": wanted, "data": data, "output": stored.output or run_dir})
     own = run_dir
     if any(getattr(wanted, key) != getattr(stored.eval, key) for key in ("split", "limit", "wording")):
-        own = run_dir / (WORDING if request.wording else f"eval-{wanted.split}")
+        own = run_dir / (WORDED if request.wording else f"eval-{wanted.split}")
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
     plan = Plan.read({**store.read_run(), "tasks": sequence.names})
     return RunFolder(store, config, sequence, plan, request.output or own, request.patterns)

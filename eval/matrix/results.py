@@ -31,6 +31,8 @@ ResultsJson = Mapping[str, Any]
 
 SCHEMA = "delo-llava/results/1"
 FILE = "results.json"
+#: Folder in a run's, of results under one wording for all tasks (`delo-eval --wording`).
+WORDED = "eval-wording"
 #: What readers of the file rely on.
 REQUIRED = (
     "method", "seed", "split", "limit", "tasks", "matrix", "patterns", "zero_shot", "records", "modes",

@@ -12,10 +12,11 @@ import pytest
 import tiny_models
 import training_support as support
 
-from delo_eval.compare.benchmark import chooses, chosen_factor, write_page
-from delo_eval.harness.folder import WORDING
-from delo_llava.cluster.benchmark import Benchmark, Entry, entries
-from delo_llava.config import RunConfig
+from delo_eval.compare.benchmark import chosen_factor, lacks_wording, write_page
+from delo_eval.matrix.results import WORDED
+from delo_llava.cluster.benchmark import Benchmark, Entry, _watched, entries, resolved
+from delo_llava.config import RunConfig, dump_config
+from delo_llava.engines import signals
 from delo_llava.errors import DeloError
 from delo_llava.registry import plugin_names
 
@@ -59,9 +60,9 @@ def test_unknown_and_repeated_methods_are_refused(given: list[str], told: str) -
 
 def test_a_wrong_option_is_refused_before_anything_runs(tmp_path: Path) -> None:
     with pytest.raises(DeloError, match="data.subb"):
-        plan(tmp_path, words=("--data.subb=1",)).rate(Entry("lora"), 1.0)
+        plan(tmp_path, words=("--data.subb=1",)).rates(Entry("lora"), 1.0)
     with pytest.raises(DeloError, match="hide.cross"):
-        plan(tmp_path).rate(Entry("hide", ("--hide.cross=true",)), 1.0)
+        plan(tmp_path).rates(Entry("hide", ("--hide.cross=true",)), 1.0)
 
 
 def test_a_run_says_all_that_makes_it(tmp_path: Path) -> None:
@@ -75,8 +76,46 @@ def test_a_run_says_all_that_makes_it(tmp_path: Path) -> None:
 
 def test_factors_are_of_the_rate_that_file_or_words_give(tmp_path: Path) -> None:
     mine = plan(tmp_path, words=("--train.lr=0.1",))
-    assert mine.rate(Entry("lora"), 0.5) == pytest.approx(0.05)
-    assert plan(tmp_path).rate(Entry("lora"), 2.0) == pytest.approx(0.004)  # mini6.yaml says 0.002
+    assert mine.rates(Entry("lora"), 0.5) == pytest.approx({"lr": 0.05})
+    assert plan(tmp_path).rates(Entry("lora"), 2.0) == pytest.approx({"lr": 0.004})  # mini6.yaml says 0.002
+    own = plan(tmp_path, words=("--train.projector_lr=0.01",))
+    assert "--train.projector_lr=0.02" in own.run(Entry("lora"), "complete", 0, 2.0).words
+
+
+def test_a_finished_run_of_other_settings_is_not_taken_for_the_planned_one(tmp_path: Path) -> None:
+    def run(*words: str) -> Any:
+        return plan(tmp_path, words=words).run(Entry("lora"), "complete", 0, 1.0)
+
+    folder = run().folder
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_config(resolved(run("--data.max_length=128").words)))
+    run().require_same()  # a length gives way to the base
+    with pytest.raises(DeloError, match=r"data.sub: the run has 1.0, wanted 0.5") as refused:
+        run("--data.sub=0.5").require_same()
+    assert "--output" in str(refused.value)
+
+
+FAMILY = """
+import os, subprocess, sys, time
+late = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(3)"
+child = [sys.executable, "-c", late]
+pid = subprocess.Popen(child).pid
+open(sys.argv[1] + ".part", "w").write(f"{os.getpid()} {pid}")
+os.rename(sys.argv[1] + ".part", sys.argv[1])
+time.sleep(60)
+"""
+
+
+def test_a_signal_ends_the_launcher_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pids = tmp_path / "pids"
+    monkeypatch.setattr(signals, "requested", lambda: "SIGTERM" if pids.is_file() else None)
+    with pytest.raises(signals.Preempted, match="training x"):
+        _watched([sys.executable, "-c", FAMILY, str(pids)], "training x")
+    for pid in map(int, pids.read_text().split()):
+        with pytest.raises(ProcessLookupError):  # the child did not leave at once, and was waited for
+            os.kill(pid, 0)
 
 
 def test_trials_train_the_first_task_and_look_at_validation_records_only(tmp_path: Path) -> None:
@@ -140,7 +179,7 @@ def test_the_page_shows_rows_intervals_costs_rates_and_what_is_missing(tmp_path:
     assert "| missing70 | delo | 2 | 85.0 ± 0.0 |" in text
     assert "lora − delo" in text
     assert "-40.00 \\[" in text
-    assert "| delo | 1,000.00 | 2.00 | 3 | 1.00 |" in text.replace("1,000 ", "1,000.00 ")
+    assert "| delo | 1,000.00 | 0.0002 | 2.00 | 3 | 1.00 |" in text.replace("1,000 ", "1,000.00 ")
     assert "- complete, delo: seeds 0, 1" in text
     assert (tmp_path / "docs" / "comparison-missing70.png").stat().st_size > 1000
     assert not (tmp_path / "docs" / "comparison-complete.png").exists()
@@ -169,9 +208,9 @@ def test_the_page_tells_the_choice_with_without_and_in_one_wording(tmp_path: Pat
     )  # fmt: skip
     (run.folder / "complete.json").write_text("{}")
     finish(mine.run(Entry("lora"), "complete", 0, 1).folder)
-    assert chooses(run) and not chooses(mine.run(Entry("lora"), "complete", 0, 1))
-    fake.write_run(run.folder / WORDING, fake.outcomes((0.1, 0.1)), task_choice_accuracy=37.5)
-    assert not chooses(run), "it was asked already"
+    assert lacks_wording(run) and not lacks_wording(mine.run(Entry("lora"), "complete", 0, 1))
+    fake.write_run(run.folder / WORDED, fake.outcomes((0.1, 0.1)), task_choice_accuracy=37.5)
+    assert not lacks_wording(run), "it was asked already"
     write_page(mine, tmp_path / "page.md")
     assert "| delo | 98.00 | 90.00 | 37.50 |" in (tmp_path / "page.md").read_text()
 
