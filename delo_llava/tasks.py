@@ -103,6 +103,8 @@ class TaskSpec:
         sides: files joined to the records.
         classes: set where the files are in the CMML layout instead of CoIN's.
         absent: optional side files that are not there, each in a line.
+        split_roots: image folders of single splits that do not use `image_root`.
+        no_answer: what is told where a record has no answer: how the user gets it.
     """
 
     name: str
@@ -115,6 +117,12 @@ class TaskSpec:
     sides: tuple[SideFile, ...] = ()
     classes: ClassTask | None = None
     absent: tuple[str, ...] = ()
+    split_roots: Mapping[Split, Path] = field(default_factory=dict)
+    no_answer: str = ""
+
+    def images_of(self, split: Split) -> Path:
+        """The folder that `image` entries of a split are relative to."""
+        return self.split_roots.get(split, self.image_root)
 
     @property
     def beside(self) -> dict[str, Path]:

@@ -230,7 +230,7 @@ def record_of(task: TaskSpec, split: Split, row: Row) -> Record:
 def _record(task: TaskSpec, split: Split, row: Sequence[Any]) -> Record:
     """Stored values (in the order of `TEXTS`) as a record."""
     name, image, context, instruction, answer, extra = row
-    path = task.image_root / image if image else None
+    path = task.images_of(split) / image if image else None
     return Record(name, task.name, split, path, context, instruction, answer, json.loads(extra))
 
 
@@ -281,7 +281,7 @@ def _key(task: TaskSpec, split: Split) -> str:
     files = [task.files[split], *(side.path for side in sides), *names]
     facts: dict[str, Any] = {
         "version": ROWS_VERSION,
-        "root": str(task.image_root),
+        "root": str(task.images_of(split)),
         "files": [(str(file), *_state(file)) for file in files],
         "sides": [asdict(side) for side in sides],
         # One stored file serves all tasks and splits of a CMML file.

@@ -76,7 +76,9 @@ def load_task(name_or_path: str, task: str, split: Split, root: Path | None = No
 def _of_split(entry: TaskEntry, split: Split) -> TaskEntry:
     """A task with the files of one split alone."""
     sides = [side for side in entry.sides if split in side.splits]
-    return entry.model_copy(update={"files": {split: entry.files[split]}, "sides": sides})
+    roots = {key: names for key, names in entry.split_roots.items() if key == split}
+    changed = {"files": {split: entry.files[split]}, "sides": sides, "split_roots": roots}
+    return entry.model_copy(update=changed)
 
 
 def recipe_defaults(name_or_path: str) -> dict[str, Any]:
@@ -131,6 +133,11 @@ class _Place:
         wanted = entry.images or ["."]
         return next((path for path in found if all((path / images).is_dir() for images in wanted)), None)
 
+    def split_root(self, entry: TaskEntry, split: Split) -> Path | None:
+        """The first accepted image folder of a split with one of its own."""
+        found = (self.folder / name for name in self.names(entry.split_roots[split]))
+        return next((path for path in found if path.is_dir()), None)
+
 
 def _template(recipe: Recipe, given: str | None) -> str | None:
     """The name of the template to use.
@@ -169,6 +176,9 @@ def _absent(entries: Sequence[TaskEntry], place: _Place) -> Iterator[tuple[TaskE
         if place.image_root(entry) is None:
             for images in _absent_images(entry, place):
                 yield entry, images, entry.obtain
+        for split, names in entry.split_roots.items():
+            if place.split_root(entry, split) is None:
+                yield entry, " or ".join(f"{name}/" for name in place.names(names)), entry.obtain
 
 
 def _absent_files(entry: TaskEntry, place: _Place) -> Iterator[tuple[TaskEntry, str, str]]:
@@ -202,6 +212,10 @@ def _task(entry: TaskEntry, place: _Place) -> TaskSpec:
     files = {split: path for split, path in found if path is not None}
     usual = place.folder / place.names(entry.image_root)[0]
     image_root = Path(os.path.normpath(place.image_root(entry) or usual))
+    split_roots = {
+        split: Path(os.path.normpath(place.split_root(entry, split) or place.folder / place.names(names)[0]))
+        for split, names in entry.split_roots.items()
+    }
     sides = [(side, place.file(side.file)) for side in entry.sides]
     classes = entry.classes
     return TaskSpec(
@@ -217,6 +231,8 @@ def _task(entry: TaskEntry, place: _Place) -> TaskSpec:
         if classes is None
         else ClassTask(classes.number, classes.per_task, classes.instruction, place.file(classes.names)),
         absent=tuple(_absent_side(side, place) for side, path in sides if path is None),
+        split_roots=split_roots,
+        no_answer=" ".join(entry.no_answer.split()),
     )
 
 

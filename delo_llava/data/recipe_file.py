@@ -97,11 +97,13 @@ class TaskEntry(Section):
         files: for each split the accepted names of its file.
         image_root: accepted names of the folder that `image` entries of the records are relative to.
         images: folders below `image_root` that must be there.
+        split_roots: accepted names of the image folder of single splits that have one of their own.
         answers: the closed set of answers, where every question has the same one: what chance is.
         sides: side files joined to the records.
         classes: set for files in the CMML layout.
         train: settings of `train` that differ for this task.
         obtain: where the files come from, shown when they are missing.
+        no_answer: told where a record has no answer: how the user gets it, for files published without.
     """
 
     name: Name
@@ -109,6 +111,7 @@ class TaskEntry(Section):
     files: dict[Split, Names]
     image_root: Names = ["."]
     images: list[RelativePath] = []
+    split_roots: dict[Split, Names] = {}
     scorer: str = "exact_match"
     max_new_tokens: int = Field(default=NEW_TOKENS, ge=1)
     answers: list[str] = []
@@ -116,6 +119,7 @@ class TaskEntry(Section):
     classes: ClassesEntry | None = None
     train: dict[str, Any] = {}
     obtain: str = ""
+    no_answer: str = ""
 
 
 class Recipe(Section):
@@ -206,7 +210,11 @@ def _check_entry(entry: TaskEntry, recipe: Recipe, path: Path) -> None:
             raise DeloError(f"{where} names no {split} file.", given=", ".join(entry.files))
     if entry.scorer not in (scorers := plugin_names("scorer")):
         raise DeloError(f"{where}: no such scorer.", given=entry.scorer, allowed=scorers)
-    places = [*entry.image_root, *(name for names in entry.files.values() for name in names)]
+    folders = [entry.image_root, *entry.split_roots.values(), *entry.files.values()]
+    places = [name for names in folders for name in names]
+    if unknown := [split for split in entry.split_roots if split not in entry.files]:
+        told = f"{where}: `split_roots` names a split without a file."
+        raise DeloError(told, given=unknown[0], allowed=entry.files)
     if not recipe.templates and (used := [place for place in places if "{template}" in place]):
         raise DeloError(f"{where} uses a template, but there are none.", given=used[0], fix="add `templates`")
     taken = [*SPLITS, "classes"]

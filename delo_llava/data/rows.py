@@ -79,7 +79,7 @@ class Reading:
 
     def __init__(self, task: TaskSpec, split: Split, images: EmbeddedImages, tell: Tell = stop) -> None:
         self.task, self.split, self.path = task, split, task.files[split]
-        self.images, self.tell, self.root = images, tell, os.path.normpath(task.image_root)
+        self.images, self.tell, self.root = images, tell, os.path.normpath(task.images_of(split))
         self.joined = Joined((), split)
         #: Every id that is taken -> the last number that was put behind it.
         self._taken: dict[str, int] = {}
@@ -143,7 +143,7 @@ class Reading:
             with entry.faults:
                 instruction = _instruction(asked, shows, where)
             with entry.faults:
-                written = _answer(answered, given, where)
+                written = _answer(answered, given, where, self.task.no_answer)
             if len(entry.faults) == faults:
                 row = {
                     "id": f"{name}#{turn}" if several else name,
@@ -275,11 +275,16 @@ def _instruction(given: object, shows: bool, where: str) -> str:
     return text
 
 
-def _answer(given: object, entry: Mapping[str, Any], where: str) -> str:
-    """The reference answer as it is written; numbers are written out, of several the first is taken."""
+def _answer(given: object, entry: Mapping[str, Any], where: str, hint: str = "") -> str:
+    """The reference answer as it is written; numbers are written out, of several the first is taken.
+
+    Args:
+        hint: how answers are got, where the published file has none.
+    """
     if given is None:
         told = f"{where}there is no answer; beside a question it is one of {', '.join((*ANSWERS, BOX))}."
-        raise BadEntry("answer_empty", told, given=f"the keys {', '.join(map(str, entry))}")
+        said = f"{told} {hint}" if hint else told
+        raise BadEntry("answer_empty", said, given=f"the keys {', '.join(map(str, entry))}")
     if isinstance(given, list) and given and all(isinstance(one, str) for one in given):
         given = given[0]
     if isinstance(given, list) and len(given) == 4:  # a box written as numbers

@@ -130,7 +130,7 @@ class DataCheck:
         digest = sha256_file(first.task.files[first.split])
         for part in group:
             part.sha256 = digest
-        before, links = self.memory.annotation(first.file, digest), Links(first.task.image_root)
+        before, links = self.memory.annotation(first.file, digest), Links(first.task.images_of(first.split))
         if before is not None:
             told = strftime("has changed since the check of %Y-%m-%d %H:%M", localtime(before))
             self._tell(first, "annotations_changed", None, None, told)
@@ -185,7 +185,7 @@ class DataCheck:
             self._tell(part, "id_repeated", entry.number, entry.id, told)
         if entry.image is not None:
             where = (part.task.name, part.split, part.file, entry.number, entry.id)
-            image = part.task.image_root / entry.image
+            image = part.task.images_of(part.split) / entry.image
             self.memory.refer(str(image), *where)
             links.look(image, entry.number, entry.id)
         for row in () if entry.faults else entry.rows:  # of one with faults, a part may be lost

@@ -11,7 +11,7 @@ from delo_eval.scorers.base import Reference, Scorer
 from delo_llava.backbones.base import find_backbone
 from delo_llava.data.collate import IGNORE, Collator
 from delo_llava.data.readers import read_records, stream_records
-from delo_llava.data.recipe import load_sequence
+from delo_llava.data.recipe import load_sequence, load_task
 from delo_llava.errors import DeloError
 from delo_llava.mini.build import ensure_mini6
 from delo_llava.mini.fixtures import FIXTURES, write_fixture
@@ -126,6 +126,38 @@ def test_the_val_names_of_coin_and_the_layout_of_its_sibling(mini: Path, tmp_pat
     assert [read_records(task, "train").conversations for task in mixed] == [5] * 8
 
 
+def test_mllm_acl_has_folders_of_its_own_for_the_test(mini: Path, tmp_path: Path) -> None:
+    root = write_fixture("mllm_acl", tmp_path / "d", RECORDS, mini)
+    vp = load_sequence("mllm_acl", root).tasks[2]
+    train, test = read_records(vp, "train")[0], read_records(vp, "test")[0]
+    assert train.image == root / "MLLM-CL/VP/images/000000.jpg"
+    assert test.image == root / "MLLM-CL/CV-Benchv2/images/t00000.jpg"
+    (root / "MLLM-CL/CV-Benchv2").rename(root / "MLLM-CL/VP_test")
+    again = load_sequence("mllm_acl", root).tasks[2]
+    assert read_records(again, "test")[0].image == root / "MLLM-CL/VP_test/images/t00000.jpg"
+    assert load_task("mllm_acl", "gui", "train", root).split_roots == {}
+    for path in (root / "MLLM-CL/APP_test").rglob("*.jpg"):
+        path.unlink()
+    (root / "MLLM-CL/APP_test/images").rmdir()
+    (root / "MLLM-CL/APP_test/test.json").unlink()
+    (root / "MLLM-CL/APP_test").rmdir()
+    with pytest.raises(DeloError, match=r"(?s)gui: MLLM-CL/APP_test/test\.json.*gui: MLLM-CL/APP_test/"):
+        load_sequence("mllm_acl", root)
+
+
+@pytest.mark.parametrize(
+    ("folder", "task", "told"), [("APP_test", 3, "server"), ("Math_test", 1, "MathVista")]
+)
+def test_where_mllm_acl_has_no_answers_the_user_is_asked(
+    folder: str, task: int, told: str, mini: Path, tmp_path: Path
+) -> None:
+    root = write_fixture("mllm_acl", tmp_path / "d", RECORDS, mini)
+    path = root / "MLLM-CL" / folder / "test.json"
+    path.write_text(json.dumps([e | {"answer": None} for e in json.loads(path.read_text())]))
+    with pytest.raises(DeloError, match=rf"(?s)there is no answer.*{told}.*`answer`"):
+        read_records(load_sequence("mllm_acl", root).tasks[task], "test")
+
+
 @pytest.mark.parametrize(
     ("recipe", "records", "told"),
     [("mini6", 8, "no fixture"), ("coin7", 8, "did you mean"), ("ucit", 2, "4 to 1000")],
@@ -207,7 +239,7 @@ def test_coin6_trains_evaluates_and_resumes(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mllm_dcl", "mm_imdb_cmml"])
+@pytest.mark.parametrize("name", ["mllm_dcl", "mm_imdb_cmml", "mllm_acl", "trigap"])
 def test_other_recipes_run(name: str, mini: Path, tmp_path: Path) -> None:
     from delo_llava.cli import main_train
 
@@ -215,5 +247,8 @@ def test_other_recipes_run(name: str, mini: Path, tmp_path: Path) -> None:
     assert main_train([*words(name, root, tmp_path / "run"), "--train.max_steps=null"]) == 0
     stages = json.loads((tmp_path / "run/run.json").read_text())["stages"]
     steps = {task: stage["steps"] for task, stage in stages.items()}
-    published = {"rs": 1, "med": 3, "ad": 1, "sci": 2, "fin": 1}
-    assert steps == (published if name == "mllm_dcl" else dict.fromkeys(steps, 1)), "epochs of single tasks"
+    published = {
+        "mllm_dcl": {"rs": 1, "med": 3, "ad": 1, "sci": 2, "fin": 1},
+        "mllm_acl": {"ocr": 3, "math_logic": 1, "vp": 1, "gui": 3},
+    }
+    assert steps == published.get(name, dict.fromkeys(steps, 1)), "epochs of single tasks"

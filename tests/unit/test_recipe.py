@@ -160,7 +160,9 @@ ORDERS = {
     "coin8": "scienceqa textvqa imagenet gqa vizwiz grounding vqav2 ocrvqa",
     "coin_long10": "docvqa okvqa chartqa pathvqa aokvqa infovqa iconqa vizwiz clevr_math ai2d",
     "ucit": "imagenet_r arxivqa vizwiz_caption iconqa clevr_math flickr30k_caption",
+    "mllm_acl": "ocr math_logic vp gui",
     "mllm_dcl": "rs med ad sci fin",
+    "trigap": "pmcvqa docvqa chartqa iconqa infographicvqa arxivqa roadside chemvqa floodnetvqa clevr",
     "smolora_cvit": "scienceqa textvqa flickr30k imagenet gqa vqav2",
     "food101_cmml": " ".join(f"task{number}" for number in range(1, 11)),
     "mm_imdb_cmml": " ".join(f"task{number}" for number in range(1, 6)),
@@ -176,6 +178,11 @@ def test_published_settings_of_single_tasks_and_what_a_user_says_over_them() -> 
     published = core_config({"task_seq": "mllm_dcl"}, recipe_defaults("mllm_dcl"))
     epochs = [published.for_task(name).train.epochs for name in ORDERS["mllm_dcl"].split()]
     assert (epochs, published.for_task("med").train.lr) == ([1, 3, 1, 2, 1], 2e-5)
+    acl = core_config({}, recipe_defaults("mllm_acl"))
+    trains = [acl.for_task(name).train for name in ORDERS["mllm_acl"].split()]
+    assert [(t.epochs, t.lr, t.global_batch) for t in trains] == [
+        (3, 5e-5, 16), (1, 2e-4, 16), (1, 2e-4, 16), (3, 2e-4, 16),
+    ]  # fmt: skip
     coin = core_config({}, recipe_defaults("coin8"))
     batches = [coin.for_task(name).train.global_batch for name in ORDERS["coin8"].split()]
     assert batches == [896, 896, 1024, 384, 896, 384, 512, 640]

@@ -245,6 +245,13 @@ CASES = [
     Case("anls", "case and blanks", " ABCD", "abcd", 1, 1),
     Case("anls", "closest answer", "abcx", "zzzz", 0.75, 0.75, answers(("zzzz", 1), ("abcd", 1))),
     Case("anls", "empty", "", "a", 0, 0),
+    Case("trigap_anls", "less than half", "axyz", "abcd", 0.25, 0),
+    Case("trigap_anls", "half", "abxy", "abcd", 0.5, 0),
+    Case("trigap_anls", "nothing shared", "wxyz", "abcd", 0, 0),
+    Case("trigap_anls", "inner blanks", "ab  cd", "ab cd", 1 - 1 / 6, 1),
+    Case("trigap_anls", "case and blanks", " ABCD", "abcd", 1, 1),
+    Case("trigap_anls", "closest answer", "1.0", "zzzz", 0.25, 0, answers(("zzzz", 1), ("0.28", 1))),
+    Case("trigap_anls", "empty", "", "a", 0, 0),
     # ChartQA
     Case("relaxed_accuracy", "five per cent", "105", "100", 1, 1),
     Case("relaxed_accuracy", "six per cent", "106", "100", 0, 0),
@@ -328,3 +335,14 @@ def test_scorers_that_need_more_of_a_record_say_what_is_lacking() -> None:
     with pytest.raises(DeloError, match="1 of 2 have none") as told:
         scorer.check([good, Reference("b", "red")])
     assert "answers" in str(told.value) and "given:   b" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "score"),
+    [("The answer is 14.", "14", 1), ("114", "14", 0), ("(B)", "B", 1), ("a cat", "C", 0), ("", "yes", 0)],
+)
+def test_option_or_words_has_no_official_rule(said: str, answer: str, score: float) -> None:
+    scorer = cast(Scorer, load_plugin("scorer", "option_or_words"))
+    assert scorer(said, Reference("q", answer)) == score
+    with pytest.raises(DeloError, match="no official script"):
+        scorer.in_mode("compat")
