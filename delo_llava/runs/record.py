@@ -2,9 +2,10 @@
 
 import hashlib
 import importlib.util
+import json
 import platform
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -115,11 +116,8 @@ def _changes(
     given = flat(yaml.safe_load(dump_config(job.config)))
     keys = sorted((stored.keys() | given.keys()) - set(FREE)) if stored else []
     differing = [key for key in keys if stored.get(key) != given.get(key)]
-    lines = [
-        f"  {key}: the run has {stored.get(key)}, given {given.get(key)}"
-        for key in differing
-        if not _may_change(key, used)
-    ]
+    refused = [key for key in differing if not _may_change(key, used)]
+    lines = [f"  {key}: the run has {stored.get(key)}, given {given.get(key)}" for key in refused]
     recorded, found = known.get("data_hashes", {}), facts["data_hashes"]
     later = set(job.sequence.names) - used
     lines += [f"  {line}" for line in data_differences(recorded, found, (set(recorded) | used) - later)]
@@ -129,7 +127,8 @@ def _changes(
         raise DeloError(
             "\n".join(["This folder holds a run made of something else:", *lines]),
             given=store.root,
-            fix="give the same settings, data and base to continue it, or another --output",
+            fix=f"give the same settings, data and base to continue it{_words(stored, refused)}, or another "
+            "--output",
         )
     after = [plan.name for plan in job.plans if store.adapter(plan.name).exists()]
     changed = [(key, stored.get(key), given.get(key)) for key in differing]
@@ -157,6 +156,12 @@ def _emptied(
         return known
     store.forget_results()
     return {}
+
+
+def _words(settings: dict[str, Any], keys: Sequence[str]) -> str:
+    """How the command line gives some settings, in brackets; nothing for none."""
+    words = [f"--{key.removeprefix('methods.')}={json.dumps(settings.get(key))}" for key in keys]
+    return f" ({' '.join(words)})" if words else ""
 
 
 def _stored_settings(store: RunStore, config: RunConfig) -> dict[str, Any]:

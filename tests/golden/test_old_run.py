@@ -56,7 +56,9 @@ def test_a_complete_run_gives_the_same_answers(place: Path) -> None:
     assert train(place, "lora", "--method=lora", "--lora.rank=1") == 0
 
 
-def test_a_run_left_inside_a_stage_goes_on(place: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_run_left_inside_a_stage_goes_on(
+    place: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Its first adapter stays as it is, the stage goes on at the step where it was left, and both are
     evaluated; the scores that an older rule gave are dropped until they are given by the new one.
     """
@@ -69,8 +71,12 @@ def test_a_run_left_inside_a_stage_goes_on(place: Path, caplog: pytest.LogCaptur
         *DELO,
         f"--output={run}",
     ]
+    with pytest.raises(SystemExit):  # its version scaled the update otherwise by default
+        main_train(words)
+    assert "alpha_over_rank: the run has 2.0, given None" in (told := capsys.readouterr().err)
+    assert "(--delo.alpha_over_rank=2.0)" in told
     with caplog.at_level(logging.WARNING):
-        assert main_train(words) == 0
+        assert main_train([*words, "--delo.alpha_over_rank=2.0"]) == 0
     assert "task0: exact_match.v1 became exact_match.v2" in caplog.text
     record = json.loads((run / "run.json").read_text())["stages"]
     assert record["task1"]["resumed_at"] == [2]

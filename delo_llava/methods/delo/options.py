@@ -18,8 +18,11 @@ class DeloOptions(MethodConfig):
     Attributes:
         pool_size: factors per pool [E].
         rank: factors chosen per sample, the rank of each modality's update [r].
-        alpha_over_rank: the update is scaled by this [s]; the release's undivided alpha = 2 over factors
-            drawn from N(0, 1) is too large a step (trap T13).
+        alpha: the update is scaled by alpha ÷ (factors that act on a token) [s]: `rank`, twice it with scope
+            `all`. A step of Adam then moves the model as far for any pool and rank, as LoRA's does whose
+            alpha this is, so one learning rate serves them all.
+        alpha_over_rank: the scale itself, in place of the above. The release's undivided alpha = 2 over
+            factors drawn from N(0, 1) is too large a step (trap T13).
         latent: width of the router's shared down-projection of a query.
         scope: `own` applies a modality's update to that modality's tokens, `all` to every token.
         linears: which linears of the language layers have experts: `all`, those of `attention`, its `qkv` as
@@ -50,7 +53,8 @@ class DeloOptions(MethodConfig):
 
     pool_size: int = Field(16, ge=1)
     rank: int = Field(4, ge=1)
-    alpha_over_rank: float = Field(2.0, gt=0)
+    alpha: float = Field(32.0, gt=0)
+    alpha_over_rank: float | None = Field(None, gt=0)
     latent: int = Field(64, ge=1)
     scope: Literal["own", "all"] = "own"
     linears: Linears = "all"
@@ -68,6 +72,12 @@ class DeloOptions(MethodConfig):
     unfamiliar: float = Field(8.0, ge=0)
     align: float = Field(0.0, ge=0)
     consistency: float = Field(0.0, ge=0)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the update [s]."""
+        acting = self.rank * (2 if self.scope == "all" else 1)
+        return self.alpha / acting if self.alpha_over_rank is None else self.alpha_over_rank
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "DeloOptions":
@@ -107,7 +117,7 @@ def adapter_config(options: DeloOptions, base: nn.Module, backbone: Backbone) ->
     """
     placed(adapted_linears(base, backbone), backbone, options.linears, options.projector)
     return DeloConfig(
-        r=options.rank, pool_size=options.pool_size, alpha=options.alpha_over_rank * options.rank,
+        r=options.rank, pool_size=options.pool_size, alpha=options.scale * options.rank,
         scope=options.scope, pools=options.pools,
         gate=options.gate, temperature=options.temperature, conditional=options.conditional,
         latent=options.latent, cross_modal=options.cross_modal,
