@@ -12,9 +12,12 @@ from torch import Tensor
 
 from delo_llava.errors import DeloError
 from delo_llava.features.blocks import RowBlocks
+from delo_llava.features.moments import pack, pack_half, unpack, unpack_half
 from delo_llava.features.queries import Queries
 from delo_llava.strict import read_tensors
 
+#: Which modalities' products are kept: image (0) and text (1).
+PAIRS = ((0, 0), (1, 1), (0, 1))
 #: Samples that a map is fitted to at least: with one, nothing is left once its mean is taken away.
 FEWEST = 2
 
@@ -93,8 +96,16 @@ class RidgeStatistics:
         return {"count": self.count, "sums": self.sums, "products": self.products}
 
     def save(self, folder: Path) -> None:
-        """Write the statistics of one task into its folder."""
-        save_file({k: v.clone().contiguous() for k, v in self.tensors().items()}, folder / self.FILE)
+        """Write the statistics of one task into its folder, second moments as `features.moments` has them."""
+        self._blocks.flush()
+        mean = self.sums / self.count.clamp(min=1)
+        centred = self.products - self.count * torch.stack([torch.outer(mean[i], mean[j]) for i, j in PAIRS])
+        (image, left), (text, right) = pack_half(centred[0]), pack_half(centred[1])
+        found = {
+            "count": self.count.clone(), "sums": self.sums.clone(), "deviations": torch.stack([left, right]),
+            "image": image, "text": text, "cross": pack(centred[2], left, right),
+        }  # fmt: skip
+        save_file(found, folder / self.FILE)
 
     @classmethod
     def load(cls, folder: Path) -> "RidgeStatistics":
@@ -103,7 +114,15 @@ class RidgeStatistics:
             raise DeloError(
                 "Ridge statistics are missing", given=folder / cls.FILE, fix="train the stage again"
             )
-        return cls(**read_tensors(folder / cls.FILE, "Ridge statistics"))
+        found = read_tensors(folder / cls.FILE, "Ridge statistics")
+        if "products" in found:  # as earlier versions wrote them, in float64
+            return cls(**found)
+        count, sums, (left, right) = found["count"], found["sums"], found["deviations"]
+        halves = unpack_half(found["image"], left), unpack_half(found["text"], right)
+        centred = torch.stack([*halves, unpack(found["cross"], left, right)])
+        mean = sums / count.clamp(min=1)
+        products = centred + count * torch.stack([torch.outer(mean[i], mean[j]) for i, j in PAIRS])
+        return cls(count, sums, products)
 
 
 def _add_products(products: Tensor, rows: Tensor) -> None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from delo_llava.errors import DeloError
 from delo_llava.features.blocks import RowBlocks
+from delo_llava.features.moments import pack_half, unpack_half
 from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.strict import read_tensors
 
@@ -31,18 +32,30 @@ PROBES = 64
 ENOUGH = 4
 
 
+class Stored(NamedTuple):
+    """Scatters of the three views as they lie in a file (`features.moments`).
+
+    Attributes:
+        correlations: int16 3×d(d + 1)/2. deviations: float64 3×d.
+    """
+
+    correlations: Tensor
+    deviations: Tensor
+
+
 @dataclass
 class KeyStatistics:
     """Sums over one task's samples, in float64, on the CPU.
 
     Attributes:
         count: 3, samples that have each view. sums: 3×d. products: 3×d×d sums of q·qᵀ, or None when no
-            covariance is kept.
+            covariance is kept, or `stored` holds it in place of them.
     """
 
     count: Tensor
     sums: Tensor
     products: Tensor | None = None
+    stored: Stored | None = None
 
     @classmethod
     def empty(cls, hidden: int, covariance: bool) -> "KeyStatistics":
@@ -51,12 +64,18 @@ class KeyStatistics:
         return cls(torch.zeros(3, dtype=torch.float64), torch.zeros(3, hidden, dtype=torch.float64), products)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The sums by name."""
+        """All of it by name."""
         named = {"count": self.count, "sums": self.sums, "products": self.products}
+        named |= self.stored._asdict() if self.stored else {}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def add(self, other: "KeyStatistics") -> None:
         """Sum in place: the statistics of both sets of samples together."""
+        if self.stored is not None:
+            means = self.means()
+            outer = (n * torch.outer(mean, mean) for n, mean in zip(self.count, means, strict=True))
+            self.products = torch.stack([self.scatter(view) + square for view, square in enumerate(outer)])
+            self.stored = None
         for name, tensor in self.tensors().items():
             tensor += other.tensors()[name]
 
@@ -66,12 +85,22 @@ class KeyStatistics:
 
     def scatter(self, view: int) -> Tensor:
         """Within-task scatter Σ(q − μ)(q − μ)ᵀ of a view: d×d."""
+        if self.stored is not None:
+            return unpack_half(self.stored.correlations[view], self.stored.deviations[view])
         if self.products is None:
             raise DeloError(
                 "The matcher lda needs second moments", fix="keep them: TaskKeyMemory(covariance=True)"
             )
         mean = self.means()[view]
         return self.products[view] - self.count[view] * torch.outer(mean, mean)
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What is saved: `tensors`, with second moments as `Stored`."""
+        if self.products is None:
+            return self.tensors()
+        halves = [pack_half(self.scatter(view)) for view in range(len(self.count))]
+        correlations, deviations = map(torch.stack, zip(*halves, strict=True))
+        return {"count": self.count, "sums": self.sums} | Stored(correlations, deviations)._asdict()
 
 
 @dataclass
@@ -319,8 +348,10 @@ class TaskKeyMemory:
         """Write one task's statistics into its folder; files of other tasks are not touched."""
         if task not in self.tasks:
             raise DeloError("No keys of this task", given=task, allowed=list(self.tasks))
-        sums = {name: tensor.clone().contiguous() for name, tensor in self.tasks[task].tensors().items()}
-        save_file(sums, folder / self.FILE)
+        found = {
+            name: tensor.clone().contiguous() for name, tensor in self.tasks[task].file_tensors().items()
+        }
+        save_file(found, folder / self.FILE)
 
     def load(self, folders: Mapping[str, Path]) -> None:
         """Add the keys of trained tasks, task -> folder."""
@@ -339,11 +370,15 @@ class TaskKeyMemory:
             raise DeloError(
                 f"The keys of task {task} are of another base", given=width, allowed=[self.hidden]
             )
-        if self.covariance and "products" not in tensors:
+        if not self.covariance:
+            return KeyStatistics(tensors["count"], tensors["sums"])
+        # Moments stay mapped to their file, which a machine's ranks share: at d = 4096 50 MB a task.
+        if "correlations" in tensors:
+            stored = Stored(tensors["correlations"], tensors["deviations"])
+            return KeyStatistics(tensors["count"], tensors["sums"], stored=stored)
+        if "products" not in tensors:  # as earlier versions wrote them, in float64
             raise DeloError(f"The keys of task {task} hold no second moments", fix="use the matcher cosine")
-        # Moments stay mapped to their file: at d = 4096 400 MB a task, which a machine's ranks share.
-        products = tensors["products"] if self.covariance else None
-        return KeyStatistics(tensors["count"], tensors["sums"], products)
+        return KeyStatistics(tensors["count"], tensors["sums"], tensors["products"])
 
 
 def _seen(queries: Queries, presence: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,6 +24,7 @@ from delo_llava.data.collate import Batch
 from delo_llava.data.examples import Examples, Item, View, dropped_view
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
+from delo_llava.features.moments import moment_bytes
 from delo_llava.features.queries import VIEWS, Queries
 from delo_llava.features.ridge import FEWEST, RidgeStatistics
 from delo_llava.features.task_keys import TaskKeyMemory
@@ -170,11 +171,12 @@ class Delo(Method):
     def footprint(self, base: nn.Module) -> Footprint:
         width, options = self.backbone.hidden_size(base), self.options
         # Key sums of three views, and second moments where they are kept; the ridge map's own moments.
-        sums = (3 * width + 3 * width**2 * (options.matcher == "lda")) * (options.task == "chosen")
-        sums += 3 * width**2 * (options.cross_modal == "ridge")
+        keys = 3 * 8 * width + 3 * moment_bytes(width) * (options.matcher == "lda")
+        stored = keys * (options.task == "chosen")
+        stored += (2 * moment_bytes(width) + 2 * width**2) * (options.cross_modal == "ridge")
         ridge = 2 * width * (width + 1) * (options.cross_modal == "ridge")
         parameters = trainable_parameters(options, base, self.backbone)
-        return Footprint(parameters, "gathered", 2 * options.rank, 8 * sums, options.task != "shared", ridge)
+        return Footprint(parameters, "gathered", 2 * options.rank, stored, options.task != "shared", ridge)
 
     def _consistency(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
         """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no
