@@ -18,6 +18,7 @@ from delo_eval.report import charts, summary
 from delo_eval.report.analysis import error_tables
 from delo_eval.report.colour import palette_css
 from delo_eval.report.content import RunContent, read_content
+from delo_eval.report.flips import forgetting_causes
 from delo_eval.report.learning import learning
 from delo_eval.report.matrices import confusions, forgetting, matrices, missing_words
 from delo_eval.report.routing import PoolUse, routing
@@ -104,6 +105,7 @@ def report_parts(content: RunContent) -> dict[str, Any]:
         "errors_known": bool(content.results.get("standard_errors")),
         "matrices": matrices(content),
         "forgetting": forgetting(content),
+        "causes": forgetting_causes(content),
         "metrics": summary.metric_rows(content),
         "scorers": summary.scorers(content),
         "confusions": chosen,

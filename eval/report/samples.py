@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from delo_eval.answers.predictions import Prediction, prediction_file, read_predictions
@@ -77,6 +77,20 @@ def samples(content: RunContent) -> list[Sample]:
         chosen = gallery(read_predictions(file))
         records = _records(source, task, [row["record_id"] for row in chosen])
         found += [_sample(row, records.get(row["record_id"]), source) for row in chosen]
+    return found
+
+
+def samples_of(content: RunContent, stage: int, wanted: Mapping[str, Sequence[str]]) -> list[Sample]:
+    """Certain records, task -> ids, as they were answered after `stage`."""
+    source = _source(content)
+    found: list[Sample] = []
+    for task, ids in wanted.items():
+        rows = {
+            str(row["record_id"]): row
+            for row in read_predictions(prediction_file(content.folder, stage, RUN_PATTERN, task))
+        }
+        records = {str(name): record for name, record in _records(source, task, ids).items()}
+        found += [_sample(rows[name], records.get(name), source) for name in ids]
     return found
 
 
