@@ -210,7 +210,8 @@ class TaskKeyMemory:
         for block in here.blocks:
             block.flush()
         del self._pending[task]
-        summed = KeyStatistics(**{name: reduce(tensor) for name, tensor in here.sums.tensors().items()})
+        found = {name: reduce(tensor) for name, tensor in here.sums.tensors().items()}
+        summed = KeyStatistics(found["count"], found["sums"], found.get("products"))
         self.tasks.setdefault(task, KeyStatistics.empty(self.hidden, self.covariance)).add(summed)
         self._discriminants.clear()
 

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from delo_eval.answers.errors import RIGHT, kind_of, plain
 from delo_eval.answers.predictions import Prediction, prediction_file, read_predictions
-from delo_eval.matrix.accuracy import RUN_PATTERN, Mode
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.results import json_text
 from delo_eval.tables import rich_table
@@ -29,8 +29,8 @@ CAUSES = {
 }
 #: Kinds of error that are a matter of form.
 FORM = ("case_or_punctuation", "contains_answer")
-SAID: Mapping[Mode, str] = {"matched": "prediction", "oracle": "oracle_prediction"}
-JUDGED: Mapping[Mode, str] = {"matched": "score", "oracle": "oracle_score"}
+SAID: Mapping[str, str] = {"matched": "prediction", "oracle": "oracle_prediction"}
+JUDGED: Mapping[str, str] = {"matched": "score", "oracle": "oracle_score"}
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def task_flips(
     task: str,
     before: Sequence[Prediction],
     after: Sequence[Prediction],
-    mode: Mode = "matched",
+    mode: str = "matched",
     others: Container[str] = (),
-    mode_before: Mode | None = None,
+    mode_before: str | None = None,
 ) -> TaskFlips:
     """Compare two evaluations of one task's records.
 
@@ -101,8 +101,8 @@ def task_flips(
     ):
         if old != now:
             cause = _cause(new, old, mode, own, others) if now < old else ""
-            shown = new["presence"], new["answer"]
-            flips.append(Flip(str(new["record_id"]), *shown, *answers, now - old, cause))
+            name, first, second = str(new["record_id"]), *answers
+            flips.append(Flip(name, new["presence"], new["answer"], first, second, now - old, cause))
     share = 100 / len(before)
     lost = {cause: share * sum(-f.points for f in flips if f.cause == cause) for cause in CAUSES}
     gained = share * sum(f.points for f in flips if f.points > 0)
@@ -110,9 +110,7 @@ def task_flips(
     return TaskFlips(task, len(before), lost, gained, gained - sum(lost.values()), flips)
 
 
-def forgotten(
-    folder: Path, plan: Plan, stage: int, mode: Mode, pattern: str = RUN_PATTERN
-) -> list[TaskFlips]:
+def forgotten(folder: Path, plan: Plan, stage: int, mode: str, pattern: str = RUN_PATTERN) -> list[TaskFlips]:
     """What became of every task since its own stage; tasks of stage `stage` itself and of later ones have
     nothing to forget.
 
@@ -133,7 +131,7 @@ def forgotten(
     return found
 
 
-def _cause(new: Prediction, old: float, mode: Mode, own: set[str], others: Container[str]) -> str:
+def _cause(new: Prediction, old: float, mode: str, own: set[str], others: Container[str]) -> str:
     """Why a record that scored `old` lost points, a key of `CAUSES`."""
     said = new[SAID[mode]]
     if kind_of(new["answer"], said, ()) in FORM:
