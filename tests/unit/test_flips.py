@@ -91,7 +91,7 @@ def written(folder: Path, method: str, *right: float) -> Path:
     run = fake.write_run(folder, fake.outcomes(right), config=RunConfig(method=method))
     for file in (run / "predictions").rglob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        known = {"presence": {"image": True, "text": True}, "oracle_prediction": None, "oracle_score": None}
+        known = {"presence": {"image": True, "text": True}, "task_used": None, "oracle_prediction": None}
         file.write_text("".join(json.dumps(known | row) + "\n" for row in rows))
     return run
 
