@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from delo_llava import __version__
 from delo_llava.endings import told
 from delo_llava.engines import signals
-from delo_llava.engines.launched import speaks
+from delo_llava.engines.launched import launched, speaks
 from delo_llava.errors import DeloError
 from delo_llava.extras import require_extra
 from delo_llava.files import at_home, name_or_path
@@ -20,13 +20,14 @@ from delo_llava.registry import load_plugin, plugin_names, plugin_summary
 if TYPE_CHECKING:
     from delo_llava.config import RunConfig
 
-TRAIN_USAGE = """usage: delo-llava train [--config FILE] [--print_config] [--KEY=VALUE ...]
+TRAIN_USAGE = """usage: delo-llava train [--config FILE] [--print_config] [--dry_run] [--KEY=VALUE ...]
 
 Train a task sequence and evaluate after each task; on several devices: `deepspeed launch/train.py` with
 the same words. Values are laid over each other: code < recipe < FILE < command line.
 
   delo-llava train --task_seq mini6 --method delo --seed 1 --output runs/x --missing.ratio 0.7
   delo-llava train --config my.yaml --train.lr=1e-4 --print_config     # write what would be run, and stop
+  delo-llava train --config my.yaml --dry_run                          # check all of it: data, memory, disk
 
 keys, with their defaults before recipe and file:
 """
@@ -37,7 +38,8 @@ OTHER_HELP = """
 options of a method begin with its name: `--help --method {name}` says what they are
 """
 
-PRINT_CONFIG = ("--print_config", "--print-config")
+#: Words that stop before the run: say its settings; check all of it and say what it needs.
+PRINT_CONFIG, DRY_RUN = ("--print_config", "--print-config"), ("--dry_run", "--dry-run")
 
 
 class _Harness(Protocol):
@@ -109,15 +111,19 @@ def _layers(words: Sequence[str]) -> dict[str, Any]:
 
 def _train(words: Sequence[str]) -> int:
     """Resolve the configuration and run the sequence."""
-    rest = [word for word in words if word not in PRINT_CONFIG]
+    rest = [word for word in words if word not in (*PRINT_CONFIG, *DRY_RUN)]
     config = resolve(rest)
-    if len(rest) < len(words):
+    if set(PRINT_CONFIG) & set(words):
         from delo_llava.config import dump_config
 
         _say(dump_config(config))
         return 0
     _tell_unused(config, _layers(rest).get("methods", {}))
     job = importlib.import_module("delo_llava.runs.job").make_job(config)
+    if set(DRY_RUN) & set(words):
+        if speaks():
+            importlib.import_module("delo_llava.cluster.dry_run").dry_run(job, launched().world)
+        return 0
     sequence = importlib.import_module("delo_llava.runs.sequence")
     sequence.run_sequence(job, _harness().evaluate_stage, _planned_bytes)
     return 0

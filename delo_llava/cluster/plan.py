@@ -81,7 +81,7 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
     records, counted = _records(config, job, tasks)
     known = [stage for stage in stages if set(stage.tasks) <= set(records)]
     sizes = {stage.name: sum(records[task] for task in stage.tasks) for stage in known}
-    steps = {stage.name: _steps(config.for_tasks(stage.tasks), sizes[stage.name]) for stage in known}
+    steps = {stage.name: step_count(config.for_tasks(stage.tasks), sizes[stage.name]) for stage in known}
     return {
         "model": config.model,
         "parameters": memory.parameters,
@@ -167,7 +167,8 @@ def _given_records(text: str, tasks: list[str]) -> dict[str, int]:
     return counts
 
 
-def _steps(config: RunConfig, records: int) -> int:
+def step_count(config: RunConfig, records: int) -> int:
+    """Steps of a stage on so many records."""
     steps = math.ceil(config.train.epochs * records / config.train.global_batch)
     return min(steps, config.train.max_steps or steps)
 

@@ -66,17 +66,9 @@ def open_run(store: RunStore, job: Job) -> None:
         DeloError: what was used differs from the run's; every difference is named.
     """
     config, sequence = job.config, job.sequence
-    facts = {
-        "data_hashes": data_hashes(store, sequence),
-        "base": base_facts(store, job.base),
-        "encoders": encoder_hashes(store, job.method.capabilities.encoders),
-    }
-    known = store.read_run()
-    begun = [plan for plan in job.plans if store.begun(plan.name)]
-    changes = []
-    if known and begun:
-        changes = _changes(store, job, facts, known, {task for plan in begun for task in plan.tasks})
-    elif known:
+    facts = run_facts(store, job)
+    known, changes = store.read_run(), changes_of(store, job, facts)
+    if known and not any(store.begun(plan.name) for plan in job.plans):
         known = _emptied(store, config, facts, known)
     if any(change["key"].startswith("data ") for change in changes):
         known = known | {ZERO_SHOT: False}  # the base's row is of other test files
@@ -101,17 +93,32 @@ def open_run(store: RunStore, job: Job) -> None:
     store.begin(dump_config(config), known | facts | entries)
 
 
-def _changes(
-    store: RunStore, job: Job, facts: dict[str, Any], known: dict[str, Any], used: set[str]
-) -> list[dict[str, Any]]:
-    """What is new in this launch of a begun run and may be, for the record.
+def run_facts(store: RunStore, job: Job, *, keep: bool = True) -> dict[str, Any]:
+    """Hashes of a run's data, base and encoders.
 
     Args:
-        used: tasks of stages that were begun.
+        keep: remember in the run's folder what was computed.
+    """
+    return {
+        "data_hashes": data_hashes(store, job.sequence, keep=keep),
+        "base": base_facts(store, job.base, keep=keep),
+        "encoders": encoder_hashes(store, job.method.capabilities.encoders, keep=keep),
+    }
+
+
+def changes_of(store: RunStore, job: Job, facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What is new in this launch of a run and may be, for the record; nothing of a run without begun stages.
+
+    Args:
+        facts: hashes of data, base and encoders.
 
     Raises:
         DeloError: what was used differs; one line for each difference.
     """
+    known = store.read_run()
+    used = {task for plan in job.plans if store.begun(plan.name) for task in plan.tasks}
+    if not known or not used:
+        return []
     stored = _stored_settings(store, job.config) if store.config.is_file() else {}
     given = flat(yaml.safe_load(dump_config(job.config)))
     keys = sorted((stored.keys() | given.keys()) - set(FREE)) if stored else []

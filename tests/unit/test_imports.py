@@ -16,11 +16,11 @@ ROOT = Path(delo_llava.__file__).parent
 ORDER = (
     "errors", "cache", "extras", "strict", "files", "tasks", "registry", "schema", "data", "config", "keys",
     "backbones", "features", "adapters", "methods", "engines", "training", "runs", "cluster", "mini",
-    "data_tools", "endings", "commands", "cli",
+    "data_tools", "endings", "commands", "cli", "__main__",
 )  # fmt: skip
 
 #: The application: these alone may know the harness.
-APPLICATION = ("commands", "cli")
+APPLICATION = ("commands", "cli", "__main__")
 
 #: Rooms that must stay usable without most of what is below them.
 ONLY = {
