@@ -125,7 +125,7 @@ def _train(words: Sequence[str]) -> int:
             importlib.import_module("delo_llava.cluster.dry_run").dry_run(job, launched().world)
         return 0
     sequence = importlib.import_module("delo_llava.runs.sequence")
-    sequence.run_sequence(job, _harness().evaluate_stage, _planned_bytes)
+    sequence.run_sequence(job, _harness().evaluate_stage, planned_bytes)
     return 0
 
 
@@ -139,11 +139,11 @@ def _tell_unused(config: "RunConfig", given: Collection[str]) -> None:
         sys.stderr.write(f"{', '.join(unused)}: without effect, the method is {config.method}\n")
 
 
-def _planned_bytes(config: "RunConfig", world: int, cuda: bool) -> int:
+def planned_bytes(config: "RunConfig", world: int, cuda: bool) -> int:
     """The planner's word, which is asked when memory is full and not imported before."""
-    from delo_llava.cluster.advice import planned_bytes
+    from delo_llava.cluster import advice
 
-    return planned_bytes(config, world, cuda)
+    return advice.planned_bytes(config, world, cuda)
 
 
 def _eval(words: Sequence[str]) -> int:

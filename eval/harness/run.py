@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from delo_eval.harness.folder import Request, RunFolder, open_folder
+from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.harness.unchanged import unchanged_stage
 from delo_eval.matrix.accuracy import ZERO_SHOT, stage_name
 from delo_eval.matrix.plots import PLOTS, draw_changed
@@ -36,14 +36,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output,
         False if given.no_cache else None, given.root, given.wording,
     )  # fmt: skip
-    run = open_folder(arguments.run, request)
-    stages = stages_named(arguments.stage, run)
-    before, console = read_results(run.output), Console(quiet=not speaks())
+    evaluate_stages(arguments.run, arguments.stage, request)
+    return 0
+
+
+def evaluate_stages(
+    folder: Path, word: str, request: Request = AS_STORED, quiet: bool = False
+) -> dict[str, Any] | None:
+    """Evaluate the stages of a run that `word` names (`stages_named`), and show what came out.
+
+    Args:
+        quiet: show nothing.
+
+    Returns:
+        the content of results.json; None on ranks but the first.
+
+    Raises:
+        DeloError: no such run or stage, or one that cannot be evaluated as asked.
+    """
+    run = open_folder(folder, request)
+    stages = stages_named(word, run)
+    before, console = read_results(run.output), Console(quiet=quiet or not speaks())
     content = _unchanged(run, stages, request, console) or _evaluate(run, stages, request, console)
     if content is not None:
         draw_changed(before, content, run.output / PLOTS)
         _tell(run, stages, content, console)
-    return 0
+    return content
 
 
 def evaluate_stage(run_dir: Path, stage: int, **options: Any) -> dict[str, Any] | None:

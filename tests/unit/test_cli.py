@@ -188,7 +188,7 @@ def test_train_hands_over_the_resolved_configuration(sequence: Path, handed: lis
     assert (config.train.lr, config.train.clip, config.seed, config.missing.ratio) == (0.25, 2.0, 4, 0.5)
     assert config.output == Path("runs/mine-lora-s4")
     assert list(config.methods) == ["lora"]
-    assert callback == "the callback" and planner is cli._planned_bytes
+    assert callback == "the callback" and planner is cli.planned_bytes
 
 
 def test_options_of_a_method_that_is_not_run_are_told(
