@@ -126,6 +126,11 @@ class Benchmark:
         )  # fmt: skip
         return Planned(folder, (*words, f"--output={folder}"))
 
+    @property
+    def keeps_aside(self) -> bool:
+        """Whether the sequence keeps tasks aside, for general ability."""
+        return bool(read_recipe(self.task_seq).general)
+
     def write_first(self) -> None:
         """The recipe of the trials: the sequence's first task.
 
@@ -174,6 +179,12 @@ def ask_in_one_wording(planned: Planned) -> int:
     """Evaluate the last stage with `WORDING` in place of every instruction; nothing is done twice."""
     command = [sys.executable, "-m", "delo_eval", "--run", str(planned.folder), "--patterns", "run"]
     return _watched([*command, "--wording", WORDING], f"evaluating {planned.folder}")
+
+
+def ask_general(planned: Planned, stage: str) -> int:
+    """Ask the tasks that the recipe keeps aside of one stage (`zero-shot`, `last`); nothing is done twice."""
+    command = [sys.executable, "-m", "delo_eval", "--run", str(planned.folder), "--stage", stage]
+    return _watched([*command, "--general"], f"evaluating {planned.folder}")
 
 
 def launch(planned: Planned, ranks: int) -> int:

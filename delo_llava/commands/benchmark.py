@@ -102,7 +102,7 @@ def _pages() -> Any:
 
 def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[Path]:
     """Trials, then runs, of some of the methods; returns the folders of those that failed."""
-    from delo_llava.cluster.benchmark import ask_in_one_wording
+    from delo_llava.cluster.benchmark import ask_general, ask_in_one_wording
 
     tried = plan.factors if len(plan.factors) > 1 else ()
     clock = _Clock(len(listed) * (len(plan.settings) * len(plan.seeds) + len(tried)), ranks)
@@ -112,8 +112,11 @@ def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[P
         factor = _pages().chosen_factor(plan, entry) if tried else plan.factors[0]
         runs = plan.runs(entry, factor)
         failed += clock.failures(runs)
-        for planned in runs:
-            if planned.finished and _pages().chooses(planned) and ask_in_one_wording(planned):
+        for planned in (planned for planned in runs if planned.finished):
+            codes = [ask_in_one_wording(planned)] if _pages().chooses(planned) else []
+            stages = ("zero-shot", "last") if plan.keeps_aside else ()
+            codes += [ask_general(planned, s) for s in stages if _pages().lacks_general(planned, s)]
+            if any(codes):
                 failed.append(planned.folder)
     return failed
 

@@ -71,6 +71,18 @@ def chooses(run: Planned) -> bool:
     return results is not None and results["task_choice_accuracy"] is not None and not asked
 
 
+def lacks_general(run: Planned, stage: str) -> bool:
+    """Whether tasks kept aside are still to be asked of a finished run's `zero-shot` or `last` stage.
+
+    A method that needs the true task is asked before any training only.
+    """
+    results = read_results(run.folder)
+    if results is None or (stage == "last" and "matched" not in results["modes"]):
+        return False
+    known = results.get("general") or {}
+    return known.get("base" if stage == "zero-shot" else "last") is None
+
+
 def _note(plan: Benchmark, entry: Entry) -> Path:
     return plan.output / TRIALS / f"{entry.label}.json"
 
@@ -144,6 +156,9 @@ def _section(setting: str, comparison: Comparison, page: Path) -> str:
     if choices := _choices(comparison):
         told = f"One wording: every instruction was replaced by “{WORDING}”, after the last stage."
         parts.append(f"### Task chosen right, %\n\n{markdown_table(choices)}\n\n{told}\n")
+    if general := _general(comparison):
+        told = "Tasks that no stage trains, with nothing missing; the task is chosen as in real use."
+        parts.append(f"### General ability, %\n\n{markdown_table(general)}\n\n{told}\n")
     parts.append("### Costs\n\n" + markdown_table(_costs(comparison)))
     parts.append(
         "\nTraining times are of separate runs, one after the other; `benchmarks/step_time.py` measures side "
@@ -175,6 +190,22 @@ def _choices(comparison: Comparison) -> Sheet | None:
             rows.append((row.name, *(value_text(row.extras.get(key)) for key in keys), value_text(one)))
     heads = ("method", "with the instruction", "without it", "one wording")
     return Sheet("Task choice", heads, rows) if rows else None
+
+
+def _general(comparison: Comparison) -> Sheet | None:
+    """What tasks kept aside score with the base and after the last stage; None where they were not asked."""
+    rows = []
+    for row in comparison.rows:
+        runs = [r for folder in row.folders if (r := read_results(folder)) and r.get("general")]
+        if len(runs) < len(row.folders):
+            continue
+        found = []
+        for key in ("base", "last", "change"):
+            values = [r["general"][key] for r in runs if r["general"][key] is not None]
+            found.append(spread(values) if len(values) == len(runs) else None)
+        rows.append((row.name, *map(value_text, found)))
+    heads = ("method", "base", "after the last stage", "change, points")
+    return Sheet("General ability", heads, rows) if rows else None
 
 
 def _costs(comparison: Comparison) -> Sheet:
