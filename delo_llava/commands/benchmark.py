@@ -16,7 +16,7 @@ from delo_llava.files import user_path
 if TYPE_CHECKING:
     from delo_llava.cluster.benchmark import Benchmark, Entry, Planned
 
-SETTINGS = ("complete", "missing70", "image70", "text70")
+SETTINGS = ("complete", "missing70", "image70", "text70", "neutral", "neutral70")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,8 @@ Stopped at any moment, the same command goes on. Parts share one folder:
     add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="(default: 0 1 2)")
     add(
         "--settings", nargs="+", choices=SETTINGS, default=["missing70", "complete"],
-        help="what training and test records lack: nothing, or 70 %% of both kinds, of images, of text",
+        help="what training and test records lack: nothing, or 70 %% of both kinds, of images, of text; "
+        "`neutral`, `neutral70`: the first two with one wording for all tasks (the template of mini6, mini8)",
     )  # fmt: skip
     add(
         "--rates", nargs="+", type=_factor, default=[0.5, 1.0, 2.0, 4.0], metavar="FACTOR",
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     plan = Benchmark(
         options.task_seq, listed, options.seeds, options.settings, options.output, options.rates, options.rest
     )
+    plan.check_settings()
     for entry in listed:
         plan.rate(entry, 1.0)  # reads every word
     if len(plan.factors) > 1 and not options.page_only:

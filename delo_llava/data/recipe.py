@@ -29,6 +29,11 @@ BUILDERS: dict[str, tuple[str, str]] = {
     "mini6": ("delo_llava.mini.build", "ensure_mini6"),
     "mini8": ("delo_llava.mini.build", "ensure_mini8"),
 }
+#: (builder, template) -> a function that makes the template's files, for those with files of their own.
+TEMPLATE_BUILDERS: dict[tuple[str, str], tuple[str, str]] = {
+    ("mini6", "neutral"): ("delo_llava.mini.build", "ensure_neutral_mini6"),
+    ("mini8", "neutral"): ("delo_llava.mini.build", "ensure_neutral_mini8"),
+}
 #: The same for tasks kept aside, which lie in a folder of their own.
 ASIDE_BUILDER = ("delo_llava.mini.build", "ensure_aside")
 
@@ -148,7 +153,7 @@ class _Place:
     def names(self, names: Sequence[str]) -> list[str]:
         """Accepted names with the template's folders and suffix filled in."""
         if self.template is None:
-            return list(names)
+            return [name.replace("{suffix}", "") for name in names]
         template = self.template
         filled = (
             name.replace("{template}", folder).replace("{suffix}", template.suffix)
@@ -193,7 +198,11 @@ def _template(recipe: Recipe, given: str | None) -> str | None:
 
 def _place(recipe: Recipe, root: Path | None, template: str | None) -> _Place:
     """Where the recipe's data is, built where the recipe has a builder."""
-    folder = _built(BUILDERS[recipe.builder], root) if recipe.builder else data_root(recipe.name, root)
+    if recipe.builder is None:
+        folder = data_root(recipe.name, root)
+    else:
+        own = TEMPLATE_BUILDERS.get((recipe.builder, template or ""))
+        folder = _built(own or BUILDERS[recipe.builder], root)
     return _Place(folder, recipe.templates[template] if template else None)
 
 

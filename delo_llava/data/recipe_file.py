@@ -128,6 +128,7 @@ class Recipe(Section):
 
     Attributes:
         templates: variants of the instructions by name, the usual one first.
+        plain: none of them is the usual one; without a template `{suffix}` is empty.
         general: tasks kept aside, which no stage trains; see `eval.general`.
         protocol: what the published protocol says that settings cannot hold (start weights, what is shared).
     """
@@ -139,6 +140,7 @@ class Recipe(Section):
     protocol: str = ""
     builder: Literal["mini6", "mini8"] | None = None
     templates: dict[Name, Annotated[Template, BeforeValidator(_as_template)]] = {}
+    plain: bool = False
     tasks: list[TaskEntry] = Field(min_length=1)
     general: list[TaskEntry] = []
     defaults: dict[str, Any] = {}
@@ -146,7 +148,7 @@ class Recipe(Section):
     @property
     def template(self) -> str | None:
         """The template that is used when none is named."""
-        return next(iter(self.templates), None)
+        return None if self.plain else next(iter(self.templates), None)
 
 
 def read_recipe(name_or_path: str) -> Recipe:
@@ -220,7 +222,8 @@ def _check_entry(entry: TaskEntry, recipe: Recipe, path: Path, splits: Sequence[
     if unknown := [split for split in entry.split_roots if split not in entry.files]:
         told = f"{where}: `split_roots` names a split without a file."
         raise DeloError(told, given=unknown[0], allowed=entry.files)
-    if not recipe.templates and (used := [place for place in places if "{template}" in place]):
+    bare = recipe.plain or not recipe.templates
+    if bare and (used := [place for place in places if "{template}" in place]):
         raise DeloError(f"{where} uses a template, but there are none.", given=used[0], fix="add `templates`")
     taken = [*SPLITS, "classes"]
     for side in entry.sides:

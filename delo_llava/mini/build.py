@@ -22,6 +22,7 @@ from delo_llava.cache import cache_root, writable
 from delo_llava.errors import DeloError
 from delo_llava.extras import require_extra
 from delo_llava.mini.entities import SPLITS, Split
+from delo_llava.mini.neutral import ensure_neutral
 from delo_llava.mini.tasks.base import Example, Records
 
 COUNTS: dict[Split, int] = {"train": 1600, "val": 200, "test": 300}
@@ -70,6 +71,21 @@ def ensure_mini6(root: Path | None = None, counts: Mapping[Split, int] = COUNTS)
 def ensure_mini8(root: Path | None = None, counts: Mapping[Split, int] = COUNTS) -> Path:
     """`ensure` for mini8."""
     return ensure(MINI8, root, counts)
+
+
+def ensure_neutral_mini6(root: Path | None = None, counts: Mapping[Split, int] = COUNTS) -> Path:
+    """`ensure` for mini6 with the files of its template `neutral`."""
+    return _with_neutral(MINI6, ensure_mini6(root, counts))
+
+
+def ensure_neutral_mini8(root: Path | None = None, counts: Mapping[Split, int] = COUNTS) -> Path:
+    """`ensure` for mini8 with the files of its template `neutral`."""
+    return _with_neutral(MINI8, ensure_mini8(root, counts))
+
+
+def _with_neutral(collection: Collection, folder: Path) -> Path:
+    ensure_neutral(folder, collection.tasks)
+    return folder
 
 
 def ensure_aside(root: Path | None = None, counts: Mapping[Split, int] = COUNTS) -> Path:
