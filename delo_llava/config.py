@@ -154,6 +154,9 @@ class EvalConfig(Section):
         cache: reuse answers that an earlier evaluation gave under the same model, settings and data; without
             it, an interrupted evaluation starts anew.
         scoring: `native` is the right rule of each task, `compat` what its benchmark's official script does.
+        general: also ask the tasks that the recipe keeps aside and no stage trains, of the base and after the
+            last stage, with nothing missing: how much general ability was lost.
+        general_stages: `all` asks them after every stage, `ends` after the last alone.
         on_bad_reference: `skip` does not ask questions whose reference lacks what their scorer needs, or that
             it does not count, and says how many; a score is then of the others.
     """
@@ -167,6 +170,8 @@ class EvalConfig(Section):
     patterns: Patterns = ["run"]
     last_patterns: Patterns = ["complete", "image", "text"]
     oracle: bool = True
+    general: bool = False
+    general_stages: Literal["ends", "all"] = "ends"
     on_bad_reference: Literal["error", "skip"] = "error"
     cache: bool = True
 

@@ -64,8 +64,19 @@ def _log(file: Path, stage: int, task: str) -> None:
             lines.write(json.dumps(entry) + "\n")
 
 
+GENERAL = {
+    "score": 50.0, "standard_error": 1.0, "records": 4, "scorer": SCRIPT, "majority": 10.0,
+    "chosen": {TASK: 1.0},
+}  # fmt: skip
 FACTS: dict[str, Any] = {
     "scorer_ids": dict.fromkeys(TASKS, SCRIPT),
+    "general": {
+        "pattern": "complete",
+        "stages": {"zero_shot": {TASK: GENERAL}, "0": {TASK: GENERAL}},
+        "base": 50.0,
+        "last": None,
+        "change": None,
+    },
     "world": 1,
     "zero": "2",
     "passport": {"id": "0" * 12, "files": "f" * 12},

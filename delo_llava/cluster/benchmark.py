@@ -30,7 +30,11 @@ SETTINGS: Mapping[str, tuple[str, ...]] = {
     "missing70": ("--missing.ratio=0.7", "--missing.kind=both"),
     "image70": ("--missing.ratio=0.7", "--missing.kind=image"),
     "text70": ("--missing.ratio=0.7", "--missing.kind=text"),
+    "neutral": ("--missing.ratio=0", "--data.template=neutral"),
+    "neutral70": ("--missing.ratio=0.7", "--missing.kind=both", "--data.template=neutral"),
 }
+#: Setting -> the same one with the template `neutral`: one wording for all tasks, in training too.
+NEUTRAL: Mapping[str, str] = {"complete": "neutral", "missing70": "neutral70"}
 #: Asked in place of every instruction after the last stage: what images and contexts alone tell of the task.
 WORDING = "look at what is given and answer"
 #: Folder of the trials within the benchmark's.
@@ -155,6 +159,26 @@ class Benchmark:
         )  # fmt: skip
         return Planned(folder, (*words, f"--output={folder}"))
 
+    @property
+    def keeps_aside(self) -> bool:
+        """Whether the sequence keeps tasks aside, for general ability."""
+        return bool(read_recipe(self.task_seq).general)
+
+    def check_settings(self) -> None:
+        """Refuse settings that the sequence does not have.
+
+        Raises:
+            DeloError: one with the template `neutral`, of a recipe without it.
+        """
+        recipe, neutral = read_recipe(self.task_seq), set(NEUTRAL.values())
+        asked = [setting for setting in self.settings if setting in neutral]
+        if asked and "neutral" not in recipe.templates:
+            raise DeloError(
+                f"The recipe {recipe.name} has no template `neutral`.",
+                given=f"--settings {asked[0]}",
+                allowed=[setting for setting in SETTINGS if setting not in neutral],
+            )
+
     def write_first(self) -> None:
         """The recipe of the trials: the sequence's first task.
 
@@ -204,6 +228,12 @@ def ask_in_one_wording(planned: Planned) -> int:
     """Evaluate the last stage with `WORDING` in place of every instruction; nothing is done twice."""
     command = [sys.executable, "-m", "delo_eval", "--run", str(planned.folder), "--patterns", "run"]
     return _watched([*command, "--wording", WORDING], f"evaluating {planned.folder}")
+
+
+def ask_general(planned: Planned, stage: str) -> int:
+    """Ask the tasks that the recipe keeps aside of one stage (`zero-shot`, `last`); nothing is done twice."""
+    command = [sys.executable, "-m", "delo_eval", "--run", str(planned.folder), "--stage", stage]
+    return _watched([*command, "--general"], f"evaluating {planned.folder}")
 
 
 def launch(planned: Planned, ranks: int) -> int:

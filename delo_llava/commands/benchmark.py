@@ -16,7 +16,7 @@ from delo_llava.files import user_path
 if TYPE_CHECKING:
     from delo_llava.cluster.benchmark import Benchmark, Entry, Planned
 
-SETTINGS = ("complete", "missing70", "image70", "text70")
+SETTINGS = ("complete", "missing70", "image70", "text70", "neutral", "neutral70")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,7 +36,8 @@ Stopped at any moment, the same command goes on. Parts share one folder:
     add("--seeds", nargs="+", type=at_least(0), default=[0, 1, 2], help="(default: 0 1 2)")
     add(
         "--settings", nargs="+", choices=SETTINGS, default=["missing70", "complete"],
-        help="what training and test records lack: nothing, or 70 %% of both kinds, of images, of text",
+        help="what training and test records lack: nothing, or 70 %% of both kinds, of images, of text; "
+        "`neutral`, `neutral70`: the first two with one wording for all tasks (the template of mini6, mini8)",
     )  # fmt: skip
     add(
         "--rates", nargs="+", type=_factor, default=[0.5, 1.0, 2.0, 4.0], metavar="FACTOR",
@@ -82,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     plan = Benchmark(
         options.task_seq, listed, options.seeds, options.settings, options.output, options.rates, options.rest
     )
+    plan.check_settings()
     for entry in listed:
         plan.rates(entry, 1.0)  # reads every word
     if len(plan.factors) > 1 and not options.page_only:
@@ -102,7 +104,7 @@ def _pages() -> Any:
 
 def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[Path]:
     """Trials, then runs, of some of the methods; returns the folders of those that failed."""
-    from delo_llava.cluster.benchmark import ask_in_one_wording
+    from delo_llava.cluster.benchmark import ask_general, ask_in_one_wording
 
     tried = plan.factors if len(plan.factors) > 1 else ()
     clock = _Clock(len(listed) * (len(plan.settings) * len(plan.seeds) + len(tried)), ranks)
@@ -112,8 +114,11 @@ def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[P
         factor = _pages().chosen_factor(plan, entry) if tried else plan.factors[0]
         runs = plan.runs(entry, factor)
         failed += clock.failures(runs)
-        for planned in runs:
-            if planned.finished and _pages().lacks_wording(planned) and ask_in_one_wording(planned):
+        for planned in (planned for planned in runs if planned.finished):
+            codes = [ask_in_one_wording(planned)] if _pages().lacks_wording(planned) else []
+            stages = ("zero-shot", "last") if plan.keeps_aside else ()
+            codes += [ask_general(planned, s) for s in stages if _pages().lacks_general(planned, s)]
+            if any(codes):
                 failed.append(planned.folder)
     return failed
 

@@ -11,7 +11,15 @@ from delo_llava.errors import DeloError
 from delo_llava.schema import merged
 from delo_llava.tasks import SPLITS, ClassTask, SideFile, Split, TaskSequence, TaskSpec
 
-__all__ = ["DATA_ENV", "data_root", "load_sequence", "load_task", "read_recipe", "recipe_defaults"]
+__all__ = [
+    "DATA_ENV",
+    "data_root",
+    "load_general",
+    "load_sequence",
+    "load_task",
+    "read_recipe",
+    "recipe_defaults",
+]
 
 #: Environment variable with the data root, for recipes whose data the user provides.
 DATA_ENV = "DELO_LLAVA_DATA"
@@ -21,6 +29,13 @@ BUILDERS: dict[str, tuple[str, str]] = {
     "mini6": ("delo_llava.mini.build", "ensure_mini6"),
     "mini8": ("delo_llava.mini.build", "ensure_mini8"),
 }
+#: (builder, template) -> a function that makes the template's files, for those with files of their own.
+TEMPLATE_BUILDERS: dict[tuple[str, str], tuple[str, str]] = {
+    ("mini6", "neutral"): ("delo_llava.mini.build", "ensure_neutral_mini6"),
+    ("mini8", "neutral"): ("delo_llava.mini.build", "ensure_neutral_mini8"),
+}
+#: The same for tasks kept aside, which lie in a folder of their own.
+ASIDE_BUILDER = ("delo_llava.mini.build", "ensure_aside")
 
 
 class _Builder(Protocol):
@@ -49,6 +64,31 @@ def load_sequence(name_or_path: str, root: Path | None = None, template: str | N
     tasks = tuple(_task(entry, place) for entry in recipe.tasks)
     about = (recipe.title, recipe.source, recipe.licence)
     return TaskSequence(recipe.name, tasks, *about, defaults=recipe.defaults, template=chosen)
+
+
+def load_general(name_or_path: str, root: Path | None = None, template: str | None = None) -> list[TaskSpec]:
+    """The tasks that a recipe keeps aside, with every file located.
+
+    Args:
+        name_or_path, root, template: as for `load_sequence`.
+
+    Raises:
+        DeloError: the recipe keeps none aside, or their data is missing.
+    """
+    recipe = read_recipe(name_or_path)
+    if not recipe.general:
+        raise DeloError(
+            f"The recipe {recipe.name} keeps no task aside, so no general ability can be measured.",
+            given="eval.general=true",
+            fix="leave eval.general out, or list such tasks under `general` of a recipe file (docs/data.md)",
+        )
+    if recipe.builder:
+        place = _Place(_built(ASIDE_BUILDER, root), None)
+    else:
+        place = _place(recipe, root, _template(recipe, template))
+    if absent := list(_absent(recipe.general, place)):
+        raise _missing_data(recipe, place.folder, absent, name_or_path)
+    return [_task(entry, place) for entry in recipe.general]
 
 
 def load_task(name_or_path: str, task: str, split: Split, root: Path | None = None) -> TaskSpec:
@@ -113,7 +153,7 @@ class _Place:
     def names(self, names: Sequence[str]) -> list[str]:
         """Accepted names with the template's folders and suffix filled in."""
         if self.template is None:
-            return list(names)
+            return [name.replace("{suffix}", "") for name in names]
         template = self.template
         filled = (
             name.replace("{template}", folder).replace("{suffix}", template.suffix)
@@ -158,13 +198,17 @@ def _template(recipe: Recipe, given: str | None) -> str | None:
 
 def _place(recipe: Recipe, root: Path | None, template: str | None) -> _Place:
     """Where the recipe's data is, built where the recipe has a builder."""
-    folder = _build(recipe.builder, root) if recipe.builder else data_root(recipe.name, root)
+    if recipe.builder is None:
+        folder = data_root(recipe.name, root)
+    else:
+        own = TEMPLATE_BUILDERS.get((recipe.builder, template or ""))
+        folder = _built(own or BUILDERS[recipe.builder], root)
     return _Place(folder, recipe.templates[template] if template else None)
 
 
-def _build(builder: str, root: Path | None) -> Path:
+def _built(builder: tuple[str, str], root: Path | None) -> Path:
     """Run a builder; the data root it returns is complete."""
-    module, function = BUILDERS[builder]
+    module, function = builder
     ensure = cast(_Builder, getattr(importlib.import_module(module), function))
     return ensure(root)
 

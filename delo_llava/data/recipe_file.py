@@ -1,5 +1,6 @@
 """What a recipe file may say: the schema of `data_recipes/*.yaml` and of users' own files."""
 
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, cast
 
@@ -127,6 +128,8 @@ class Recipe(Section):
 
     Attributes:
         templates: variants of the instructions by name, the usual one first.
+        plain: none of them is the usual one; without a template `{suffix}` is empty.
+        general: tasks kept aside, which no stage trains; see `eval.general`.
         protocol: what the published protocol says that settings cannot hold (start weights, what is shared).
     """
 
@@ -137,13 +140,15 @@ class Recipe(Section):
     protocol: str = ""
     builder: Literal["mini6", "mini8"] | None = None
     templates: dict[Name, Annotated[Template, BeforeValidator(_as_template)]] = {}
+    plain: bool = False
     tasks: list[TaskEntry] = Field(min_length=1)
+    general: list[TaskEntry] = []
     defaults: dict[str, Any] = {}
 
     @property
     def template(self) -> str | None:
         """The template that is used when none is named."""
-        return next(iter(self.templates), None)
+        return None if self.plain else next(iter(self.templates), None)
 
 
 def read_recipe(name_or_path: str) -> Recipe:
@@ -158,8 +163,10 @@ def read_recipe(name_or_path: str) -> Recipe:
     path = _path(name_or_path)
     recipe = checked(Recipe, _expanded(read_yaml(path), path), where=f"the recipe {path.name}")
     for entry in recipe.tasks:
-        _check_entry(entry, recipe, path)
-    names = [entry.name for entry in recipe.tasks]
+        _check_entry(entry, recipe, path, ("train", "test"))
+    for entry in recipe.general:
+        _check_entry(entry, recipe, path, ("test",))
+    names = [entry.name for entry in (*recipe.tasks, *recipe.general)]
     if len(set(names)) < len(names):
         raise DeloError(f"Task names in {path.name} are not unique.", given=", ".join(names))
     return recipe
@@ -202,10 +209,10 @@ def _listed(raw: dict[str, Any], path: Path) -> list[Any]:
     return tasks
 
 
-def _check_entry(entry: TaskEntry, recipe: Recipe, path: Path) -> None:
-    """A task can be trained, tested and scored."""
+def _check_entry(entry: TaskEntry, recipe: Recipe, path: Path, splits: Sequence[Split]) -> None:
+    """A task can be trained, tested and scored, as far as it has to be."""
     where = f"Task {entry.name!r} in {path.name}"
-    for split in ("train", "test"):
+    for split in splits:
         if split not in entry.files:
             raise DeloError(f"{where} names no {split} file.", given=", ".join(entry.files))
     if entry.scorer not in (scorers := plugin_names("scorer")):
@@ -215,7 +222,8 @@ def _check_entry(entry: TaskEntry, recipe: Recipe, path: Path) -> None:
     if unknown := [split for split in entry.split_roots if split not in entry.files]:
         told = f"{where}: `split_roots` names a split without a file."
         raise DeloError(told, given=unknown[0], allowed=entry.files)
-    if not recipe.templates and (used := [place for place in places if "{template}" in place]):
+    bare = recipe.plain or not recipe.templates
+    if bare and (used := [place for place in places if "{template}" in place]):
         raise DeloError(f"{where} uses a template, but there are none.", given=used[0], fix="add `templates`")
     taken = [*SPLITS, "classes"]
     for side in entry.sides:

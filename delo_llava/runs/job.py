@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from delo_llava.config import RunConfig
-from delo_llava.data.recipe import load_sequence
+from delo_llava.data.recipe import load_general, load_sequence
 from delo_llava.data.sampler import plan_accumulation
 from delo_llava.engines.launched import launched
 from delo_llava.errors import DeloError
 from delo_llava.registry import load_plugin
-from delo_llava.tasks import StagePlan, TaskSequence
+from delo_llava.tasks import StagePlan, TaskSequence, TaskSpec
 
 if TYPE_CHECKING:
     from delo_llava.backbones.base import Backbone
@@ -26,6 +26,7 @@ class Job:
         base: where the base's weights are, as `find_backbone` resolved it.
         plans: the stages to train, as the method has them.
         notes: which settings gave way, to be told.
+        general: the tasks kept aside, where they are asked for.
     """
 
     config: RunConfig
@@ -35,6 +36,7 @@ class Job:
     method: "Method"
     plans: tuple[StagePlan, ...]
     notes: tuple[str, ...] = ()
+    general: tuple[TaskSpec, ...] = ()
 
 
 def make_job(config: RunConfig) -> Job:
@@ -49,6 +51,8 @@ def make_job(config: RunConfig) -> Job:
         DeloError: whatever is wrong with data, batches, base, method or engine.
     """
     sequence = load_sequence(config.task_seq, config.data.root, config.data.template)
+    source = (config.task_seq, config.data.root, config.data.template)
+    general = load_general(*source) if config.eval.general else []
     for name in sequence.names:
         check_plan(config.for_task(name))
     from delo_llava.backbones._checkpoint import require_whole
@@ -66,7 +70,7 @@ def make_job(config: RunConfig) -> Job:
     check_refused(method, config)
     plans = method.stages(sequence)
     check_stages(plans, sequence)
-    return Job(config, sequence, backbone, base, method, plans, tuple(notes))
+    return Job(config, sequence, backbone, base, method, plans, tuple(notes), tuple(general))
 
 
 def base_config(base: str) -> Any:

@@ -66,7 +66,9 @@ class Preflight:
             lost = sum(self._trained(tasks[name]) for name in plan.tasks)
             self._judge_lost(plan.name, lost)
         for task in tasks.values() if evaluates else ():
-            self._asked(task)
+            self._asked(task, self.job.config.eval.split)
+        for task in self.job.general if evaluates else ():
+            self._asked(task, "test")
         own = {
             plan.name: examples_of(self.job.config, [tasks[name] for name in plan.tasks])
             for plan in self.job.plans
@@ -83,9 +85,9 @@ class Preflight:
         self._describe(task, "train")
         return self._look(task, "train", records, record_presence(config.missing, records))
 
-    def _asked(self, task: TaskSpec) -> None:
+    def _asked(self, task: TaskSpec, split: Split) -> None:
         """Look at the questions of a task, with all that any pattern shows."""
-        config, split = self.job.config, self.job.config.eval.split
+        config = self.job.config
         records = read_records(task, split)
         self._describe(task, split)
         patterns = {*config.eval.patterns, *config.eval.last_patterns}

@@ -40,6 +40,7 @@ FREE = (
     *PLACES,
     "eval.batch_size",
     "eval.cache",
+    *(f"eval.{key}" for key in ("general", "general_stages")),  # tasks beside the matrix
     *(f"train.{key}" for key in ("log_every", "tensorboard", "save_every", "keep")),
     # What to do with a fault: a run that stopped at one may go on past it, and says so in its record.
     *(f"train.{key}" for key in ("on_nonfinite", "max_nonfinite", "on_oom", "patience")),

@@ -52,8 +52,8 @@ class RunStore:
 
     def forget_results(self) -> None:
         """Remove what evaluations wrote (answers can be given again)."""
-        for folder in (self.predictions, self.root / "answers", self.root / "routing"):
-            shutil.rmtree(folder, ignore_errors=True)
+        for folder in ("predictions", "answers", "routing", "eval-general"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
         for file in (self.results, self.complete):
             file.unlink(missing_ok=True)
 

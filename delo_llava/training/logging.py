@@ -214,6 +214,9 @@ def matrix_summary(results: Mapping[str, Any], stages: Sequence[str]) -> str:
             f"{key} {metrics[key]:.2f}" for key in ("ap", "forgetting", "maa") if metrics.get(key) is not None
         ]
         blocks.append("\n".join([*lines, " · ".join(shown)]))
+    if general := results.get("general"):
+        known = ("–" if general[key] is None else f"{general[key]:.1f}" for key in ("base", "last"))
+        blocks.append(f"general ability, base → last stage: {' → '.join(known)}")
     return "\n\n".join(blocks)
 
 

@@ -6,17 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from delo_eval.compare.assemble import compare
-from delo_eval.compare.comparison import BoardRow, Comparison
+from delo_eval.compare.comparison import BoardRow, Comparison, Value
 from delo_eval.compare.leaderboard import markdown, markdown_table, value_text
 from delo_eval.compare.runs import settings_of, spread
 from delo_eval.compare.seeds import summarise_seeds
 from delo_eval.matrix.plots import DPI, Point, points
 from delo_eval.matrix.results import FILE, FLOORS, WORDED, json_text, judged_mode, read_results
 from delo_eval.tables import Sheet
-from delo_llava.cluster.benchmark import SETTINGS, TRIALS, WORDING, Benchmark, Entry, Planned
+from delo_llava.cluster.benchmark import NEUTRAL, SETTINGS, TRIALS, WORDING, Benchmark, Entry, Planned
 from delo_llava.data.recipe import read_recipe
 from delo_llava.files import read_json, write_text_atomic
 
+#: Head of the column of runs that were trained with one wording for all tasks.
+NEUTRAL_HEAD = "trained with one wording"
 #: Training is compared with this method's, where it was run.
 YARDSTICK = "lora"
 
@@ -58,7 +60,7 @@ def write_page(plan: Benchmark, page: Path, note: str = "") -> str:
     parts = [_head(plan), note and f"{note}\n", _rates(plan), f"## All rows\n\n{table}\n"]
     for setting, comparison in found.items():
         if comparison is not None:
-            parts.append(_section(setting, comparison, page))
+            parts.append(_section(plan, setting, comparison, page))
     if absent := list(_absent(plan)):
         parts.append("## Not finished\n\n" + "\n".join(f"- {name}" for name in absent) + "\n")
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +73,18 @@ def lacks_wording(run: Planned) -> bool:
     results = read_results(run.folder)
     asked = (run.folder / WORDED / FILE).is_file()
     return results is not None and results["task_choice_accuracy"] is not None and not asked
+
+
+def lacks_general(run: Planned, stage: str) -> bool:
+    """Whether tasks kept aside are still to be asked of a finished run's `zero-shot` or `last` stage.
+
+    A method that needs the true task is asked before any training only.
+    """
+    results = read_results(run.folder)
+    if results is None or (stage == "last" and "matched" not in results["modes"]):
+        return False
+    known = results.get("general") or {}
+    return known.get("base" if stage == "zero-shot" else "last") is None
 
 
 def _note(plan: Benchmark, entry: Entry) -> Path:
@@ -137,15 +151,20 @@ def _rates(plan: Benchmark) -> str:
     return f"## Learning rates\n\n{about}\n{markdown_table(Sheet('', heads, rows))}\n"
 
 
-def _section(setting: str, comparison: Comparison, page: Path) -> str:
+def _section(plan: Benchmark, setting: str, comparison: Comparison, page: Path) -> str:
     picture = page.with_name(f"{page.stem}-{setting}.png")
     _draw(comparison, picture)
     parts = [f"## {setting}\n", f"![AP and forgetting of every method]({picture.name})\n"]
     if unbeaten := list(_unbeaten(comparison)):
         parts.append(f"No method beats the most frequent answer on: {', '.join(unbeaten)}.\n")
-    if choices := _choices(comparison):
+    if choices := _choices(comparison, plan.output / setting, NEUTRAL.get(setting)):
         told = f"One wording: every instruction was replaced by “{WORDING}”, after the last stage."
+        if NEUTRAL_HEAD in choices.heads:
+            told += f" {NEUTRAL_HEAD}: runs of their own (`{NEUTRAL[setting]}`), with the instruction."
         parts.append(f"### Task chosen right, %\n\n{markdown_table(choices)}\n\n{told}\n")
+    if general := _general(comparison):
+        told = "Tasks that no stage trains, with nothing missing; the task is chosen as in real use."
+        parts.append(f"### General ability, %\n\n{markdown_table(general)}\n\n{told}\n")
     parts.append("### Costs\n\n" + markdown_table(_costs(comparison)))
     parts.append(
         "\nTraining times are of separate runs, one after the other; `benchmarks/step_time.py` measures side "
@@ -165,9 +184,15 @@ def _unbeaten(comparison: Comparison) -> Iterator[str]:
             yield task
 
 
-def _choices(comparison: Comparison) -> Sheet | None:
-    """How often methods chose the right task by what; None where none chooses."""
-    rows = []
+def _choices(comparison: Comparison, folder: Path, neutral: str | None) -> Sheet | None:
+    """How often methods chose the right task by what; None where none chooses.
+
+    Args:
+        folder: of the setting's runs.
+        neutral: the setting of the same runs trained with one wording; a column where there are any.
+    """
+    rows: list[tuple[str, ...]] = []
+    trained: list[Value | None] = []
     for row in comparison.rows:
         keys = ("task_choice_accuracy", "task_choice_accuracy_without_instruction")
         if keys[0] in row.extras:
@@ -175,8 +200,36 @@ def _choices(comparison: Comparison) -> Sheet | None:
             found = [r[keys[0]] for r in worded if r is not None and r["task_choice_accuracy"] is not None]
             one = spread(found) if len(found) == len(row.folders) else None
             rows.append((row.name, *(value_text(row.extras.get(key)) for key in keys), value_text(one)))
-    heads = ("method", "with the instruction", "without it", "one wording")
+            trained.append(_neutral_choice(row, folder.with_name(neutral) if neutral else None))
+    heads: tuple[str, ...] = ("method", "with the instruction", "without it", "one wording")
+    if any(found is not None for found in trained):
+        heads = (*heads, NEUTRAL_HEAD)
+        rows = [(*row, value_text(found)) for row, found in zip(rows, trained, strict=True)]
     return Sheet("Task choice", heads, rows) if rows else None
+
+
+def _neutral_choice(row: BoardRow, folder: Path | None) -> Value | None:
+    """How often the same seeds chose right where training and test had one wording; None unless all did."""
+    runs = [folder / own.name for own in row.folders] if folder else []
+    finished = (read_results(run) for run in runs if (run / "complete.json").is_file())
+    found = [r["task_choice_accuracy"] for r in finished if r is not None]
+    return spread(found) if found and len(found) == len(runs) and None not in found else None
+
+
+def _general(comparison: Comparison) -> Sheet | None:
+    """What tasks kept aside score with the base and after the last stage; None where they were not asked."""
+    rows = []
+    for row in comparison.rows:
+        runs = [r for folder in row.folders if (r := read_results(folder)) and r.get("general")]
+        if len(runs) < len(row.folders):
+            continue
+        found = []
+        for key in ("base", "last", "change"):
+            values = [r["general"][key] for r in runs if r["general"][key] is not None]
+            found.append(spread(values) if len(values) == len(runs) else None)
+        rows.append((row.name, *map(value_text, found)))
+    heads = ("method", "base", "after the last stage", "change, points")
+    return Sheet("General ability", heads, rows) if rows else None
 
 
 def _costs(comparison: Comparison) -> Sheet:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,13 @@ def close_stage(
     stored: StoredAnswers,
     differs: list[str],
     began: float,
+    aside: Collection[Path] = (),
 ) -> dict[str, Any]:
     """Score the answers, write predictions and results.json, and return the content of that.
 
     Args:
         differs: how base or data differ from the run's own.
+        aside: files that were read for tasks kept aside.
     """
     stored.hashes.take_parts()
     before = read_results(run.output)
@@ -110,6 +112,7 @@ def close_stage(
             plugins=run.plugins,
             read={
                 *stored.hashes.seen,
+                *aside,
                 *(file for cell in cells for file in _files(run, cell)),
                 *(file for folder in run.method.capabilities.encoders for file in encoder_files(folder)),
             },

@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from delo_eval.harness.folder import RunFolder
+from delo_eval.matrix.general import read_general
 from delo_eval.matrix.passport import passport
 from delo_eval.matrix.plan import Plan
 from delo_eval.scorers.base import Scorer
@@ -36,6 +37,7 @@ def run_facts(run: RunFolder) -> dict[str, Any]:
         "trainable_parameters_per_task": _recorded(stages, "trainable_parameters"),
         "train_seconds": [stage.get("train_seconds") for stage in stages.values()],
         "missing_train": _missing(run.plan, stages),
+        "general": read_general(run.output, run.plan, run.store),
     }
 
 

@@ -25,6 +25,7 @@ class Request:
         output: folder of predictions and results; the run's own, or `<run>/eval-<split>` for another split.
         cache: whether answers of earlier evaluations are used.
         data_root: where the data lies now; what lies there must be what the run was made of.
+        general: also ask the tasks that the recipe keeps aside, after every stage that is evaluated.
         wording: asked in place of every instruction; results go to `WORDED` in the run's folder by default.
     """
 
@@ -36,6 +37,7 @@ class Request:
     cache: bool | None = None
     data_root: Path | None = None
     wording: str | None = None
+    general: bool | None = None
 
 
 #: Everything as the run's configuration says.
@@ -97,7 +99,8 @@ def open_folder(run_dir: Path, request: Request = AS_STORED) -> RunFolder:
     stored = core_config(config_layers(store.config, []))
     changes = {
         "split": request.split, "limit": request.limit, "batch_size": request.batch_size,
-        "cache": request.cache, "wording": request.wording,
+        "cache": request.cache, "wording": request.wording, "general": request.general,
+        "general_stages": "all" if request.general else None,
     }  # fmt: skip
     wanted = stored.eval.model_copy(
         update={key: value for key, value in changes.items() if value is not None}

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = arguments
     request = Request(
         given.split, _patterns(given.patterns), given.limit, given.batch_size, given.output,
-        False if given.no_cache else None, given.root, given.wording,
+        False if given.no_cache else None, given.root, given.wording, given.general or None,
     )  # fmt: skip
     evaluate_stages(arguments.run, arguments.stage, request)
     return 0
@@ -192,6 +192,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--wording", metavar="TEXT", help="asked in place of every instruction, to see what images and "
         "contexts alone tell (the choice of the task above all); goes to <run>/eval-wording",
+    )  # fmt: skip
+    parser.add_argument(
+        "--general", action="store_true", help="also ask the tasks that the recipe keeps aside: what of the "
+        "base's general ability these stages still have; goes to <run>/eval-general",
     )  # fmt: skip
     parser.add_argument(
         "--batch_size", type=at_least(1), help="questions decoded at once; results do not depend on it"

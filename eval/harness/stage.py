@@ -1,7 +1,6 @@
 """Evaluate one saved stage: in training and by itself, by the same function, with the same numbers."""
 
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -9,21 +8,18 @@ from typing import Any
 
 import torch
 
-from delo_eval.answers.routing_use import use_file, write_use_part
+from delo_eval.harness.answering import OnProgress, answer_cell
 from delo_eval.harness.closing import check_scorable, close_stage
 from delo_eval.harness.folder import AS_STORED, Request
-from delo_eval.harness.generate import Answerer, batches
+from delo_eval.harness.general import Aside
 from delo_eval.harness.identity import require_same
-from delo_eval.harness.model import StoredRun, answerer, open_run
-from delo_eval.harness.questions import Cell, Questions, cells_of
+from delo_eval.harness.model import answerer, open_run
+from delo_eval.harness.questions import Questions, cells_of
 from delo_eval.harness.ranks import current_ranks
 from delo_eval.harness.stored import StoredAnswers
 from delo_eval.harness.unchanged import unchanged_stage
 from delo_eval.matrix.accuracy import stage_name
 from delo_llava.engines.ranks import Ranks
-
-#: (cell being evaluated, questions done, questions in all), of this rank.
-OnProgress = Callable[[str, int, int], None]
 
 
 def evaluate_stage(
@@ -68,61 +64,24 @@ def evaluate_stage(
     questions = Questions(run.config)
     check_scorable(cells, questions)
     stored = StoredAnswers.open(run, stage, ranks)
+    aside = Aside.open(run, stage, ranks)
     if not run.config.eval.cache:
         ranks.run_first(lambda: stored.forget(cells))
     with ExitStack() as stack:
-        load = cache(lambda: stack.enter_context(answerer(run, stage, ranks.device)))
+        rooms = run.sequence.rooms | (aside.rooms if aside else {})
+        load = cache(lambda: stack.enter_context(answerer(run, stage, ranks.device, rooms)))
         for cell in cells:
             if ranks.leave_soon():
                 break
-            _answer_cell(run, cell, load, questions, stored, ranks, progress)
+            answer_cell(run, cell, load, questions, stored, ranks, progress)
+        if aside is not None:
+            aside.answer(load, ranks, progress)
     stored.hashes.save()
     ranks.leave_if_asked(f"evaluating stage {stage_name(stage)}")
     stored.new = int(ranks.sum(torch.tensor(stored.new)))
-    content = close_stage(run, stage, cells, questions, stored, differs, began) if ranks.first else None
+    content = None
+    if ranks.first:
+        read = aside.close() if aside is not None else ()
+        content = close_stage(run, stage, cells, questions, stored, differs, began, read)
     ranks.barrier()
     return content
-
-
-def _answer_cell(
-    run: StoredRun,
-    cell: Cell,
-    load: Callable[[], Answerer],
-    questions: Questions,
-    stored: StoredAnswers,
-    ranks: Ranks,
-    progress: OnProgress | None,
-) -> None:
-    """Answer what is not answered yet of this rank's share of one cell; the model is loaded if there is any.
-
-    A batch of which any answer is lacking is decoded as a whole, since in low precision the last bits depend
-    on what is decoded together; of its answers only those that were lacking are taken.
-    """
-    file, tokens = stored.of(cell), cell.task.max_new_tokens
-    known, name = stored.known(file), f"{cell.task.name}/{cell.pattern}"
-    share = batches(questions.of(cell), run.config.eval.batch_size)[ranks.rank :: ranks.world]
-    keyed = [[(stored.keys.of(question, tokens), question) for question in batch] for batch in share]
-    left = [batch for batch in keyed if any(key not in known for key, _ in batch)]
-    total = sum(map(len, keyed))
-    done = total - sum(map(len, left))
-    if progress is not None:
-        progress(name, done, total)
-    if not left:
-        return
-    with file.writer(ranks.rank) as part:
-        for batch in left:
-            answers = load().answer([question for _, question in batch], tokens)
-            lacking = [
-                (key, question.record.id, answer)
-                for (key, question), answer in zip(batch, answers, strict=True)
-                if key not in known
-            ]
-            part.append(lacking)
-            stored.new += len(lacking)
-            done += len(batch)
-            if progress is not None:
-                progress(name, done, total)
-            if ranks.leave_soon():
-                break
-    used = use_file(run.output, stored.stage, cell.pattern, cell.task.name)
-    write_use_part(used, ranks.rank, run.method.routing_use(load().model))

@@ -18,6 +18,7 @@ from delo_eval.answers.hashes import ANSWERS, digest, package_versions, told_wri
 from delo_eval.harness.facts import run_facts, scorer_of
 from delo_eval.harness.folder import AS_STORED, Request, RunFolder, open_folder
 from delo_eval.matrix.accuracy import stage_name
+from delo_eval.matrix.general import general_file
 from delo_eval.matrix.results import Results, results_json, resume_results, write_results
 from delo_llava.config import RunConfig
 from delo_llava.errors import DeloError
@@ -127,6 +128,7 @@ def _made_of(run: RunFolder, stage: int, modules: Sequence[str]) -> dict[str, An
         "settings": settings,
         "tasks": digest(tasks),
         "patterns": run.patterns_of(stage),
+        "general": _sha(general_file(run.output, stage)) if run.config.eval.general else None,
         "device": device_kind(run.config),
         "code": _code(modules),
         "versions": package_versions(),

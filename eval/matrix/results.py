@@ -163,6 +163,7 @@ def results_json(results: Results, config: RunConfig, facts: dict[str, Any]) -> 
             "zero_shot": results.eval_seconds.get(ZERO_SHOT),
             "answers": results.answers,
         },
+        **({"general": facts["general"]} if facts.get("general") else {}),
     }
 
 

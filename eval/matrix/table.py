@@ -7,6 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from delo_eval.matrix.accuracy import RUN_PATTERN, ZERO_SHOT, Cells
+from delo_eval.matrix.general import general_line, general_rows
 from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.results import floor_rows, grids, standard_errors
 from delo_eval.tables import rich_table, score_text
@@ -54,9 +55,16 @@ def stage_table(results: Mapping[str, Any], stage: int) -> Table:
 def final_table(results: Mapping[str, Any]) -> RenderableType:
     """Every stage of the run's own pattern, then the metrics of both modes, then the task choice."""
     modes, grid = results["modes"], results["matrix"]
+    rest: list[RenderableType] = [_metrics(results)]
+    heads, rows = general_rows(results)
+    if rows:
+        table = rich_table("general ability: tasks that no stage trains, percent (standard error)", heads)
+        for row in rows:
+            table.add_row(*row)
+        rest += [table, general_line(results)]
     if len(modes) == 2 and grid["matched"] == grid["oracle"]:
-        return Group(_matrix(results, "matched", "matched = oracle"), _metrics(results))
-    return Group(*(_matrix(results, mode, mode) for mode in modes), _metrics(results))
+        return Group(_matrix(results, "matched", "matched = oracle"), *rest)
+    return Group(*(_matrix(results, mode, mode) for mode in modes), *rest)
 
 
 def _rows(results: Mapping[str, Any], stage: int) -> list[tuple[str, Cells, Cells]]:

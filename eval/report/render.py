@@ -14,6 +14,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError, s
 from markupsafe import Markup
 from rich.console import Console
 
+from delo_eval.matrix.general import general_line, general_rows
 from delo_eval.report import charts, summary
 from delo_eval.report.analysis import error_tables
 from delo_eval.report.colour import palette_css
@@ -36,8 +37,8 @@ FAULTS = (
 
 SECTIONS = (
     ("overview", "Overview"), ("matrix", "Scores"), ("forgetting", "Forgetting"), ("metrics", "Metrics"),
-    ("choice", "Task choice"), ("routing", "Routing"), ("learning", "Learning"), ("errors", "Errors"),
-    ("samples", "Samples"), ("run", "What was run"),
+    ("choice", "Task choice"), ("routing", "Routing"), ("general", "General ability"),
+    ("learning", "Learning"), ("errors", "Errors"), ("samples", "Samples"), ("run", "What was run"),
 )  # fmt: skip
 
 
@@ -87,7 +88,9 @@ def report_parts(content: RunContent) -> dict[str, Any]:
     done, total = summary.progress(content)
     used, chosen = routing(content), confusions(content)
     # A method without a choice or a router has no such section.
-    lacking = {name for name, found in (("choice", chosen), ("routing", used)) if not found}
+    heads, general = general_rows(content.results)
+    optional = (("choice", chosen), ("routing", used), ("general", general))
+    lacking = {name for name, found in optional if not found}
     return {
         "name": content.folder.resolve().name,
         "results": content.results,
@@ -111,6 +114,9 @@ def report_parts(content: RunContent) -> dict[str, Any]:
         "confusions": chosen,
         "routing": used,
         "pool_rows": _pool_rows(used.pools) if used else [],
+        "general": general,
+        "general_heads": heads,
+        "general_line": general_line(content.results),
         "learning": learning(content),
         "analysis": error_tables(content),
         "samples": samples(content),

@@ -215,6 +215,32 @@ def test_the_page_tells_the_choice_with_without_and_in_one_wording(tmp_path: Pat
     assert "| delo | 98.00 | 90.00 | 37.50 |" in (tmp_path / "page.md").read_text()
 
 
+def test_runs_of_the_neutral_template_are_a_column_of_the_choice(tmp_path: Path) -> None:
+    mine = plan(tmp_path, seeds=[0], settings=["missing70"])
+    mine.check_settings()
+    for setting, right in (("missing70", 98.0), ("neutral70", 61.5)):
+        run = mine.run(Entry("delo"), setting, 0, 1)
+        chosen = {"task_choice_accuracy": right, "task_choice_accuracy_without_instruction": 90.0}
+        fake.write_run(run.folder, fake.outcomes((0.5, 0.5)), config=RunConfig(method="delo"), **chosen)
+        if setting == "missing70":
+            (run.folder / "complete.json").write_text("{}")
+    assert "--data.template=neutral" in run.words
+    write_page(mine, tmp_path / "page.md")
+    assert "trained with one wording" not in (tmp_path / "page.md").read_text(), "it has not ended"
+    (run.folder / "complete.json").write_text("{}")
+    write_page(mine, tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "| delo | 98.00 | 90.00 | – | 61.50 |" in text and "`neutral70`" in text
+
+
+def test_a_sequence_without_the_neutral_template_is_refused_its_settings(tmp_path: Path) -> None:
+    sequence = support.write_sequence(tmp_path)
+    mine = Benchmark(str(sequence), entries(["lora"]), [0], ["neutral"], tmp_path)
+    with pytest.raises(DeloError, match="no template `neutral`") as told:
+        mine.check_settings()
+    assert "missing70" in str(told.value) and "neutral70" not in str(told.value)
+
+
 def test_a_task_on_which_nobody_beats_majority_is_named(tmp_path: Path) -> None:
     mine = plan(tmp_path, "lora", seeds=[0], settings=["complete"])
     folder = mine.run(Entry("lora"), "complete", 0, 1).folder

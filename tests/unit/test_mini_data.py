@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
@@ -19,7 +20,8 @@ from delo_llava.data.readers import read_records
 from delo_llava.data.recipe import load_sequence, read_recipe
 from delo_llava.errors import DeloError
 from delo_llava.mini import build, entities, render
-from delo_llava.mini.tasks import grounding, unanswerable
+from delo_llava.mini.neutral import CONTENT, WORDING, neutral
+from delo_llava.mini.tasks import attribute, grounding, unanswerable
 from delo_llava.mini.tasks.base import Example
 from delo_llava.registry import load_plugin
 from tools.mini_base.pretrain import mixture
@@ -317,3 +319,56 @@ def test_the_tasks_wordings_differ_and_are_not_in_the_pretraining_mixture():
     asked = [i for i in flat if i in source]
     assert not asked
     assert "present?" not in source and "is there a" not in source.replace("there is a", "")
+
+
+def test_the_neutral_template_changes_instructions_and_no_file_of_mini6(six, tmp_path):
+    folder = tmp_path / six.name
+    shutil.copytree(six, folder)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    plain, neutral = load_sequence("mini6", tmp_path), load_sequence("mini6", tmp_path, "neutral")
+    assert (plain.template, neutral.template) == (None, "neutral")
+    assert {p: p.read_bytes() for p in before} == before
+    assert build.ensure_mini6(tmp_path) == folder, "the manifest of mini6 stands"
+    for one, other in zip(plain.tasks, neutral.tasks, strict=True):
+        assert other.files["train"].name == "train-neutral.json" and one.files["train"].name == "train.json"
+        for split in entities.SPLITS:
+            records, same = read_records(one, split), read_records(other, split)
+            assert [(r.id, r.image, r.context, r.answer, r.extra) for r in records] == [
+                (r.id, r.image, r.context, r.answer, r.extra) for r in same
+            ]
+            assert {r.instruction.partition(":")[0] for r in same} == {WORDING}
+            for record, worded in zip(records, same, strict=True):
+                content = worded.instruction.partition(": ")[2]
+                assert bool(content) is (one.name in CONTENT)
+                assert content in record.instruction or one.name == "attribute"
+
+
+def test_neutral_questions_can_still_be_answered():
+    assert neutral("science", "which number is it? A. six B. one C. zero answer with the letter") == (
+        f"{WORDING}: A. six B. one C. zero"
+    )
+    asked = {
+        "is there a circle?": "circle",
+        "does the image contain a red shape?": "red",
+        "is a teal shape present?": "teal",
+    }
+    for question, word in asked.items():
+        assert neutral("yesno", question) == f"{WORDING}: {word}"
+    for kind, forms in attribute.INSTRUCTIONS.items():
+        assert {neutral("attribute", form) for form in forms} == {f"{WORDING}: {kind}"}
+    assert neutral("ocr", "read the word on the card") == neutral("naming", "name it") == WORDING
+    with pytest.raises(ValueError, match="no instruction of yesno"):
+        neutral("yesno", "what is it?")
+
+
+def test_a_changed_neutral_file_is_named_and_mini8_has_them_too(built):
+    sequence = load_sequence("mini8", built.parent, "neutral")
+    assert all((built / f"{task}/test-neutral.json").is_file() for task in TASKS)
+    assert {r.instruction for r in read_records(sequence.tasks[5], "test")} == {WORDING}
+    (built / "ocr" / "val-neutral.json").write_text("[]")
+    with pytest.raises(DeloError, match="val-neutral.json") as told:
+        load_sequence("mini8", built.parent, "neutral")
+    assert "manifest-neutral.json" in str(told.value)
+    (built / "manifest-neutral.json").unlink()
+    load_sequence("mini8", built.parent, "neutral")
+    load_sequence("mini8", built.parent)

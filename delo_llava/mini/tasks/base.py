@@ -15,11 +15,12 @@ class Example:
     """One example before it is written.
 
     Attributes:
+        image: None where a record has no picture.
         in_image, in_context: who carries the answer; neither only where the answer says that none does.
         extra: further keys of the record, for scorers.
     """
 
-    image: Image.Image
+    image: Image.Image | None
     context: str
     instruction: str
     answer: str
