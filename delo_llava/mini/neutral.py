@@ -8,13 +8,13 @@ the word that is asked for, `attribute` which of two things is.
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from delo_llava.errors import DeloError
-from delo_llava.files import write_json_atomic, write_text_atomic
 from delo_llava.mini.entities import SPLITS
 from delo_llava.mini.tasks import attribute
 
@@ -79,9 +79,16 @@ def ensure_neutral(folder: Path, tasks: tuple[str, ...]) -> None:
             rows = json.loads((folder / task / f"{split}.json").read_text(encoding="utf-8"))
             text = json.dumps([_row(task, row) for row in rows], indent=1)
             name = f"{task}/{split}{SUFFIX}.json"
-            write_text_atomic(folder / name, text)
+            _write(folder / name, text)
             hashes[name] = hashlib.sha256(text.encode()).hexdigest()
-    write_json_atomic(folder / MANIFEST, {"version": VERSION, "files": hashes})
+    _write(folder / MANIFEST, json.dumps({"version": VERSION, "files": hashes}, indent=1))
+
+
+def _write(path: Path, text: str) -> None:
+    """Put a file there in one step: of two processes at once, each puts the same."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def _row(task: str, row: dict[str, Any]) -> dict[str, Any]:
