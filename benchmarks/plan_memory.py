@@ -66,7 +66,7 @@ def compare(
     import torch
 
     cuda = torch.cuda.is_available()
-    memory = MemoryModel(planned_model(model, found.image_tokens), config, found.tokens, cuda)
+    memory = MemoryModel(planned_model(model, found.image_tokens), config, found.tokens, cuda, found.answers)
     planned = memory.step_bytes(Setup(quant, "none", checkpointing, micro, 1))
     return {
         "method": method, "quant": quant, "recompute": checkpointing, "rows": found.rows,

@@ -117,8 +117,7 @@ def _questions(config: RunConfig, job: Job) -> Table:
 def _needs(job: Job, world: int, left: int) -> Needs:
     config, cuda = job.config, resolve_device(job.config.device).type == "cuda"
     memory = MemoryModel(planned_model(config.model), config, config.data.max_length, cuda)
-    new_tokens = max(task.max_new_tokens for task in job.sequence.tasks)
-    answers = memory.evaluation(config.quant, config.eval.batch_size, len(job.plans), new_tokens)
+    answers = memory.evaluation(config.quant, config.eval.batch_size, len(job.plans), memory.answers)
     folder = next(p for p in (config.run_dir, *config.run_dir.absolute().parents) if p.is_dir())
     space = disk(memory, left, checkpoints=config.train.keep + 1 if config.train.save_every else 1)
     return Needs(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from delo_llava.backbones.base import find_backbone, resolve_device
 from delo_llava.config import RunConfig
-from delo_llava.data.collate import Batch, Collator
+from delo_llava.data.collate import IGNORE, Batch, Collator
 from delo_llava.data.segments import SEGMENT_IMAGE
 from delo_llava.methods.base import Method, Stage
 from delo_llava.registry import load_plugin
@@ -19,13 +19,16 @@ from delo_llava.tasks import Record
 
 @dataclass(frozen=True)
 class Measured:
-    """Bytes of a step beyond weights and gradients, bytes of the weights, and the batch they belong to."""
+    """Bytes of a step beyond weights and gradients, bytes of the weights, and the batch they belong to:
+    `answers` are a row's trained tokens.
+    """
 
     step: int
     weights: int
     rows: int
     tokens: int
     image_tokens: int
+    answers: int
 
 
 def measure_step(config: RunConfig, picture: Path, words: int) -> Measured:
@@ -52,7 +55,9 @@ def measure_step(config: RunConfig, picture: Path, words: int) -> Measured:
     _step(method, model, batch)  # gradients and caches exist from here on
     peak = _cuda_peak(method, model, batch) if device.type == "cuda" else _cpu_peak(method, model, batch)
     rows, tokens = batch.inputs["input_ids"].shape
-    return Measured(peak, weights, rows, tokens, int((batch.segments[0] == SEGMENT_IMAGE).sum()))
+    assert batch.labels is not None
+    image, answers = (batch.segments[0] == SEGMENT_IMAGE).sum(), (batch.labels[0] != IGNORE).sum()
+    return Measured(peak, weights, rows, tokens, int(image), int(answers))
 
 
 def _items(rows: int, picture: Path, words: int) -> list[tuple[Record, tuple[bool, bool]]]:

@@ -22,6 +22,7 @@ from delo_llava.cluster.simulate import (
     peak_of_step,
 )
 from delo_llava.config import RunConfig
+from delo_llava.data.recipe import read_recipe
 from delo_llava.methods.base import Footprint, Method
 from delo_llava.registry import load_plugin
 
@@ -89,11 +90,20 @@ class MemoryModel:
 
     Args:
         tokens: of the longest sequence, image tokens included.
+        answers: of them those that are trained; None: as many as an answer may have.
         cuda: on a GPU (bf16, context and fragmentation) or as measured on the CPU (fp32, neither).
     """
 
-    def __init__(self, model: PlannedModel, config: RunConfig, tokens: int, cuda: bool = True) -> None:
+    def __init__(
+        self,
+        model: PlannedModel,
+        config: RunConfig,
+        tokens: int,
+        cuda: bool = True,
+        answers: int | None = None,
+    ) -> None:
         self.model, self.config, self.tokens, self.cuda = model, config, tokens, cuda
+        self.answers = min(tokens, new_tokens(config) if answers is None else answers)
         self.dtype = torch.bfloat16 if cuda else torch.float32
         base = meta_model(model.backbone, model.config, self.dtype)
         kind = cast(type[Method], load_plugin("method", config.method))
@@ -131,7 +141,8 @@ class MemoryModel:
 
     def step_bytes(self, setup: Setup) -> float:
         """What a forward and backward pass needs at most beyond weights, gradients and optimiser."""
-        return _affine(partial(self._step, setup.quant, setup.checkpointing), setup.micro_batch)
+        linears = _affine(partial(self._step, setup.quant, setup.checkpointing), setup.micro_batch)
+        return linears + self.footprint.held
 
     def evaluation(self, quant: str, batch: int, stored: int, new_tokens: int) -> Parts:
         """One rank while it answers `batch` questions with `stored` finished stages."""
@@ -162,7 +173,8 @@ class MemoryModel:
 
     def _simulate(self, quant: str, checkpointing: bool, rows: int) -> int:
         """Bytes of a step of `rows` samples."""
-        step = Step(rows, self.tokens, self.model.image.tokens, checkpointing, quant == "nf4")
+        image = self.model.image.tokens
+        step = Step(rows, self.tokens, image, self.answers, checkpointing, quant == "nf4")
         backbone = self.model.backbone
         return peak_of_step(
             meta_model(self.model.backbone, self.model.config, self.dtype),
@@ -173,7 +185,8 @@ class MemoryModel:
 
     def _prefill(self, rows: int) -> int:
         """Bytes of reading the prompts, without gradient; the cache is counted apart."""
-        step = Step(rows, self.tokens, self.model.image.tokens, checkpointing=False, quantised=False)
+        image = self.model.image.tokens
+        step = Step(rows, self.tokens, image, answers=1, checkpointing=False, quantised=False)
         model = meta_model(
             self.model.backbone, self.model.config, self.dtype
         )  # outside: its weights are counted apart
@@ -185,6 +198,11 @@ class MemoryModel:
         """The vision tower runs without gradient: a few activations of one layer."""
         image = self.model.image
         return float(images * image.patches * image.floats * self.dtype.itemsize)
+
+
+def new_tokens(config: RunConfig) -> int:
+    """The most tokens that an answer of a run's tasks may have."""
+    return max(entry.max_new_tokens for entry in read_recipe(config.task_seq).tasks)
 
 
 def _affine(peak: Callable[[int], int], rows: int) -> float:

@@ -20,7 +20,7 @@ from delo_llava.cluster.advice import (
     refuse_impossible,
     setup_of,
 )
-from delo_llava.cluster.memory import MemoryModel, Parts
+from delo_llava.cluster.memory import MemoryModel, Parts, new_tokens
 from delo_llava.cluster.models import planned_model
 from delo_llava.config import RunConfig
 from delo_llava.data.recipe import load_sequence, read_recipe
@@ -77,7 +77,7 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
     passes = {task: _passes(config.for_task(task), job.world) for task in tasks}
     stages = memory.method.stages(_named(config.task_seq, tasks))
     train = memory.training(setup)
-    answer = memory.evaluation(config.quant, config.eval.batch_size, len(stages), _new_tokens(config))
+    answer = memory.evaluation(config.quant, config.eval.batch_size, len(stages), new_tokens(config))
     records, counted = _records(config, job, tasks)
     known = [stage for stage in stages if set(stage.tasks) <= set(records)]
     sizes = {stage.name: sum(records[task] for task in stage.tasks) for stage in known}
@@ -98,7 +98,7 @@ def _plan(config: RunConfig, job: Job) -> dict[str, Any]:
         "fits": [size for size in GPU_SIZES if train.needed <= size * GIB],
         "evaluation_fits": [size for size in GPU_SIZES if answer.needed <= size * GIB],
         "largest_answer_batch": {
-            str(size): largest_answer_batch(memory, config.quant, len(stages), _new_tokens(config), size)
+            str(size): largest_answer_batch(memory, config.quant, len(stages), new_tokens(config), size)
             for size in GPU_SIZES
         },
         "best": {str(size): _best(memory, shared, job.world, size) for size in GPU_SIZES},
@@ -120,10 +120,6 @@ def _best(memory: MemoryModel, config: RunConfig, world: int, size: int) -> dict
 
 def _bytes(parts: Parts) -> dict[str, float]:
     return {**vars(parts), "total": parts.total, "needed": parts.needed}
-
-
-def _new_tokens(config: RunConfig) -> int:
-    return max(entry.max_new_tokens for entry in read_recipe(config.task_seq).tasks)
 
 
 def _named(task_seq: str, tasks: Sequence[str]) -> TaskSequence:

@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from delo_llava.backbones.base import Backbone, attention_choices, first_that_builds
-from delo_llava.methods.base import answer_loss_sum
 
 #: What a method adds to a linear: factors gathered per sample, or one pair of matrices for all.
 UpdateKind = Literal["gathered", "lora"]
@@ -40,6 +39,7 @@ class Step:
         rows: samples of the micro-batch.
         tokens: of the longest sequence, image tokens included.
         image_tokens: of one sample.
+        answers: tokens of one sample that are trained: the output head sees no others.
         checkpointing: activations of every layer are recomputed.
         quantised: linears of the language layers are dequantised for every product.
     """
@@ -47,6 +47,7 @@ class Step:
     rows: int
     tokens: int
     image_tokens: int
+    answers: int
     checkpointing: bool
     quantised: bool
 
@@ -220,11 +221,12 @@ def _mask(step: Step) -> Tensor:
 
 def _loss(language: Any, head: Any, words: Tensor, step: Step) -> Tensor:
     """The summed loss; a function of its own, since the logits must be gone before the backward pass."""
-    labels = torch.zeros(step.rows, step.tokens, dtype=torch.int64, device="meta")
     hidden = language(
         inputs_embeds=words, position_ids=_positions(step), attention_mask=_mask(step)
     ).last_hidden_state
-    return answer_loss_sum(head(hidden), labels)
+    logits = head(hidden[:, : step.answers].flatten(0, 1))
+    labels = torch.zeros(len(logits), dtype=torch.int64, device="meta")
+    return F.cross_entropy(logits.float(), labels, reduction="none").sum()
 
 
 def _with_updates(model: Any, patterns: tuple[str, str], update: Update, quantised: bool) -> None:

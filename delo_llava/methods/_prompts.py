@@ -36,6 +36,7 @@ from delo_llava.methods.base import (
     Past,
     Prompt,
     Stage,
+    answer_logits,
     answer_loss_sum,
 )
 from delo_llava.schema import UserPath
@@ -256,7 +257,7 @@ class PromptMethod(EncodedMethod):
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
         with routing(model, self.inputs(batch)) as route:
-            logits = model(**batch.inputs).logits
+            logits = answer_logits(model, batch)
         counted = 0.0 if batch.filler else 1.0
         terms = {name: counted * term.sum() for name, term in route.plan.terms.items()}
         return {"answer": answer_loss_sum(logits, batch.labels)} | terms

@@ -15,7 +15,7 @@ from delo_llava.methods._encoded import EncodedMethod
 from delo_llava.methods._linears import Linears, narrowed, placed
 from delo_llava.methods._lowrank import LowRankMethod, LowRankOptions
 from delo_llava.methods._size import stage_parameters
-from delo_llava.methods.base import Passes, Prompt, Reduce, answer_loss_sum
+from delo_llava.methods.base import Passes, Prompt, Reduce, answer_logits, answer_loss_sum
 from delo_llava.schema import UserPath
 
 
@@ -78,7 +78,7 @@ class RoutedMethod(EncodedMethod, LowRankMethod):
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
         with routing(model, self.inputs(batch)):
-            return {"answer": answer_loss_sum(model(**batch.inputs).logits, batch.labels)}
+            return {"answer": answer_loss_sum(answer_logits(model, batch), batch.labels)}
 
     @contextmanager
     def answering(

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from peft.utils import get_peft_model_state_dict
 from pydantic import ConfigDict
 from torch import Tensor, nn
@@ -29,6 +28,8 @@ from delo_llava.data.examples import Examples, Item, View
 from delo_llava.methods._access import Passes as Passes
 from delo_llava.methods._access import Reduce as Reduce
 from delo_llava.methods._access import Trained as Trained
+from delo_llava.methods._answers import answer_logits as answer_logits
+from delo_llava.methods._answers import answer_loss_sum as answer_loss_sum
 from delo_llava.methods._choice import TaskChoice as TaskChoice
 from delo_llava.methods._groups import parameter_groups
 from delo_llava.schema import Worded
@@ -155,6 +156,7 @@ class Footprint:
         stored_bytes: what a finished stage keeps on disk besides the trained parameters (statistics).
         every_task: evaluation holds the adapters of all finished stages, not just the last one.
         untrained: numbers of its adapter that no step trains (a ridge map), fp32.
+        held: bytes that a step keeps for the backward pass besides what its linears do, whatever the rows.
     """
 
     parameters: int
@@ -163,6 +165,7 @@ class Footprint:
     stored_bytes: int
     every_task: bool
     untrained: int = 0
+    held: int = 0
 
 
 class Method(ABC):
@@ -245,7 +248,7 @@ class Method(ABC):
         forward. By default next-token cross-entropy over the answers' tokens.
         """
         assert batch.labels is not None
-        return {"answer": answer_loss_sum(model(**batch.inputs).logits, batch.labels)}
+        return {"answer": answer_loss_sum(answer_logits(model, batch), batch.labels)}
 
     def penalties(self, values: Mapping[str, Tensor], clock: Clock) -> dict[str, Tensor]:
         """Terms over the trained parameters alone, once an update; `values` are whole and carry gradients."""
@@ -361,15 +364,3 @@ class Method(ABC):
 def overrides(method: Method, hook: str) -> bool:
     """Whether a method has a hook of its own: what it needs is gathered only then."""
     return getattr(type(method), hook) is not getattr(Method, hook)
-
-
-def answer_loss_sum(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed next-token cross-entropy over trained positions.
-
-    Args:
-        logits: B×S×V.
-        labels: B×S, -100 where not trained.
-    """
-    return torch.nn.functional.cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
-    )

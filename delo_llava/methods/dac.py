@@ -48,6 +48,7 @@ from delo_llava.methods.base import (
     Reduce,
     Stage,
     Trained,
+    answer_logits,
     answer_loss_sum,
 )
 from delo_llava.methods.delo.router import top_factors
@@ -209,7 +210,7 @@ class Dac(AccumulatedMethod):
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
         with routing(model, RouteInputs.from_batch(batch)) as route:
-            logits = model(**batch.inputs).logits
+            logits = answer_logits(model, batch)
         # Kept for after_backward: a forward may run twice under checkpointing and must not count anything.
         self._seen = route.plan.extra["chosen"]
         return {"answer": answer_loss_sum(logits, batch.labels)}

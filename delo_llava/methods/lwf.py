@@ -24,10 +24,10 @@ from torch import Tensor, nn
 
 from delo_llava.adapters.lowrank import LowRankConfig, LowRankLayer, mixed, summed
 from delo_llava.adapters.store import open_adapters
-from delo_llava.data.collate import IGNORE, Batch
+from delo_llava.data.collate import Batch
 from delo_llava.methods._lora import bare
 from delo_llava.methods._lowrank import ADAPTER, LowRankMethod, LowRankOptions, activate
-from delo_llava.methods.base import Capabilities, Clock, Past, Stage, answer_loss_sum
+from delo_llava.methods.base import Capabilities, Clock, Past, Stage, answer_logits, answer_loss_sum
 
 #: Name of the frozen adapter.
 TEACHER = "teacher"
@@ -81,11 +81,10 @@ class Lwf(LowRankMethod):
             return super().loss_sums(model, batch)
         assert batch.labels is not None
         with self._teacher():
-            told = answer_logits(model(**batch.inputs).logits, batch.labels)
-        logits = model(**batch.inputs).logits
-        said = answer_logits(logits, batch.labels)
+            told = answer_logits(model, batch)
+        said = answer_logits(model, batch)
         return {
-            "answer": answer_loss_sum(logits, batch.labels),
+            "answer": answer_loss_sum(said, batch.labels),
             "distill": distillation_sum(said, told, self.options.temperature),
         }
 
@@ -106,14 +105,9 @@ class Lwf(LowRankMethod):
         return layer.up(TEACHER, layer.lowrank_A[TEACHER](x.to(torch.float32)))
 
 
-def answer_logits(logits: Tensor, labels: Tensor) -> Tensor:
-    """N×V fp32: the logits from which the N trained tokens of a B×S batch are predicted."""
-    return logits[:, :-1][labels[:, 1:] != IGNORE].float()
-
-
 def distillation_sum(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T² Σ_n KL(softmax(teacher_n/T) ‖ softmax(student_n/T)) over N×V logits, in nats."""
-    p, q = ((logits / temperature).log_softmax(-1) for logits in (teacher, student))
+    p, q = ((logits.float() / temperature).log_softmax(-1) for logits in (teacher, student))
     return temperature**2 * nn.functional.kl_div(q, p, reduction="sum", log_target=True)
 
 

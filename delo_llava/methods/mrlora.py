@@ -58,6 +58,7 @@ from delo_llava.methods.base import (
     Stage,
     StagePlan,
     TaskChoice,
+    answer_logits,
     answer_loss_sum,
 )
 from delo_llava.methods.replay import MEMORY, recall_all, remember
@@ -177,7 +178,7 @@ class MrLora(LowRankMethod):
     def _loss(self, model: nn.Module, batch: Batch, who: str) -> Tensor:
         assert batch.labels is not None
         with routing(model, RouteInputs.from_batch(batch, tasks=who)):
-            return answer_loss_sum(model(**batch.inputs).logits, batch.labels)
+            return answer_loss_sum(answer_logits(model, batch), batch.labels)
 
     def finish(self, model: nn.Module, passes: Passes, reduce: Reduce) -> None:
         """Which token each letter is, as the family's dialogue writes answers."""

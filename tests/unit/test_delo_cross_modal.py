@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from delo_llava.errors import DeloError
 from delo_llava.features.queries import Queries
 from delo_llava.features.ridge import RidgeStatistics
+from delo_llava.methods._answers import at_answers
 from delo_llava.methods.delo.cross_modal import CrossModal
 from delo_llava.methods.delo.losses import align_loss_sum, consistency_loss_sum
 
@@ -140,11 +141,12 @@ def test_consistency_loss(temperature: float) -> None:
     ):  # logits that predict the labelled token
         p, q = (x.detach()[i].div(temperature).softmax(0) for x, i in ((teacher, t), (student, s)))
         expected += temperature**2 * (p * (p / q).log()).sum().item()
-    loss = consistency_loss_sum(teacher, labels_t, student, labels_s, temperature)
+    told, said = at_answers(teacher, labels_t), at_answers(student, labels_s)
+    loss = consistency_loss_sum(told, labels_t, said, labels_s, temperature)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert teacher.grad is None and student.grad.abs().sum() > 0
     with pytest.raises(DeloError, match="same records"):
-        consistency_loss_sum(teacher, labels_t, student, labels_s.flip(0))
+        consistency_loss_sum(told, labels_t, said, labels_s.flip(0))
     with pytest.raises(DeloError, match="same records"):
-        consistency_loss_sum(teacher, labels_t, student[:1], labels_s[:1])
+        consistency_loss_sum(told, labels_t, at_answers(student[:1], labels_s[:1]), labels_s[:1])

@@ -74,7 +74,9 @@ def test_a_planned_step_needs_what_a_real_one_does(kind: str, tmp_path: Path) ->
     words = [f"--model={folder}", "--method=delo", "--quant=none", "--train.micro_batch=8"]
     run = load_config(None, words)
     found = measure_step(run, tmp_path / "picture.png", words=200)
-    memory = MemoryModel(planned_model(str(folder), found.image_tokens), run, found.tokens, cuda=False)
+    memory = MemoryModel(
+        planned_model(str(folder), found.image_tokens), run, found.tokens, cuda=False, answers=found.answers
+    )
     planned = memory.step_bytes(Setup("none", "none", False, 8, 1))
     assert planned == pytest.approx(found.step, rel=0.10)
 

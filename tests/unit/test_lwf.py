@@ -12,8 +12,9 @@ from torch import Tensor
 
 from delo_llava.adapters.lowrank import LowRankLayer
 from delo_llava.adapters.own import TENSORS
+from delo_llava.methods._answers import at_answers
 from delo_llava.methods.base import Past, Stage
-from delo_llava.methods.lwf import TEACHER, Lwf, answer_logits, distillation_sum
+from delo_llava.methods.lwf import TEACHER, Lwf, distillation_sum
 
 
 def by_hand(student: Tensor, teacher: Tensor, temperature: float) -> float:
@@ -40,7 +41,7 @@ def test_only_positions_that_predict_an_answer_s_token_count() -> None:
     logits = torch.arange(2 * 4 * 3, dtype=torch.float32).view(2, 4, 3)
     labels = torch.tensor([[-100, -100, 5, 6], [1, -100, -100, 2]])
     expected = torch.stack([logits[0, 1], logits[0, 2], logits[1, 2]])
-    assert torch.equal(answer_logits(logits, labels), expected)
+    assert torch.equal(at_answers(logits, labels), expected)
 
 
 def begun(**options: Any) -> tuple[Bench, Any, Stage]:
@@ -86,8 +87,8 @@ def test_at_the_start_there_is_nothing_to_distil_and_later_there_is() -> None:
             value.add_(0.02)
     sums = bench.method.loss_sums(model, batch)
     with bench.method._teacher():  # type: ignore[attr-defined]
-        told = answer_logits(logits(model, batch), batch.labels)
-    expected = by_hand(answer_logits(logits(model, batch), batch.labels), told, 2.0)
+        told = at_answers(logits(model, batch), batch.labels)
+    expected = by_hand(at_answers(logits(model, batch), batch.labels), told, 2.0)
     assert float(sums["distill"].detach()) == pytest.approx(expected, rel=1e-3)
     sums["distill"].backward()
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
@@ -118,6 +119,6 @@ def test_distillation_holds_what_was_said_before(tmp_path: Path) -> None:
         done: Trained = bench.train(Stage(1, stage.name, stage.tasks, past, stage.seed), folder)
         batch = bench.batch(items("task1"))
         pair = (logits(m, batch) for m in (done.model, bench.loaded(past)))
-        return float(distillation_sum(*(answer_logits(x, batch.labels) for x in pair), 2.0))  # type: ignore[arg-type]
+        return float(distillation_sum(*(at_answers(x, batch.labels) for x in pair), 2.0))  # type: ignore[arg-type]
 
     assert away(20.0) < 0.5 * away(0.0)

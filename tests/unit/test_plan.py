@@ -57,7 +57,7 @@ def test_a_planned_step_needs_what_a_real_one_does(method: str, recompute: bool,
         f"--train.gradient_checkpointing={str(recompute).lower()}",
     )
     found = measure_step(run, tmp_path / "picture.png", words=120)
-    memory = MemoryModel(planned_model("mini-llava"), run, found.tokens, cuda=False)
+    memory = MemoryModel(planned_model("mini-llava"), run, found.tokens, cuda=False, answers=found.answers)
     planned = memory.step_bytes(Setup("nf4", "none", recompute, 6, 1))
     assert planned == pytest.approx(found.step, rel=0.10)
 
@@ -69,7 +69,7 @@ def test_qwen_and_its_weights_are_planned_too(quant: str, tmp_path: Path) -> Non
     run = config(f"--model={folder}", "--method=delo", f"--quant={quant}", "--train.micro_batch=8")
     found = measure_step(run, tmp_path / "picture.png", words=200)
     model = planned_model(str(folder), found.image_tokens)
-    memory = MemoryModel(model, run, found.tokens, cuda=False)
+    memory = MemoryModel(model, run, found.tokens, cuda=False, answers=found.answers)
     parts = memory.training(Setup(quant, "none", False, 8, 1))
     assert parts.activations == pytest.approx(found.step, rel=0.10)
     # The state of double quantisation is no parameter, so it is not among the measured weights.

@@ -85,20 +85,25 @@ def trainable_parameter_count(config: DeloConfig, linears: Mapping[str, tuple[in
         Pools E·(d_in + d_out) per linear and modality (per linear, where the modalities share one), plus the
         router (none when nothing can train it) and the learned map.
     """
+    total = sum(
+        config.pool_starts(config.is_projector(name))[1] * sum(widths) for name, widths in linears.items()
+    )
+    if config.cross_modal == "linear":
+        total += 4 * config.hidden_size * config.latent
+    return total + router_parameter_count(config, linears)
+
+
+def router_parameter_count(config: DeloConfig, linears: Mapping[str, tuple[int, int]]) -> int:
+    """Trainable parameters of one task's router; arguments as of `trainable_parameter_count`."""
     e, r, latent, d = config.pool_size, config.r, config.latent, config.hidden_size
     slots = [
         (name, widths)
         for name, widths in linears.items()
         for _ in range(1 if config.is_projector(name) else 2)
     ]
-    total = sum(
-        config.pool_starts(config.is_projector(name))[1] * sum(widths) for name, widths in linears.items()
-    )
-    if config.cross_modal == "linear":
-        total += 4 * d * latent
     if config.gate == "none":
-        return total
-    total += 2 * latent * d + len(slots) * 2 * e * (latent + 1)
+        return 0
+    total = 2 * latent * d + len(slots) * 2 * e * (latent + 1)
     if config.conditional == "table":
         total += len(slots) * r * e * e
     elif config.conditional == "factor":

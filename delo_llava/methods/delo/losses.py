@@ -37,9 +37,10 @@ def consistency_loss_sum(
     """Σ over answer tokens of KL(teacher ‖ student); the teacher saw the complete view and gets no gradient.
 
     Args:
-        teacher_logits, teacher_labels: B×S×V and B×S (−100 where not trained) of the complete rows.
-        student_logits, student_labels: B×S'×V and B×S' of the same rows with one modality dropped; lengths
-            may differ.
+        teacher_logits, teacher_labels: N×V of the N answer tokens and B×S (−100 where not trained), of the
+            complete rows.
+        student_logits, student_labels: N×V and B×S' of the same rows with one modality dropped; lengths may
+            differ.
         temperature: softens both; the loss is scaled by its square.
 
     Raises:
@@ -59,6 +60,6 @@ def consistency_loss_sum(
             given=f"{int(teacher_mask.sum())} and {int(student_mask.sum())} answer tokens",
             fix="select the teacher's rows by dropped_rows",
         )
-    target = F.log_softmax(teacher_logits.detach()[:, :-1][teacher_mask].float() / temperature, -1)
-    guess = F.log_softmax(student_logits[:, :-1][student_mask].float() / temperature, -1)
+    target = F.log_softmax(teacher_logits.detach().float() / temperature, -1)
+    guess = F.log_softmax(student_logits.float() / temperature, -1)
     return F.kl_div(guess, target, reduction="sum", log_target=True) * temperature**2

@@ -20,7 +20,7 @@ from delo_llava.adapters.carrier import find_carrier, frozen_queries, routing
 from delo_llava.adapters.store import open_adapters, save_adapter
 from delo_llava.backbones.base import Backbone
 from delo_llava.config import RunConfig
-from delo_llava.data.collate import Batch
+from delo_llava.data.collate import IGNORE, Batch
 from delo_llava.data.examples import Examples, Item, View, dropped_view
 from delo_llava.errors import DeloError
 from delo_llava.features.inputs import RouteInputs
@@ -41,12 +41,18 @@ from delo_llava.methods.base import (
     Reduce,
     Stage,
     TaskChoice,
+    answer_logits,
     answer_loss_sum,
 )
 from delo_llava.methods.delo.config import DeloConfig
 from delo_llava.methods.delo.cross_modal import CrossModal
 from delo_llava.methods.delo.losses import align_loss_sum, consistency_loss_sum
-from delo_llava.methods.delo.options import DeloOptions, adapter_config, trainable_parameters
+from delo_llava.methods.delo.options import (
+    DeloOptions,
+    adapter_config,
+    router_parameters,
+    trainable_parameters,
+)
 from delo_llava.methods.delo.plan import RoutePlan
 from delo_llava.methods.delo.tuner import set_trainable, tuner
 from delo_llava.methods.delo.use import RoutingUse
@@ -176,7 +182,10 @@ class Delo(Method):
         stored += (2 * moment_bytes(width) + 2 * width**2) * (options.cross_modal == "ridge")
         ridge = 2 * width * (width + 1) * (options.cross_modal == "ridge")
         parameters = trainable_parameters(options, base, self.backbone)
-        return Footprint(parameters, "gathered", 2 * options.rank, stored, options.task != "shared", ridge)
+        # A router computes in float64, and a step keeps these copies of its parameters for the backward pass.
+        held = 8 * router_parameters(options, base, self.backbone)
+        every = options.task != "shared"
+        return Footprint(parameters, "gathered", 2 * options.rank, stored, every, ridge, held)
 
     def _consistency(self, model: nn.Module, batch: Batch, logits: Tensor) -> Tensor:
         """Σ KL(complete view ‖ view with one modality dropped) over answer tokens; the complete view gets no
@@ -187,8 +196,10 @@ class Delo(Method):
         student, _ = _routed_logits(model, view.batch)
         if view.batch.filler:  # no row of this batch is complete; the forward keeps the ranks in step
             return student.sum() * 0.0
-        teacher = logits.detach()[view.rows], batch.labels[view.rows]
-        return consistency_loss_sum(*teacher, student, view.batch.labels)
+        counts = (batch.labels[:, 1:] != IGNORE).sum(1).tolist()
+        by_row = logits.detach().split(counts)
+        teacher = torch.cat([by_row[row] for row in view.rows.tolist()])
+        return consistency_loss_sum(teacher, batch.labels[view.rows], student, view.batch.labels)
 
     def after_backward(self, model: nn.Module, batch: Batch, clock: Clock) -> None:
         """Add the micro-batch to the task's keys: its own samples only, never the dropped views (trap T6)."""
@@ -307,8 +318,8 @@ def _last(past: Mapping[str, Past]) -> dict[str, Path]:
 
 
 def _routed_logits(model: nn.Module, batch: Batch) -> tuple[Tensor, RoutePlan]:
-    """Logits B×S×V and the plan they were computed with."""
+    """Logits of the N answer tokens, N×V, and the plan they were computed with."""
     with routing(model, RouteInputs.from_batch(batch)) as route:
-        logits = model(**batch.inputs).logits
+        logits = answer_logits(model, batch)
     assert route.plan is not None
     return logits, route.plan

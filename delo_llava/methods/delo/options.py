@@ -9,7 +9,7 @@ from torch import nn
 from delo_llava.backbones.base import Backbone, adapted_linears
 from delo_llava.methods._linears import Linears, narrowed, placed
 from delo_llava.methods.base import MethodConfig
-from delo_llava.methods.delo.config import DeloConfig, trainable_parameter_count
+from delo_llava.methods.delo.config import DeloConfig, router_parameter_count, trainable_parameter_count
 
 
 class DeloOptions(MethodConfig):
@@ -131,3 +131,9 @@ def trainable_parameters(options: DeloOptions, base: nn.Module, backbone: Backbo
     """Trainable parameters of one task; the LoRA baselines are matched to it."""
     linears = placed(adapted_linears(base, backbone), backbone, options.linears, options.projector)
     return trainable_parameter_count(adapter_config(options, base, backbone), linears)
+
+
+def router_parameters(options: DeloOptions, base: nn.Module, backbone: Backbone) -> int:
+    """Those of them that are the router's."""
+    linears = placed(adapted_linears(base, backbone), backbone, options.linears, options.projector)
+    return router_parameter_count(adapter_config(options, base, backbone), linears)

@@ -29,6 +29,7 @@ from delo_llava.methods.base import (
     Stage,
     TaskChoice,
     Trained,
+    answer_logits,
     answer_loss_sum,
 )
 from delo_llava.methods.pclr.memory import Pool
@@ -230,15 +231,14 @@ class Pclr(LowRankMethod):
         with torch.no_grad():
             teacher = self._logits(model, batch, self._as_task(task, teacher=True))
         student = self._logits(model, batch, self._as_task(task, teacher=False))
-        loss = distil_sum(teacher, student, batch.labels, self.options.top_logits)
+        loss = distil_sum(teacher, student, self.options.top_logits)
         self._last = loss.detach()
         return {"distil": loss}
 
     def _logits(self, model: nn.Module, batch: Batch, how: Any) -> Tensor:
         self._how = how
         with routing(model, self._inputs(batch)):
-            logits: Tensor = model(**batch.inputs).logits
-        return logits
+            return answer_logits(model, batch)
 
     def after_backward(self, model: nn.Module, batch: Batch, clock: Clock) -> None:
         if self._last is not None:

@@ -53,15 +53,14 @@ def drawn_task(losses: Tensor, seed: int) -> int:
     return int(torch.multinomial(chance / chance.sum(), 1, generator=draw))
 
 
-def distil_sum(teacher: Tensor, student: Tensor, labels: Tensor, top: int) -> Tensor:
+def distil_sum(teacher: Tensor, student: Tensor, top: int) -> Tensor:
     """Σ KL(p ‖ q) over answer tokens, p ∝ √softmax of the teacher over its `top` largest logits, q the same
     of the student over the same entries.
 
     Args:
-        teacher, student: logits B×S×V; labels: B×S, -100 where nothing is answered.
+        teacher, student: N×V, logits of the N answer tokens.
     """
-    answered = labels[:, 1:] != -100
-    wanted, entries = teacher[:, :-1][answered].float().topk(min(top, teacher.shape[-1]), dim=-1)
+    wanted, entries = teacher.float().topk(min(top, teacher.shape[-1]), dim=-1)
     p = (wanted / 2).log_softmax(-1)
-    q = (student[:, :-1][answered].float().gather(-1, entries) / 2).log_softmax(-1)
+    q = (student.float().gather(-1, entries) / 2).log_softmax(-1)
     return F.kl_div(q, p, reduction="sum", log_target=True)

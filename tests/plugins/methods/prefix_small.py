@@ -16,7 +16,7 @@ from delo_llava.adapters.prompts import PrefixPlan, PrefixShape, attach_prefixes
 from delo_llava.data.collate import Batch
 from delo_llava.features.inputs import RouteInputs
 from delo_llava.features.queries import Queries
-from delo_llava.methods.base import Method, MethodConfig, Past, Prompt, Stage, answer_loss_sum
+from delo_llava.methods.base import Method, MethodConfig, Past, Prompt, Stage, answer_logits, answer_loss_sum
 
 
 class Options(MethodConfig):
@@ -65,7 +65,7 @@ class Prefix(Method):
     def loss_sums(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         assert batch.labels is not None
         with routing(model, RouteInputs.from_batch(batch)):
-            return {"answer": answer_loss_sum(model(**batch.inputs).logits, batch.labels)}
+            return {"answer": answer_loss_sum(answer_logits(model, batch), batch.labels)}
 
     def tensors(self, model: Any, stage: Stage) -> dict[str, Tensor]:
         state: dict[str, Tensor] = model.get_submodule("pool").state_dict()
