@@ -36,8 +36,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 #: For every `from_pretrained`: code that a checkpoint brings is never run, and no one is asked about it.
 OWN_CODE: dict[str, Any] = {"trust_remote_code": False}
 Quant = Literal["nf4", "none"]
-#: Pictures as large as the checkpoint says.
-OWN_LIMITS = ImageLimits()
+OWN_LIMITS = ImageLimits()  # pictures as large as the checkpoint says
 ATTENTION = ("flash_attention_2", "sdpa", "eager")
 _HUB_ID = re.compile(r"[\w][\w.-]*/[\w.-]+")
 
