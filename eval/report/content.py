@@ -87,10 +87,10 @@ def read_content(run: Path, output: Path | None = None) -> RunContent:
             fix="evaluate a stage first: delo-eval --run …",
         )
     config = read_yaml(store.config) if store.config.is_file() else {}
-    return RunContent(store, folder, results, store.read_run(), config, _steps(store.metrics))
+    return RunContent(store, folder, results, store.read_run(), config, read_steps(store.metrics))
 
 
-def _steps(file: Path) -> list[Json]:
+def read_steps(file: Path) -> list[Json]:
     """The logged steps; a last line that a kill cut off is left out.
 
     Raises:
