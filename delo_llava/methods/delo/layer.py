@@ -1,10 +1,12 @@
 """The expert layer around a frozen linear: y = W₀x + s·Σ_j g_j b_j (a_jᵀ x), factors gathered per sample
 (specification 4, M5).
 
-Two look-ups and two small batched products; ΔW is never formed and samples are never looped over. The layer
-does not know its task: it reads the rows of the pools from the plan.
+Two look-ups and two small batched products, of which linears that read the same tensor share the first
+(`shared`); ΔW is never formed and samples are never looped over. The layer does not know its task: it reads
+the rows of the pools from the plan.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from delo_llava.adapters.tuner import CarriedLayer
 from delo_llava.methods.delo.config import DeloConfig
 from delo_llava.methods.delo.plan import RoutePlan, RouteTable
+from delo_llava.methods.delo.shared import Siblings, narrow
 
 
 class DeloLayer(CarriedLayer):
@@ -31,6 +34,7 @@ class DeloLayer(CarriedLayer):
         super().__init__(*given)
         self.slot = -1  # position among the language or projector layers, set by the model after injection
         self.rank = 0
+        self.siblings: Siblings | None = None  # the linears that read the same tensor, set with the slot
         self.scale: dict[str, float] = {}
         self.delo_A, self.delo_B = nn.ModuleDict(), nn.ModuleDict()
 
@@ -55,7 +59,7 @@ class DeloLayer(CarriedLayer):
             return y
         plan: RoutePlan = self.carrier.current()
         if not self.projector:
-            return self._language(x, y, plan)
+            return self._language(x, y, plan, shared=True)
         if plan.projector is None:
             raise self.carrier.missing_plan()
         packing = plan.packing(x.shape[:-1].numel())
@@ -66,19 +70,21 @@ class DeloLayer(CarriedLayer):
         delta = packing.unpad(self._add(padded, nothing, plan, plan.projector, None))
         return y + delta.to(y.dtype).view(y.shape)
 
-    def _language(self, x: Tensor, y: Tensor, plan: RoutePlan) -> Tensor:
+    def _language(self, x: Tensor, y: Tensor, plan: RoutePlan, shared: bool) -> Tensor:
         if x.dim() == 2:  # a mixture's shared expert sees all rows' tokens in one line
             rows = (plan.rows, -1)
-            return self._language(x.view(*rows, x.shape[-1]), y.view(*rows, y.shape[-1]), plan).view_as(y)
+            return self._language(
+                x.view(*rows, x.shape[-1]), y.view(*rows, y.shape[-1]), plan, False
+            ).view_as(y)
         weight = plan.token_weight
         if weight is None:
-            return self._add(x, y, plan, plan.language, None)
+            return self._add(x, y, plan, plan.language, None, shared=shared)
         offset = self.carrier.offset
         if offset >= weight.shape[1]:  # decoding: what is generated is text, so only the text half works
             return self._add(x, y, plan, plan.language, None, text_only=True)
         if offset or x.shape[1] != weight.shape[1]:
             weight = self._weight_at(weight, offset, x.shape[1])
-        return self._add(x, y, plan, plan.language, weight)
+        return self._add(x, y, plan, plan.language, weight, shared=shared)
 
     def _weight_at(self, weight: Tensor, start: int, length: int) -> Tensor:
         """Token weights of `length` positions from `start`; what lies beyond the prompt is text."""
@@ -95,45 +101,44 @@ class DeloLayer(CarriedLayer):
         table: RouteTable,
         weight: Tensor | None,
         text_only: bool = False,
+        shared: bool = False,
     ) -> Tensor:
-        """y + s·((x Aᵀ) ∘ gates ∘ weight) B for x R×T×d_in, in x's type."""
-        a, b = self._factors(plan, table, text_only, x.dtype)
-        u = torch.bmm(x, a.transpose(1, 2))
-        if table.gates is not None:
-            gate = table.gates[self.slot].unsqueeze(1)
-            u = u * (gate[..., self.rank :] if text_only else gate).to(u.dtype)
-        if weight is not None:
-            u = u * weight.to(u.dtype)
-        scale = self.scale[plan.used[0]]
-        if y.dtype == u.dtype:
-            return torch.baddbmm(y, u, b, alpha=scale)
-        return y + (torch.bmm(u, b) * scale).to(y.dtype)
+        """y + s·((x Aᵀ) ∘ gates ∘ weight) B for x R×T×d_in, in x's type; y is written over where it may be.
 
-    def _factors(
-        self, plan: RoutePlan, table: RouteTable, text_only: bool, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
-        """Chosen A (R×k×d_in) and B (R×k×d_out); kept on the plan when no gradient is wanted, so decode
-        steps gather
-        nothing."""
-        key = (id(self), text_only, dtype)
-        kept: tuple[Tensor, Tensor] | None = None if torch.is_grad_enabled() else plan.cache.get(key)
-        if kept is not None:
-            return kept
-        rows_a, rows_b = table.a[self.slot], table.b[self.slot]
-        if text_only:
-            rows_a, rows_b = rows_a[:, self.rank :], rows_b[:, self.rank :]
-        factors = (
-            self._gather(self.delo_A, plan.used, rows_a).to(dtype),
-            self._gather(self.delo_B, plan.used, rows_b).to(dtype),
+        `shared`: x is what the linear was given, so its siblings may be given it too.
+        """
+        u = self.siblings.narrow(self, x, plan, weight) if shared and self.siblings is not None else None
+        if u is None:
+            [u] = narrow([self], x, plan, table, weight, text_only)
+        b = plan.kept(
+            ("B", id(self), text_only, x.dtype),
+            lambda: self.gather(self.delo_B, plan, table.b, text_only, x.dtype),
         )
-        if not torch.is_grad_enabled():
-            plan.cache[key] = factors
-        return factors
+        scale = self.scale[plan.used[0]]
+        if y.dtype != u.dtype:
+            return y + (torch.bmm(u, b) * scale).to(y.dtype)
+        if self._is_ours(y):
+            return y.baddbmm_(u, b, alpha=scale)
+        return torch.baddbmm(y, u, b, alpha=scale)
 
-    @staticmethod
-    def _gather(pools: nn.ModuleDict, used: tuple[str, ...], rows: Tensor) -> Tensor:
-        if len(used) == 1:
-            found: Tensor = pools[used[0]](rows)
-            return found
-        stacked: list[Tensor] = [pools[task].weight for task in used]  # type: ignore[misc]
-        return F.embedding(rows, torch.cat(stacked))
+    def _is_ours(self, y: Tensor) -> bool:
+        """Nobody else has the base's output: no view (a bias makes one, whose backward copies), no hook that
+        saw it (ZeRO-3's, a watcher's).
+        """
+        return not y._is_view() and not self.base_layer._forward_hooks
+
+    def gather(
+        self,
+        pools: nn.ModuleDict,
+        plan: RoutePlan,
+        rows: Sequence[Tensor],
+        text_only: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """The chosen factors of `pools`, R×k×width; `rows` are those of all layers, R×k."""
+        own = rows[self.slot][:, self.rank :] if text_only else rows[self.slot]
+        if len(plan.used) == 1:
+            found: Tensor = pools[plan.used[0]](own)
+            return found.to(dtype)
+        stacked: list[Tensor] = [pools[task].weight for task in plan.used]  # type: ignore[misc]
+        return F.embedding(own, torch.cat(stacked)).to(dtype)

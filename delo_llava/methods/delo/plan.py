@@ -5,6 +5,7 @@ A plan is plain data in the caller's hands; no tensor carries attributes (trap T
 while layers read it, except caches of gathered factors when no gradient is wanted.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,6 +138,15 @@ class RoutePlan:
         if tokens not in self.packings:
             self.packings[tokens] = Packing.of(self.inputs.image_lengths(tokens), self.presence.device)
         return self.packings[tokens]
+
+    def kept(self, key: Any, gathered: Callable[[], Tensor]) -> Tensor:
+        """Factors by a layer's key; kept when no gradient is wanted, so that decode steps gather nothing."""
+        if torch.is_grad_enabled():
+            return gathered()
+        if key not in self.cache:
+            self.cache[key] = gathered()
+        found: Tensor = self.cache[key]
+        return found
 
     @property
     def rows(self) -> int:

@@ -16,6 +16,7 @@ from delo_llava.methods.delo.cross_modal import CrossModal
 from delo_llava.methods.delo.layer import DeloLayer
 from delo_llava.methods.delo.plan import RoutePlan
 from delo_llava.methods.delo.router import Router, Selection
+from delo_llava.methods.delo.shared import SIBLINGS, Siblings
 
 #: Fields that may differ between the adapters of one model.
 FREE_FIELDS = {
@@ -48,11 +49,23 @@ class DeloModel(CarriedTuner):
             for group in (language, projector):
                 for slot, layer in enumerate(group):
                     layer.slot = slot
+            self._find_siblings()
         self.delo_router[adapter_name] = _router(config, language, projector)
         self.delo_cross[adapter_name] = CrossModal(config.cross_modal, config.hidden_size, config.latent)
         for parts in (self.delo_router, self.delo_cross):
             place(parts[adapter_name], self._device())
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _find_siblings(self) -> None:
+        """Tell language linears of one module that read the same tensor of each other."""
+        for module in self.model.modules():
+            for names in SIBLINGS:
+                found = [getattr(module, name, None) for name in names]
+                members = [layer for layer in found if isinstance(layer, DeloLayer) and not layer.projector]
+                if len(members) > 1:
+                    siblings = Siblings(members)
+                    for layer in members:
+                        layer.siblings = siblings
 
     def _check_adapter(self, model: nn.Module, name: str, config: DeloConfig) -> None:
         parts = {part for path, _ in model.named_modules() for part in path.split(".")} - set(
