@@ -35,6 +35,8 @@ NEUTRAL: Mapping[str, str] = {"complete": "neutral", "missing70": "neutral70"}
 WORDING = "look at what is given and answer"
 #: Folder of the trials within the benchmark's.
 TRIALS = "rates"
+#: Folder of the times of answering.
+DECODING = "decoding"
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ class Benchmark:
         )  # fmt: skip
         return Planned(folder, (*words, f"--output={folder}"))
 
+    def decoding_file(self, entry: Entry) -> Path:
+        """Where the time of answering with a method's last stage is noted, beside the base's."""
+        return self.output / DECODING / f"{entry.label}.json"
+
     @property
     def keeps_aside(self) -> bool:
         """Whether the sequence keeps tasks aside, for general ability."""
@@ -204,6 +210,12 @@ def ask_general(planned: Planned, stage: str) -> int:
     """Ask the tasks that the recipe keeps aside of one stage (`zero-shot`, `last`); nothing is done twice."""
     command = [sys.executable, "-m", "delo_eval", "--run", str(planned.folder), "--stage", stage]
     return _watched([*command, "--general"], f"evaluating {planned.folder}")
+
+
+def time_decoding(planned: Planned, file: Path) -> int:
+    """Measure how long answering takes with a run's last stage, beside the base in one process."""
+    command = [sys.executable, "-m", "delo_eval", "decoding", "--run", str(planned.folder)]
+    return _watched([*command, "--output", str(file)], f"timing {planned.folder}")
 
 
 def launch(planned: Planned, ranks: int) -> int:

@@ -34,6 +34,7 @@ GROUND = {"errors", "extras", "registry", "schema", "strict", "tasks"}
 #: Libraries that are slow, large or optional, and the only modules that may import them.
 ONE_PLACE = {
     "torch": {
+        "harness/decoding_time.py",
         "harness/generate.py",
         "harness/lmms.py",
         "harness/model.py",
