@@ -43,6 +43,8 @@ TRIALS = "rates"
 PATIENCE = 120.0
 #: Settings that a finished run may have otherwise: places, and a length that gives way to the base.
 ANYWHERE = ("output", "task_seq", "model", "data.root", "data.max_length")
+#: Folder of the times of answering.
+DECODING = "decoding"
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,10 @@ class Benchmark:
         )  # fmt: skip
         return Planned(folder, (*words, f"--output={folder}"))
 
+    def decoding_file(self, entry: Entry) -> Path:
+        """Where the time of answering with a method's last stage is noted, beside the base's."""
+        return self.output / DECODING / f"{entry.label}.json"
+
     @property
     def keeps_aside(self) -> bool:
         """Whether the sequence keeps tasks aside, for general ability."""
@@ -234,6 +240,12 @@ def ask_general(planned: Planned, stage: str) -> int:
     """Ask the tasks that the recipe keeps aside of one stage (`zero-shot`, `last`); nothing is done twice."""
     command = [sys.executable, "-m", "delo_eval", "--run", str(planned.folder), "--stage", stage]
     return _watched([*command, "--general"], f"evaluating {planned.folder}")
+
+
+def time_decoding(planned: Planned, file: Path) -> int:
+    """Measure how long answering takes with a run's last stage, beside the base in one process."""
+    command = [sys.executable, "-m", "delo_eval", "decoding", "--run", str(planned.folder)]
+    return _watched([*command, "--output", str(file)], f"timing {planned.folder}")
 
 
 def launch(planned: Planned, ranks: int) -> int:

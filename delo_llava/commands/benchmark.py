@@ -104,7 +104,7 @@ def _pages() -> Any:
 
 def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[Path]:
     """Trials, then runs, of some of the methods; returns the folders of those that failed."""
-    from delo_llava.cluster.benchmark import ask_general, ask_in_one_wording
+    from delo_llava.cluster.benchmark import ask_general, ask_in_one_wording, time_decoding
 
     tried = plan.factors if len(plan.factors) > 1 else ()
     clock = _Clock(len(listed) * (len(plan.settings) * len(plan.seeds) + len(tried)), ranks)
@@ -120,6 +120,9 @@ def _run_all(plan: "Benchmark", listed: Sequence["Entry"], ranks: int) -> list[P
             codes += [ask_general(planned, s) for s in stages if _pages().lacks_general(planned, s)]
             if any(codes):
                 failed.append(planned.folder)
+        timed = [run for run in runs if run.finished] if _pages().lacks_decoding(plan, entry) else []
+        if timed and time_decoding(timed[0], plan.decoding_file(entry)):
+            failed.append(timed[0].folder)
     return failed
 
 

@@ -2,21 +2,27 @@
 
 import math
 import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from delo_eval.compare.assemble import compare
 from delo_eval.compare.comparison import BoardRow, Comparison, Value
 from delo_eval.compare.leaderboard import markdown, markdown_table, value_text
 from delo_eval.compare.runs import settings_of, spread
 from delo_eval.compare.seeds import summarise_seeds
+from delo_eval.matrix.general import adapters_of
+from delo_eval.matrix.plan import Plan
 from delo_eval.matrix.plots import DPI, Point, points
 from delo_eval.matrix.results import FILE, FLOORS, WORDED, json_text, judged_mode, read_results
 from delo_eval.tables import Sheet
 from delo_llava.cluster.benchmark import NEUTRAL, SETTINGS, TRIALS, WORDING, Benchmark, Entry, Planned
 from delo_llava.data.recipe import read_recipe
 from delo_llava.files import read_json, write_text_atomic
+from delo_llava.runs.store import RunStore
 
+#: Head of the column with the time of answering.
+DECODING_HEAD = "decoding ÷ base"
 #: Head of the column of runs that were trained with one wording for all tasks.
 NEUTRAL_HEAD = "trained with one wording"
 #: Training is compared with this method's, where it was run.
@@ -85,6 +91,27 @@ def lacks_general(run: Planned, stage: str) -> bool:
         return False
     known = results.get("general") or {}
     return known.get("base" if stage == "zero-shot" else "last") is None
+
+
+def lacks_decoding(plan: Benchmark, entry: Entry) -> bool:
+    """Whether the time of answering is still to be measured of a method that trains something.
+
+    It is measured once for a method, and anew when none of its runs has the adapters that were measured.
+    """
+    found = []
+    for run in (run for run in plan.runs(entry, 1.0) if run.finished):
+        stages = Plan.read(read_results(run.folder) or {"tasks": [], "plan": []})
+        if stages.stages:
+            found.append(adapters_of(RunStore(run.folder), stages, stages.last))
+    known = _decoding(plan).get(entry.label)
+    return bool(found) and (known is None or known["adapters"] not in found)
+
+
+def _decoding(plan: Benchmark) -> dict[str, dict[str, Any]]:
+    """Label of a method -> what was measured of its answering."""
+    files = {entry.label: plan.decoding_file(entry) for entry in plan.entries}
+    told = "run the benchmark again"
+    return {label: read_json(f, "A time of answering", told) for label, f in files.items() if f.is_file()}
 
 
 def _note(plan: Benchmark, entry: Entry) -> Path:
@@ -165,7 +192,10 @@ def _section(plan: Benchmark, setting: str, comparison: Comparison, page: Path) 
     if general := _general(comparison):
         told = "Tasks that no stage trains, with nothing missing; the task is chosen as in real use."
         parts.append(f"### General ability, %\n\n{markdown_table(general)}\n\n{told}\n")
-    parts.append("### Costs\n\n" + markdown_table(_costs(comparison)))
+    times = _decoding(plan)
+    parts.append("### Costs\n\n" + markdown_table(_costs(comparison, times)))
+    if times:
+        parts.append(f"\n{_worth(times)}")
     parts.append(
         "\nTraining times are of separate runs, one after the other; `benchmarks/step_time.py` measures side "
         "by side. Files: adapters of all stages, statistics included.\n"
@@ -232,11 +262,32 @@ def _general(comparison: Comparison) -> Sheet | None:
     return Sheet("General ability", heads, rows) if rows else None
 
 
-def _costs(comparison: Comparison) -> Sheet:
-    """Trained parameters, files and training time of each row, the time also as a share of LoRA's."""
+def _worth(times: Mapping[str, Mapping[str, Any]]) -> str:
+    """How the times of answering were measured, and what they are worth."""
+    controls = [found["control"] for found in times.values()]
+    low, high = min(c["low"] for c in controls), max(c["high"] for c in controls)
+    return (
+        f"{DECODING_HEAD}: time of answering with the last stage ÷ the bare base's, task choice included, "
+        "every answer with all its tokens: median (quartiles) of pairs taken in turn in one process, of one "
+        f"run of each method. The base against itself, measured alike, lay between {low:.2f} and {high:.2f} "
+        "(quartiles): smaller differences say nothing."
+    )
+
+
+def _decoded(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    ratio = found["ratio"]
+    return f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})"
+
+
+def _costs(comparison: Comparison, decoding: Mapping[str, Mapping[str, Any]]) -> Sheet:
+    """Trained parameters, files and training time of each row, the time also as a share of LoRA's; where it
+    was measured the time of answering.
+    """
     times = {row.name: _train_seconds(row) for row in comparison.rows}
     base = next((times[row.name] for row in comparison.rows if row.method == YARDSTICK), None)
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for row in comparison.rows:
         seconds = times[row.name]
         ratio = f"{seconds / base:.2f}" if base and seconds else "–"
@@ -251,14 +302,12 @@ def _costs(comparison: Comparison) -> Sheet:
                 ratio,
             )
         )
-    heads = (
-        "method",
-        "trained parameters a task",
-        "learning rate",
-        "files a task, MB",
-        "training, s",
-        f"÷ {YARDSTICK}",
-    )
+    sizes = ("trained parameters a task", "learning rate", "files a task, MB")
+    heads = ["method", *sizes, "training, s", f"÷ {YARDSTICK}"]
+    if decoding:
+        heads.append(DECODING_HEAD)
+        labels = [row.folders[0].name.rpartition("-s")[0] for row in comparison.rows]  # <label>-s<seed>
+        rows = [(*row, _decoded(decoding.get(name))) for row, name in zip(rows, labels, strict=True)]
     return Sheet("Costs", heads, rows)
 
 

@@ -34,6 +34,7 @@ GROUND = {"errors", "extras", "registry", "schema", "strict", "tasks"}
 #: Libraries that are slow, large or optional, and the only modules that may import them.
 ONE_PLACE = {
     "torch": {
+        "harness/decoding_time.py",
         "harness/generate.py",
         "harness/lmms.py",
         "harness/model.py",
@@ -67,6 +68,7 @@ NAMED_BY_THE_LIBRARY = {
     ("registry.py", "delo_eval.metrics"),
     ("registry.py", "delo_eval.published"),
     ("registry.py", "delo_eval.scorers"),
+    ("commands/watch.py", "delo_eval.report.live"),
 }
 
 
