@@ -24,7 +24,7 @@ from delo_llava.methods.base import Past, Stage
 from delo_llava.methods.delo.config import trainable_parameter_count
 from delo_llava.methods.delo.layer import DeloLayer
 from delo_llava.methods.delo.method import Delo
-from delo_llava.methods.delo.options import DeloOptions, trainable_parameters
+from delo_llava.methods.delo.options import DeloOptions, adapter_config, trainable_parameters
 from delo_llava.methods.delo.tuner import tuner
 
 ROWS = [COMPLETE, NO_IMAGE, NO_TEXT, COMPLETE]
@@ -257,3 +257,24 @@ def test_an_ablation_is_isolated_or_not_as_it_says_and_counts_its_parameters(abl
     promises.test_a_footprint_is_what_is_trained("delo")
     promises.test_recomputed_activations_change_nothing("delo")
     promises.test_the_bare_base_answers_before_any_training("delo")
+
+
+@pytest.mark.parametrize(
+    ("options", "scale"),
+    [
+        ({"rank": 4}, 8.0),
+        ({"rank": 16}, 4.0),
+        ({"rank": 1}, 16.0),
+        ({"rank": 2, "scope": "all"}, 8.0),  # four factors act on every token
+        ({"rank": 4, "alpha": 4.0}, 2.0),
+        ({"rank": 4, "alpha_over_rank": 2.0}, 2.0),
+    ],
+)
+def test_the_scale_falls_with_the_root_of_the_factors_that_act(options: dict[str, Any], scale: float) -> None:
+    """And not with the pool: docs/delo.md has the trials."""
+    for pool in (16, 64):
+        found = DeloOptions(pool_size=pool, **options)
+        assert found.scale == scale
+    bench = Bench("delo", pool_size=16, **options)
+    made = adapter_config(bench.method.options, bench.base(), bench.method.backbone)
+    assert made.scale == pytest.approx(scale)

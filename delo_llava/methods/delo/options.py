@@ -18,9 +18,9 @@ class DeloOptions(MethodConfig):
     Attributes:
         pool_size: factors per pool [E].
         rank: factors chosen per sample, the rank of each modality's update [r].
-        alpha: the update is scaled by alpha ÷ (factors that act on a token) [s]: `rank`, twice it with scope
-            `all`. A step of Adam then moves the model as far for any pool and rank, as LoRA's does whose
-            alpha this is, so one learning rate serves them all.
+        alpha: the update is scaled by alpha ÷ √(factors that act on a token) [s]: `rank`, twice it with scope
+            `all`. So one learning rate serves any pool and rank (rank-stabilised LoRA, arXiv 2312.03732, and
+            docs/delo.md, which has the trials).
         alpha_over_rank: the scale itself, in place of the above. The release's undivided alpha = 2 over
             factors drawn from N(0, 1) is too large a step (trap T13).
         latent: width of the router's shared down-projection of a query.
@@ -53,7 +53,7 @@ class DeloOptions(MethodConfig):
 
     pool_size: int = Field(16, ge=1)
     rank: int = Field(4, ge=1)
-    alpha: float = Field(32.0, gt=0)
+    alpha: float = Field(16.0, gt=0)
     alpha_over_rank: float | None = Field(None, gt=0)
     latent: int = Field(64, ge=1)
     scope: Literal["own", "all"] = "own"
@@ -77,7 +77,7 @@ class DeloOptions(MethodConfig):
     def scale(self) -> float:
         """Factor of the update [s]."""
         acting = self.rank * (2 if self.scope == "all" else 1)
-        return self.alpha / acting if self.alpha_over_rank is None else self.alpha_over_rank
+        return self.alpha / acting**0.5 if self.alpha_over_rank is None else self.alpha_over_rank
 
     @model_validator(mode="after")
     def _no_contradiction(self) -> "DeloOptions":
