@@ -24,6 +24,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(required=True, metavar="command")
     _check_arguments(commands.add_parser("check", help="look for everything that would go wrong in training"))
     _show_arguments(commands.add_parser("show", help="show records as a run would see them"))
+    _leak_arguments(commands.add_parser("leak", help="how well the words of records alone tell their task"))
     _prepare.arguments(commands.add_parser("prepare", help="make data of official downloads on this disk"))
     _fixture.arguments(commands.add_parser("fixture", help="write a small set in a recipe's exact layout"))
 
@@ -56,12 +57,17 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _sequence_arguments(parser: argparse.ArgumentParser) -> None:
     """Which data, and how a run would read it."""
-    parser.add_argument("recipe", help="a recipe's name or file")
-    root = "data root, as in training (default: $DELO_LLAVA_DATA, else data/<name>)"
-    parser.add_argument("--root", "--data.root", dest="root", type=user_path, help=root)
+    _recipe_arguments(parser)
     parser.add_argument("--model", help="whose tokenizer is used (default: the recipe's, if on this disk)")
     _settings(parser, "data.max_length", "data.template")
     _settings(parser, "data.min_pixels", "data.max_pixels", "data.max_tiles")
+
+
+def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which data."""
+    parser.add_argument("recipe", help="a recipe's name or file")
+    root = "data root, as in training (default: $DELO_LLAVA_DATA, else data/<name>)"
+    parser.add_argument("--root", "--data.root", dest="root", type=user_path, help=root)
 
 
 def _settings(parser: argparse.ArgumentParser, *keys: str) -> None:
@@ -184,6 +190,29 @@ def _show(options: argparse.Namespace) -> int:
         write_html(options.html, f"{sequence.name}, {options.split}", items)
     if options.png:
         write_sheet(options.png, items)
+    return 0
+
+
+def _leak_arguments(parser: argparse.ArgumentParser) -> None:
+    _recipe_arguments(parser)
+    _settings(parser, "data.template")
+    parser.add_argument("--split", default="test", choices=("val", "test"), help="(default: %(default)s)")
+    parser.add_argument("--output", type=user_path, metavar="FILE", help="also write it as JSON")
+    parser.set_defaults(data=_leak)
+
+
+def _leak(options: argparse.Namespace) -> int:
+    """Say what words tell of the task, beside which a choice of the task is to be read."""
+    from delo_llava.data.recipe import load_sequence
+    from delo_llava.data_tools.leak import leak_json, leak_table, leaks
+    from delo_llava.files import write_json_atomic
+
+    template = vars(options)["data.template"]
+    sequence = load_sequence(options.recipe, options.root, template or _config(options).data.template)
+    found = leaks(sequence, options.split)
+    _console().print(leak_table(found))
+    if options.output:
+        write_json_atomic(options.output, leak_json(sequence, found))
     return 0
 
 
