@@ -28,6 +28,7 @@ def __getattr__(name: str) -> Any:
     """The functions of `delo_llava.api`, imported when one is asked for."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from delo_llava import api
+    from delo_llava.registry import load_unfollowed
 
-    return getattr(api, name)
+    found: Any = getattr(load_unfollowed("delo_llava.api"), name)
+    return found

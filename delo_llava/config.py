@@ -53,6 +53,9 @@ class DataConfig(Section):
         max_length: longest prompt with answer, in tokens; context is cut first. At most the positions of the
             base: more is refused, and a default gives way.
         group_by_length: build batches of similar length.
+        lengths: what these go by: `estimated` from characters and a constant for a picture, or every record's
+            own `tokens` as it will be shown, which pays where pictures differ in size (Qwen-VL, tiles): texts
+            are tokenised and the pictures' headers read before each stage.
         min_pixels, max_pixels: between which a picture is resized, for families that take any size
             (Qwen-VL); None keeps the checkpoint's own bounds.
         max_tiles: into which a picture is cut at most, for families whose tiles can be limited (InternVL).
@@ -69,6 +72,7 @@ class DataConfig(Section):
     max_pixels: int | None = Field(default=None, ge=1)
     max_tiles: int | None = Field(default=None, ge=1)
     group_by_length: bool = True
+    lengths: Literal["estimated", "tokens"] = "estimated"
     on_bad_image: Literal["error", "skip"] = "error"
     max_bad_images: int = Field(default=10, ge=0)
 

@@ -182,6 +182,12 @@ def _attribute(kind: str, name: str, place: PluginKind) -> object:
     return found
 
 
+def load_unfollowed(module: str) -> object:
+    """A module of this project by its name, which no reader of imports follows: what is loaded so decides
+    no answer (`delo_eval.answers.code`)."""
+    return importlib.import_module(module)
+
+
 def _extend(place: PluginKind) -> None:
     """Let Python find modules of a package in the folders of plug-ins, too."""
     package = importlib.import_module(place.package)

@@ -21,10 +21,10 @@ from delo_llava.data.readers import Records, read_records
 from delo_llava.data.tokens import beyond_reach
 from delo_llava.errors import DeloError
 from delo_llava.runs.job import Job
-from delo_llava.runs.pictures import Pictures
 from delo_llava.runs.stage import examples_of, training_records
 from delo_llava.tasks import Split, StagePlan, TaskSpec
 from delo_llava.training.fit import Kit
+from delo_llava.training.pictures import Pictures, picture_of
 
 #: Records that are tokenised together; records told of in a message.
 BATCH, SHOWN = 256, 8
@@ -194,11 +194,6 @@ class Preflight:
     def _fault(self, task: TaskSpec, split: Split, record: str, error: DeloError) -> None:
         told = f"{task.files[split]} ({task.name}/{split}, id {record}): {error.message}"
         self.faults.append(DeloError(told, given=error.given, fix=error.fix))
-
-
-def picture_of(item: Item) -> str:
-    """The path of the picture that an item shows; empty where it shows none."""
-    return str(item[0].image) if shown(item)[0] else ""
 
 
 def _tried(

@@ -27,6 +27,7 @@ from delo_llava.engines.ranks import Ranks
 from delo_llava.engines.watchdog import watched
 from delo_llava.methods.base import Method, Mixture
 from delo_llava.training.guards import fingerprint, frozen_parameters, require_unchanged
+from delo_llava.training.lengths import token_lengths
 from delo_llava.training.loop import Ledger, Observer, StepReport, run_steps
 from delo_llava.training.mixture import StageBatches, StagePasses
 
@@ -210,7 +211,8 @@ class _Fit:
         own = mixture[0].examples
         start, ledger = self._begun()
         passes = StagePasses(own, config, ranks, lambda: self.kit.collator(config), ledger, self.seed)
-        batches = StageBatches(config, mixture, self.seed)
+        lengths = self._lengths(mixture) if config.data.lengths == "tokens" else None
+        batches = StageBatches(config, mixture, self.seed, lengths)
         self.at("preparing")
         if self.resumed is not None:
             self.resumed.load_weights(model)
@@ -224,6 +226,12 @@ class _Fit:
         self.at("finishing")
         method.finish(model, passes, ranks.sum)
         return Fitted(model, method, len(own), len(batches.steps) if groups else 0, ledger, trainable)
+
+    def _lengths(self, mixture: Mixture) -> list[int]:
+        """Tokens of all examples of the mixture, one part after the other."""
+        self.at("measuring lengths")
+        parts = (token_lengths(part.examples, self.config, self.ranks, self.kit) for part in mixture)
+        return [length for part in parts for length in part]
 
     def _begun(self) -> tuple[int, Ledger]:
         """The first step to train and what is known of the steps before it."""

@@ -27,6 +27,8 @@ class StageBatches:
 
     Args:
         seed: decides the order of examples; the same for every rank.
+        lengths: of all examples in tokens (`training.lengths`); without them, characters and a constant for a
+            picture.
 
     Attributes:
         examples: all parts, one after the other.
@@ -34,14 +36,17 @@ class StageBatches:
         epoch_steps: steps in which the first part is seen once.
     """
 
-    def __init__(self, config: RunConfig, mixture: Mixture, seed: int) -> None:
+    def __init__(
+        self, config: RunConfig, mixture: Mixture, seed: int, lengths: Sequence[int] | None = None
+    ) -> None:
         self.config = config
         self.examples = sum((part.examples for part in mixture[1:]), start=mixture[0].examples)
         self.presence = self.examples.presence
+        lengths = self._characters() if lengths is None else lengths
         train, shares = config.train, [part.share for part in mixture]
         if all(share is None for share in shares):
             self.steps = step_batches(
-                self._lengths(), train.global_batch, seed, epochs=train.epochs, steps=train.max_steps,
+                lengths, train.global_batch, seed, epochs=train.epochs, steps=train.max_steps,
                 group_by_length=config.data.group_by_length,
             )  # fmt: skip
             self.epoch_steps = math.ceil(len(self.examples) / train.global_batch)
@@ -50,9 +55,7 @@ class StageBatches:
             counts = [len(part.examples) for part in mixture]
             self.epoch_steps = math.ceil(counts[0] / sizes[0])
             steps = math.ceil(train.epochs * counts[0] / sizes[0])
-            self.steps = mixed_batches(
-                counts, sizes, min(steps, train.max_steps or steps), self._lengths(), seed
-            )
+            self.steps = mixed_batches(counts, sizes, min(steps, train.max_steps or steps), lengths, seed)
 
     def clock(self, step: int) -> Clock:
         """Where the stage stands at `step`."""
@@ -84,7 +87,7 @@ class StageBatches:
     def _items(self, indices: Sequence[int]) -> list[Item]:
         return [self.examples[i] for i in indices]
 
-    def _lengths(self) -> list[int]:
+    def _characters(self) -> list[int]:
         texts, contexts = self.examples.characters.T
         image, text = self.presence.T
         lengths: list[int] = (texts + contexts * text + IMAGE_CHARACTERS * image).tolist()

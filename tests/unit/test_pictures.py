@@ -17,9 +17,9 @@ from delo_llava.data.images import BadImage, decode, size_by_header
 from delo_llava.errors import DeloError
 from delo_llava.runs import pictures
 from delo_llava.runs.job import make_job
-from delo_llava.runs.pictures import Pictures
 from delo_llava.runs.preflight import Preflight
 from delo_llava.training.fit import Kit
+from delo_llava.training.pictures import Pictures
 
 ORIENTATION = 0x0112
 

@@ -8,13 +8,17 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from delo_llava.data.collate import Layout, takes_all_room
+from delo_llava.data.examples import Item, shown
 from delo_llava.data.images import DUMMY_SIZE, BadImage, absent, size_by_header
 from delo_llava.strict import IS_POINTER, is_pointer
-from delo_llava.training.fit import Kit
+
+if TYPE_CHECKING:
+    from delo_llava.training.fit import Kit
 
 #: By how many threads files are looked at: a network drive answers late, but many at a time.
 THREADS = 16
@@ -35,7 +39,7 @@ class Pictures:
         unusable: path -> why it cannot be used.
     """
 
-    def __init__(self, kit: Kit, max_length: int) -> None:
+    def __init__(self, kit: "Kit", max_length: int) -> None:
         self._kit, self._max_length = kit, max_length
         self._of_size: dict[Size, Layout | str] = {}
         self._usable: dict[str, Layout] = {}
@@ -81,6 +85,11 @@ class Pictures:
                 told = takes_all_room(made.tokens(backbone.image_token), self._max_length)
                 self._of_size[size] = told or made.layout
         return self._of_size[size]
+
+
+def picture_of(item: Item) -> str:
+    """The path of the picture that an item shows; empty where it shows none."""
+    return str(item[0].image) if shown(item)[0] else ""
 
 
 def _size(path: str) -> Size | str:
