@@ -46,7 +46,11 @@ def stage(folder: Path, *words: str, records: int = 64) -> tuple[RunConfig, Exam
         Image.new("RGB", size, "red").save(folder / row["image"])
     file.write_text(json.dumps(rows))
     model = tiny_models.session("qwen2_5_vl")
-    config = resolve(support.words(recipe, model, folder / "run", "--data.lengths=tokens", *words))
+    config = resolve(
+        support.words(
+            recipe, model, folder / "run", "--data.lengths=tokens", "--data.max_pixels=200000", *words
+        )
+    )
     sequence = load_sequence(config.task_seq, config.data.root)
     backbone, base = find_backbone(config.model)
     kit = Kit(backbone, backbone.load_processor(base, config.data.limits), sequence.rooms)
@@ -59,13 +63,13 @@ def lengths(config: RunConfig, examples: Examples, kit: Kit) -> list[int]:
 
 @pytest.mark.parametrize("missing", ["absent", "dummy"])
 def test_they_are_those_of_the_batches_and_of_any_number_of_ranks(missing: str, tmp_path: Path) -> None:
-    given = stage(tmp_path, f"--missing.image={missing}", "--data.max_length=150", records=12)
+    given = stage(tmp_path, f"--missing.image={missing}", "--data.max_length=260", records=12)
     config, examples, kit = given
     found = lengths(*given)
     collator = kit.collator(config)
     alone = [int(collator([examples[i]]).inputs["attention_mask"].sum()) for i in range(len(examples))]
     assert found == alone and len(set(found)) > 4
-    assert max(found) <= 150
+    assert max(found) <= 260
     parts = [token_lengths(examples, config, Share(rank, 3, torch.device("cpu")), kit) for rank in range(3)]
     assert [sum(part) for part in zip(*parts, strict=True)] == found
 

@@ -15,9 +15,9 @@ from delo_llava.config import load_config
 from delo_llava.data import images
 from delo_llava.data.images import BadImage, decode, size_by_header
 from delo_llava.errors import DeloError
-from delo_llava.runs import pictures
 from delo_llava.runs.job import make_job
 from delo_llava.runs.preflight import Preflight
+from delo_llava.training import pictures
 from delo_llava.training.fit import Kit
 from delo_llava.training.pictures import Pictures
 
