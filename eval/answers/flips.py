@@ -122,12 +122,26 @@ def forgotten(folder: Path, plan: Plan, stage: int, mode: str, pattern: str = RU
     """
     own = {task: i for i, trained in enumerate(plan.stages[:stage]) for task in trained.tasks}
     now = {t: read_predictions(prediction_file(folder, stage, pattern, t)) for t in plan.judged(stage)}
-    answers = {task: {plain(row["answer"]) for row in rows} for task, rows in now.items()}
+    then = {task: read_predictions(prediction_file(folder, i, pattern, task)) for task, i in own.items()}
+    return changes(then, now, mode)
+
+
+def changes(
+    before: Mapping[str, Sequence[Prediction]],
+    after: Mapping[str, Sequence[Prediction]],
+    mode: str,
+    mode_before: str | None = None,
+) -> list[TaskFlips]:
+    """What became of every task of `before`; arguments as of `task_flips`, by task.
+
+    Raises:
+        DeloError: as `task_flips`.
+    """
+    answers = {task: {plain(row["answer"]) for row in rows} for task, rows in after.items()}
     found = []
-    for task, of in own.items():
+    for task, rows in before.items():
         others = set().union(*(texts for name, texts in answers.items() if name != task))
-        before = read_predictions(prediction_file(folder, of, pattern, task))
-        found.append(task_flips(task, before, now[task], mode, others))
+        found.append(task_flips(task, rows, after[task], mode, others, mode_before))
     return found
 
 
@@ -137,7 +151,7 @@ def _cause(new: Prediction, old: float, mode: str, own: set[str], others: Contai
     if kind_of(new["answer"], said, ()) in FORM:
         return "format"
     told = new["oracle_score"]
-    if mode == "matched" and told is not None and told >= min(old, RIGHT):
+    if mode == "matched" and told is not None and told > new["score"] and told >= min(old, RIGHT):
         return "routing"
     return "style" if plain(said) in others and plain(said) not in own else "knowledge"
 

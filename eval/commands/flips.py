@@ -44,12 +44,12 @@ def run(options: argparse.Namespace) -> int:
     runs = load_runs([options.run, *([options.against] if options.against else [])])
     found, earlier = runs[0], runs[-1]
     mode, after = options.mode or found.mode, _stage(found, options.after, found.stage)
-    changes, what = _changes(options, found, earlier, after, mode)
+    changed, what = _changes(options, found, earlier, after, mode)
     to = _name(found, after, options.against)
     title = f"what changed from {what} to {to}, pattern {options.pattern}, {mode}"
-    show(flips_table(changes, title), *_lines(changes, options.n))
+    show(flips_table(changed, title), *_lines(changed, options.n))
     file = options.output or options.run / "flips.json"
-    write_flips(file, changes, before=what, after=found.plan.label(after), pattern=options.pattern, mode=mode)
+    write_flips(file, changed, before=what, after=found.plan.label(after), pattern=options.pattern, mode=mode)
     say(f"{file}\n")
     return 0
 
@@ -58,21 +58,19 @@ def _changes(
     options: argparse.Namespace, found: "RunResults", earlier: "RunResults", after: int, mode: str
 ) -> tuple[list["TaskFlips"], str]:
     """The changes of every task, and what they begin with."""
-    from delo_eval.answers.flips import forgotten, task_flips
+    from delo_eval.answers.flips import changes, forgotten
     from delo_eval.answers.predictions import prediction_file, read_predictions
 
     if options.before is None and not options.against:
         return forgotten(found.folder, found.plan, after, mode, options.pattern), "each task's own stage"
     before = _stage(earlier, options.before, earlier.stage)
-    tasks = [t for t in found.plan.judged(after) if t in earlier.plan.judged(before) or before < 0]
-    places = ((earlier.folder, before), (found.folder, after))
-    rows = {
-        task: [read_predictions(prediction_file(f, s, options.pattern, task)) for f, s in places]
-        for task in tasks
-    }
-    first = options.mode or earlier.mode
-    changes = [task_flips(task, old, new, mode, mode_before=first) for task, (old, new) in rows.items()]
-    return changes, _name(earlier, before, options.against)
+    judged = found.plan.judged(after)
+    tasks = [t for t in judged if t in earlier.plan.judged(before) or before < 0]
+    then, now = (
+        {task: read_predictions(prediction_file(of.folder, stage, options.pattern, task)) for task in asked}
+        for of, stage, asked in ((earlier, before, tasks), (found, after, judged))
+    )
+    return changes(then, now, mode, options.mode or earlier.mode), _name(earlier, before, options.against)
 
 
 def _stage(found: "RunResults", word: str | None, default: int) -> int:

@@ -69,6 +69,13 @@ def test_parts_of_points_and_gains_add_up_to_the_change() -> None:
     assert [flip.record_id for flip in found.flips] == ["a", "b"] and not found.flips[1].cause
 
 
+def test_a_part_that_is_left_is_no_routing() -> None:
+    """A method that chooses no task has the same score with it told."""
+    before, after = row("b", "y", "y", 1, 1.0), row("b", "y", "z", 0.6, 0.6)
+    assert one(before, after).flips[0].cause == "knowledge"
+    assert one(before, after | {"oracle_score": 0.9}).flips[0].cause == "routing"
+
+
 def test_each_side_is_judged_in_its_own_mode() -> None:
     told = row("a", "x", "w", 0, 1.0)
     assert not task_flips("t", [told], [row("a", "x", "x", 1)], mode_before="oracle").flips
@@ -125,6 +132,12 @@ def test_the_command_shows_and_writes_them(
     assert not re.search(rf"{TASKS[1]} *│", told) and "(lost by knowledge)" in told
     found = json.loads((run / "flips.json").read_text())
     assert found["causes"].keys() == CAUSES.keys() and len(found["tasks"][0]["flips"]) == 20
+    change(run, 1, TASKS[0], 3, prediction="a zebra", score=0.0)
+    change(run, 1, TASKS[1], 0, answer="zebra")
+    words = ["flips", "--run", str(run), "--before", TASKS[0], "-n", "0", "--output", str(tmp_path / "g")]
+    assert main(words) == 0  # between any two stages, style is known, too
+    assert json.loads((tmp_path / "g").read_text())["tasks"][0]["lost"]["style"] > 0
+    capsys.readouterr()
     other = written(tmp_path / "other", "ewc", 0.25, 0.5)
     assert (
         main(
