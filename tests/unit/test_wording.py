@@ -11,10 +11,11 @@ import training_support as support
 
 from delo_eval.answers.question import Question
 from delo_eval.compare.assemble import compare
-from delo_eval.harness.folder import WORDING, Request, open_folder
+from delo_eval.harness.folder import Request, open_folder
 from delo_eval.harness.questions import Questions, cells_of
 from delo_eval.harness.run import main
 from delo_eval.harness.stage import evaluate_stage
+from delo_eval.matrix.results import WORDED
 from delo_llava.config import load_config
 from delo_llava.errors import DeloError
 from delo_llava.runs.job import make_job
@@ -53,10 +54,10 @@ def test_results_go_to_their_own_folder_and_are_marked(run: Path) -> None:
     before = (run / "results.json").read_bytes()
     assert main(["--run", str(run), "--stage", "all", "--patterns", "run", "--wording", SAME]) == 0
     assert (run / "results.json").read_bytes() == before
-    found = json.loads((run / WORDING / "results.json").read_text())
+    found = json.loads((run / WORDED / "results.json").read_text())
     assert (found["wording"], json.loads(before)["wording"]) == (SAME, None)
     assert found["passport"]["asked"] != json.loads(before)["passport"]["asked"]
     with pytest.raises(DeloError, match="wording"):
-        compare([run, run / WORDING])
+        compare([run, run / WORDED])
     with pytest.raises(DeloError, match="another wording"):
         main(["--run", str(run), "--stage", "0", "--wording", "other words"])
