@@ -1,6 +1,6 @@
 """One cell's questions answered by one rank's share of batches, as far as they are not answered yet."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from delo_eval.answers.routing_use import use_file, write_use_part
 from delo_eval.harness.generate import Answerer, batches
@@ -11,6 +11,23 @@ from delo_llava.engines.ranks import Ranks
 
 #: (cell being evaluated, questions done, questions in all), of this rank.
 OnProgress = Callable[[str, int, int], None]
+
+
+def answer_cells(
+    run: StoredRun,
+    cells: Sequence[Cell],
+    load: Callable[[], Answerer],
+    questions: Questions,
+    stored: StoredAnswers,
+    ranks: Ranks,
+    progress: OnProgress | None,
+) -> None:
+    """Answer cells one after the other, until all are or a rank was asked to leave."""
+    for cell in cells:
+        if ranks.leave_soon():
+            break
+        answer_cell(run, cell, load, questions, stored, ranks, progress)
+    stored.hashes.save()
 
 
 def answer_cell(

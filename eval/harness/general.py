@@ -14,7 +14,7 @@ from typing import Any
 from delo_eval.answers.hashes import told_writing
 from delo_eval.answers.predictions import Prediction, prediction_file, prediction_of, write_predictions
 from delo_eval.answers.routing_use import merge_use_parts, use_file
-from delo_eval.harness.answering import OnProgress, answer_cell
+from delo_eval.harness.answering import OnProgress, answer_cells
 from delo_eval.harness.closing import check_scorable
 from delo_eval.harness.facts import scorer_of
 from delo_eval.harness.generate import Answerer
@@ -73,11 +73,7 @@ class Aside:
 
     def answer(self, load: Callable[[], Answerer], ranks: Ranks, progress: OnProgress | None) -> None:
         """Answer what is not answered yet of this rank's share."""
-        for cell in self.cells:
-            if ranks.leave_soon():
-                break
-            answer_cell(self.run, cell, load, self.questions, self.stored, ranks, progress)
-        self.stored.hashes.save()
+        answer_cells(self.run, self.cells, load, self.questions, self.stored, ranks, progress)
 
     def close(self) -> set[Path]:
         """Score all ranks' answers and write the stage's file (first rank); returns the files read for it."""

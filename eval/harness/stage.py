@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from delo_eval.harness.answering import OnProgress, answer_cell
+from delo_eval.harness.answering import OnProgress, answer_cells
 from delo_eval.harness.closing import check_scorable, close_stage
 from delo_eval.harness.folder import AS_STORED, Request
 from delo_eval.harness.general import Aside
@@ -67,16 +67,12 @@ def evaluate_stage(
     aside = Aside.open(run, stage, ranks)
     if not run.config.eval.cache:
         ranks.run_first(lambda: stored.forget(cells))
+    rooms = run.sequence.rooms | (aside.rooms if aside else {})
     with ExitStack() as stack:
-        rooms = run.sequence.rooms | (aside.rooms if aside else {})
         load = cache(lambda: stack.enter_context(answerer(run, stage, ranks.device, rooms)))
-        for cell in cells:
-            if ranks.leave_soon():
-                break
-            answer_cell(run, cell, load, questions, stored, ranks, progress)
+        answer_cells(run, cells, load, questions, stored, ranks, progress)
         if aside is not None:
             aside.answer(load, ranks, progress)
-    stored.hashes.save()
     ranks.leave_if_asked(f"evaluating stage {stage_name(stage)}")
     stored.new = int(ranks.sum(torch.tensor(stored.new)))
     content = None
