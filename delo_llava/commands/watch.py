@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         server = ThreadingHTTPServer(("127.0.0.1", options.port), partial(_Handler, options))
     except (OSError, OverflowError) as error:
         raise DeloError(
-            f"This port cannot be had: {error}.",
+            f"This port cannot be had: {error}",
             given=f"--port {options.port}",
             fix="--port 0 takes a free one",
         ) from error

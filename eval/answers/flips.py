@@ -85,10 +85,19 @@ def task_flips(
         others: answers of other tasks, as `errors.plain` has them.
 
     Raises:
-        DeloError: they are of other records, or not both were made in this mode.
+        DeloError: they are of other records, showed other modalities of them, or were not both made in this
+            mode.
     """
-    if [row["record_id"] for row in before] != [row["record_id"] for row in after]:
-        raise DeloError(f"The two evaluations of {task} are of other records, so nothing can be said of one.")
+    for key, what in (
+        ("record_id", "asked the same records"),
+        ("presence", "shown the same of every record"),
+    ):
+        if [row[key] for row in before] != [row[key] for row in after]:
+            raise DeloError(
+                f"The two evaluations of {task} were not {what}, so no record can be compared.",
+                given=f"{len(before)} and {len(after)} records",
+                fix="compare runs on the same data and missing seed, or --pattern complete",
+            )
     sides = ((before, mode_before or mode), (after, mode))
     for rows, judged in sides:
         if not rows or any(row[JUDGED[judged]] is None for row in rows):

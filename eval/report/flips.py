@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from delo_eval.answers.flips import CAUSES, Flip, TaskFlips, flip_rows, forgotten
+from delo_eval.answers.predictions import prediction_file
+from delo_eval.matrix.accuracy import RUN_PATTERN
 from delo_eval.report.content import RunContent
 from delo_eval.report.samples import Sample, samples_of
 from delo_eval.tables import Sheet
-from delo_llava.errors import DeloError
 
 #: Lost records shown of each task.
 SHOWN = 3
@@ -44,14 +45,18 @@ class Forgotten:
 
 def forgetting_causes(content: RunContent) -> Forgotten | None:
     """What tasks lost since their own stages; None where no task was trained before the latest stage, or
-    earlier predictions are gone."""
+    there are no earlier predictions.
+
+    Raises:
+        DeloError: predictions are damaged.
+    """
     stage = content.latest
     if stage is None or stage < 1:
         return None
-    try:
-        found = forgotten(content.folder, content.plan, stage, content.headline_mode)
-    except DeloError:  # an evaluation of the last stage alone has no earlier predictions
-        return None
+    own = ((task, i) for i, trained in enumerate(content.plan.stages[:stage]) for task in trained.tasks)
+    if not all(prediction_file(content.folder, i, RUN_PATTERN, task).is_file() for task, i in own):
+        return None  # an evaluation of the last stage alone has no earlier predictions
+    found = forgotten(content.folder, content.plan, stage, content.headline_mode)
     heads = ("task", "records", "lost", *(f"by {cause}" for cause in CAUSES), "gained", "change")
     longest = max((sum(of.lost.values()) for of in found), default=0.0)
     return Forgotten(

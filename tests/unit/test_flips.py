@@ -84,8 +84,16 @@ def test_each_side_is_judged_in_its_own_mode() -> None:
 
 
 def test_other_records_are_refused() -> None:
-    with pytest.raises(DeloError, match="other records"):
+    with pytest.raises(DeloError, match="not asked the same records"):
         task_flips("t", [row("a", "x", "x", 1)], [row("b", "x", "x", 1)])
+
+
+def test_records_of_which_other_modalities_were_shown_are_refused() -> None:
+    """Two missing seeds drop other modalities of the same record: what changed is not the model alone."""
+    other = row("a", "x", "w", 0) | {"presence": {"image": False, "text": True}}
+    with pytest.raises(DeloError, match="not shown the same of every record") as refused:
+        task_flips("t", [row("a", "x", "x", 1)], [other])
+    assert "--pattern complete" in str(refused.value)
 
 
 @pytest.fixture()
@@ -165,3 +173,9 @@ def test_a_report_without_earlier_predictions_has_no_such_section(run: Path) -> 
     prediction_file(run, 0, "run", TASKS[0]).unlink()
     assert forgetting_causes(read_content(run)) is None
     assert "What was forgotten" not in write_report(run).read_text()
+
+
+def test_damaged_predictions_are_told_and_not_passed_over(run: Path) -> None:
+    prediction_file(run, 0, "run", TASKS[0]).write_text("{")
+    with pytest.raises(DeloError, match="damaged"):
+        forgetting_causes(read_content(run))
